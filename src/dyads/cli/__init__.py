@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `dyads`: which verbs are there, and how does a refusal reach the user?
+
+One file a verb, each with a click command named `command`; a file put here is a verb. Verb files import at their top
+only click, so that `dyads --help` is quick, and everything heavy where it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+import click
+
+from dyads import __version__
+from dyads.errors import DyadsError, did_you_mean
+
+__all__ = ["main"]
+
+
+class _Refusal(click.ClickException):
+    exit_code = 2
+
+
+class _Verbs(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command: click.Command = import_module(f"{__name__}.{cmd_name}").command
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in self.list_commands(ctx):
+            ctx.fail(f"there is no verb '{args[0]}'{did_you_mean(args[0], self.list_commands(ctx))}")
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except DyadsError as error:
+            if ctx.params["debug"]:
+                raise
+            raise _Refusal(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted", err=True)
+            ctx.exit(130)
+
+
+@click.group(
+    cls=_Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="""\b
+From nothing to a comparison:
+  dyads train recipes/lora.yaml
+  dyads train recipes/mode.yaml --set train.steps=200
+  dyads compare runs/lora-seed0 runs/mode-seed0
+`dyads VERB --help` has examples for each verb.""",
+)
+@click.version_option(__version__, prog_name="dyads")
+@click.option("--debug", is_flag=True, help="Show the whole traceback of an error.")
+def main(debug: bool) -> None:
+    """One adapter for many tasks: train it, score it, compare it."""

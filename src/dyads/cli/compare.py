@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dyads compare`: runs side by side, with intervals and win rates."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+
+@click.command(
+    short_help="Compare runs, task by task and over all.",
+    epilog="""\b
+Examples:
+  dyads compare runs/*-seed0
+  dyads compare runs/lora-seed? runs/mode-seed? --baseline lora
+  dyads compare runs/* --format markdown --out results.md""",
+)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["terminal", "markdown", "csv", "json"]),
+    help="Default: terminal, or what the ending of --out says (md, csv, json).",
+)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write there instead of the screen.")
+@click.option("--baseline", metavar="LABEL", help="Show differences from this run name only.")
+@click.option("--resamples", type=click.IntRange(min=1), default=10_000, show_default=True, help="Of the bootstrap.")
+def command(runs: tuple[Path, ...], form: str | None, out: Path | None, baseline: str | None, resamples: int) -> None:
+    """Compare the runs in the folders RUN, task by task and over all.
+
+    Runs of one name are one column, over their seeds. Runs scored on other tasks, instances or models are refused;
+    other differences (budget, learning rate, …) are noted below the tables.
+    """
+    from dyads.errors import RunError
+    from dyads.report import FORMATS, to_terminal
+    from dyads.runs.compare import compare
+
+    endings = {".md": "markdown", ".csv": "csv", ".json": "json"}
+    form = form or (endings.get(out.suffix, "markdown") if out else "terminal")
+    if out is not None and not out.absolute().parent.is_dir():  # said before the work, not after
+        raise RunError(f"cannot write '{out}': there is no folder '{out.parent}'")
+    comparison = compare(runs, baseline=baseline, resamples=resamples)
+    if form == "terminal":
+        text = to_terminal(comparison, width=shutil.get_terminal_size((80, 24)).columns)
+    else:
+        text = FORMATS[form](comparison)
+    if out is None:
+        click.echo(text, nl=False)
+    else:
+        out.write_text(click.unstyle(text), encoding="utf-8")
+        click.echo(f"written to {out}", err=True)

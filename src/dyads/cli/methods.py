@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dyads methods`: what can be trained, and with which options?"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field
+from typing import Any
+
+import click
+
+_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "modules_to_save", "use_rslora")
+
+
+@click.command(
+    short_help="List the methods and their options.",
+    epilog="""\b
+Examples:
+  dyads methods
+  dyads methods mode          # its options, and those that all have
+  dyads budget --help         # how many parameters they cost""",
+)
+@click.argument("names", nargs=-1, metavar="[NAME...]")
+def command(names: tuple[str, ...]) -> None:
+    """List the methods: a line each, their own options and defaults; with NAME also the options all share."""
+    from dataclasses import fields
+
+    from peft import PeftConfig
+
+    from dyads.errors import ConfigError, did_you_mean
+    from dyads.methods import DyadsConfig, build_config, methods
+    from dyads.runs.config import UNTRAINED
+
+    family = {m.key: m for m in methods()}
+    known = ("lora", *family, *UNTRAINED)
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"unknown method '{name}'{did_you_mean(name, known)}")
+    hidden = {f.name for f in fields(PeftConfig)}
+    shared = [f for f in fields(DyadsConfig) if f.name not in hidden]
+    width = max(map(len, known)) + 2
+    for name in names or known:
+        if name in family:
+            method = family[name]
+            own = [f for f in fields(method.config) if f.name not in hidden and f.name not in {s.name for s in shared}]
+            click.echo(f"{click.style(f'{name:{width}}', bold=True)}{method.summary}")
+            _options([*own, *(shared if names else [])], width)
+        elif name == "lora":
+            about = "PEFT's LoRA, the baseline; its scale is 1 here too where lora_alpha is not set"
+            click.echo(f"{click.style(f'{name:{width}}', bold=True)}{about}")
+            if names:
+                config = build_config("lora", {})
+                _options([f for f in fields(config) if f.name in _LORA], width)
+                click.echo(" " * width + "… and every other field of peft.LoraConfig")
+        else:
+            what = {"zero-shot": "the bare model", "majority": "always the most frequent answer of the training split"}
+            click.echo(f"{click.style(f'{name:{width}}', bold=True)}trains nothing: {what[name]}")
+    if not names:
+        click.echo("\nOptions that all trained methods share (`dyads methods NAME` explains them):")
+        click.echo(
+            click.wrap_text(
+                ", ".join(f"{f.name}={_default(f)}" for f in shared), initial_indent="  ", subsequent_indent="  "
+            )
+        )
+
+
+def _options(options: list[Field[Any]], width: int) -> None:
+    for option in options:
+        text = str(option.metadata.get("help", "")).split("\n")[0]
+        head = f"{option.name} = {_default(option)}"
+        click.echo(" " * width + head)
+        if text:
+            pad = " " * (width + 4)
+            click.echo(click.wrap_text(text, initial_indent=pad, subsequent_indent=pad))
+
+
+def _default(option: Field[Any]) -> str:
+    value = option.default_factory() if option.default_factory is not MISSING else option.default
+    if value is MISSING:
+        return "(required)"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dyads tasks`: what is in a suite of tasks?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command(
+    short_help="List the tasks of a family or recipe.",
+    epilog="""\b
+Examples:
+  dyads tasks --family starter
+  dyads tasks --family sni --path natural-instructions --option protocol=official
+  dyads tasks --recipe recipes/mode.yaml --show reverse_words""",
+)
+@click.option("--family", help="A family of tasks: starter, sni, files, …")
+@click.option("--path", help="Where the family's files lie.")
+@click.option(
+    "--option", "options", multiple=True, metavar="KEY=VALUE", help="Another option of the family; repeatable."
+)
+@click.option("--recipe", type=click.Path(dir_okay=False, path_type=Path), help="The tasks of this recipe instead.")
+@click.option("--show", metavar="TASK", help="Print a task's first example of each split instead of the list.")
+def command(
+    family: str | None, path: str | None, options: tuple[str, ...], recipe: Path | None, show: str | None
+) -> None:
+    """List the tasks of a family or recipe: id, name, sizes, metric, version and fingerprint."""
+    from dyads.errors import TaskError, did_you_mean
+    from dyads.runs.config import load_recipe
+    from dyads.runs.layers import of_overrides
+    from dyads.tasks import load_suite
+
+    if (family is None) == (recipe is None):
+        raise click.UsageError("give either --family or --recipe")
+    if recipe is not None:
+        suite = load_suite(load_recipe(recipe, [f"tasks.{o}" for o in options], check=False).tasks)
+    else:
+        spec: dict[str, Any] = {"family": family, **of_overrides(options, "--option").data}
+        suite = load_suite(spec if path is None else {**spec, "path": path})
+    if show is not None:
+        found = [task for task in suite.tasks if task.name == show]
+        if not found:
+            raise TaskError(f"there is no task '{show}'{did_you_mean(show, [t.name for t in suite.tasks])}")
+        for split in ("train", "validation", "test"):
+            for example in found[0].split(split)[:1]:
+                click.secho(f"{split}, {example.id}", bold=True)
+                click.echo(f"{example.prompt}{click.style(example.references[0], fg='green')}\n")
+        return
+    width = max((len(task.name) for task in suite.tasks), default=4)
+    click.secho(f"{'id':>4}  {'task':{width}}  {'train':>7} {'valid.':>7} {'test':>7}  metric       version", bold=True)
+    for i, task in enumerate(suite.tasks):
+        sizes = f"{len(task.train):7,} {len(task.validation):7,} {len(task.test):7,}"
+        click.echo(f"{i:4}  {task.name:{width}}  {sizes}  {task.metric:11}  {task.version} ({task.fingerprint})")
+    for note in suite.notes:
+        click.echo(f"· {note}")

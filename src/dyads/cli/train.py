@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dyads train`: from a recipe to a run folder with an adapter and scores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+def _show_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if not value or ctx.resilient_parsing:
+        return
+    from dyads.runs.config import recipe_keys
+
+    for key, default, text in recipe_keys():
+        click.echo(f"{key}{f' = {default}' if default else ''}")
+        if text:
+            click.echo(click.wrap_text(text, initial_indent="    ", subsequent_indent="    "))
+    ctx.exit()
+
+
+@click.command(
+    short_help="Train and score one adapter as a recipe says.",
+    epilog="""\b
+The smallest recipe:
+  name: mode-16x4
+  model: {name: packaged:smollm2-135m}
+  method: {name: mode, r: 4, num_experts: 16}
+  tasks: {family: starter}
+\b
+Examples:
+  dyads train recipes/mode.yaml
+  dyads train recipes/mode.yaml --set seed=1 --set train.learning_rate=2e-3
+  dyads train recipes/mode.yaml --resume            # go on after an interruption
+  dyads train --keys                                # what a recipe can hold
+  dyads methods                                     # what `method:` can hold
+  dyads tasks --family starter                      # what `tasks:` gives""",
+)
+@click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a key of the recipe; repeatable.")
+@click.option(
+    "--out", type=click.Path(file_okay=False, path_type=Path), help="The run's folder. Default: runs/NAME-seedSEED."
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in that folder, from its last checkpoint.")
+@click.option("--no-evaluate", is_flag=True, help="Train only; `dyads evaluate` scores later.")
+@click.option(
+    "--keys", is_flag=True, is_eager=True, expose_value=False, callback=_show_keys, help="List every key of a recipe."
+)
+def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, no_evaluate: bool) -> None:
+    """Train one adapter as RECIPE (a YAML file) says, and score it."""
+    from dyads.runs.config import load_recipe
+    from dyads.runs.train import train
+
+    loaded = load_recipe(recipe, overrides)
+    out = out or Path("runs") / f"{loaded.name}-seed{loaded.seed}"
+    folder = train(loaded, out, resume=resume, evaluate=not no_evaluate)
+    if folder.is_scored:
+        micro, macro = (folder.scores()[level]["headline"] for level in ("micro", "macro"))
+        click.echo(f"{folder.path}: micro {micro:.1f}, macro {macro:.1f}; next: dyads compare {folder.path} OTHER…")
+    else:
+        click.echo(f"{folder.path}: not scored; next: dyads evaluate {folder.path}")

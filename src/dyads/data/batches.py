@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How do tokens become tensors: padding, masks, task ids, and the order in which a loader reads them?
+
+What passes through this door is a `Batch` (training) or a `PromptBatch` (generation). Padding is told by the attention
+mask, never by a token's id: pad and eos may be the same token, and eos is a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict, TypeVar
+
+import torch
+from torch import LongTensor, Tensor
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from dyads.data.tokens import IGNORED, Encoded, Encoder, encode
+from dyads.errors import ConfigError, TaskError
+from dyads.tasks.task import Example, Task
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Collator",
+    "Encoded",
+    "Encoder",
+    "PromptBatch",
+    "ScheduledBatches",
+    "TaskDataset",
+    "encode",
+    "pad_id_of",
+    "prompt_batches",
+    "restore_order",
+]
+
+T = TypeVar("T")
+Side = Literal["left", "right"]
+
+
+class PromptBatch(TypedDict):
+    """Prompts to be answered, padded on the left (on the right for an encoder-decoder)."""
+
+    input_ids: Tensor  # (b t)
+    attention_mask: Tensor  # (b t) 1 where a token is
+    task: Tensor  # (b) integer ids
+
+
+class Batch(PromptBatch):
+    """Examples to be trained on, padded on the right."""
+
+    labels: Tensor  # (b t), or (b target) for an encoder-decoder; -100 where nothing is learned
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Turns encoded examples into a batch as wide as its longest."""
+
+    pad_id: int
+    side: Side = "right"
+    encoder_decoder: bool = False
+    """Labels then have their own width, and are padded on the right whatever the side."""
+    multiple_of: int = 1
+    """Widths are rounded up to this; 8 suits GPUs."""
+
+    def __call__(self, examples: Sequence[Encoded]) -> Batch:
+        if not self.encoder_decoder:
+            for e in examples:
+                if len(e.labels) != len(e.input_ids):
+                    raise ConfigError(
+                        f"an example has {len(e.input_ids)} tokens and {len(e.labels)} labels: it was encoded for an "
+                        f"encoder-decoder, set encoder_decoder=True here too"
+                    )
+        ids = [e.input_ids for e in examples]
+        return {
+            "input_ids": self._pad(ids, self.pad_id, self.side),
+            "attention_mask": self._pad([[1] * len(i) for i in ids], 0, self.side),
+            "labels": self._pad([e.labels for e in examples], IGNORED, "right" if self.encoder_decoder else self.side),
+            "task": torch.tensor([e.task for e in examples], dtype=torch.long),
+        }
+
+    def prompts(self, ids: Sequence[Sequence[int]], tasks: Sequence[int]) -> PromptBatch:
+        """The same for prompts alone."""
+        return {
+            "input_ids": self._pad(ids, self.pad_id, self.side),
+            "attention_mask": self._pad([[1] * len(i) for i in ids], 0, self.side),
+            "task": torch.tensor(list(tasks), dtype=torch.long),
+        }
+
+    def _pad(self, rows: Sequence[Sequence[int]], value: int, side: Side) -> Tensor:
+        width = -(-max(map(len, rows)) // self.multiple_of) * self.multiple_of
+        padded = torch.full((len(rows), width), value, dtype=torch.long)
+        for row, ids in zip(padded, rows, strict=True):
+            at = slice(width - len(ids), width) if side == "left" else slice(0, len(ids))
+            row[at] = LongTensor(list(ids))
+        return padded
+
+
+def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with: pad, or eos where there is no pad (the attention mask hides it either way)."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if pad is None:
+        raise ConfigError(
+            f"the tokenizer {type(tokenizer).__name__} has neither a pad nor an eos token; set tokenizer.pad_token"
+        )
+    return int(pad)
+
+
+@dataclass
+class TaskDataset(Dataset[Encoded]):
+    """One split of all tasks, read by (task, index); encodes an example when it is first read and then keeps it."""
+
+    tasks: Sequence[Task]
+    encoder: Encoder
+    split: str = "train"
+    _encoded: dict[tuple[int, int], Encoded] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, at: tuple[int, int]) -> Encoded:
+        if at not in self._encoded:
+            number, index = at
+            task = self.tasks[number]
+            self._encoded[at] = self.encoder.encode(task.split(self.split)[index], number, self._limit(task))
+        return self._encoded[at]
+
+    def __len__(self) -> int:
+        return sum(len(task.split(self.split)) for task in self.tasks)
+
+    def lengths(self) -> list[list[int]]:
+        """Tokens of every example of every task: what `mixture.schedule` sorts by."""
+        return [self.encoder.lengths(task.split(self.split), self._limit(task)) for task in self.tasks]
+
+    def _limit(self, task: Task) -> int | None:
+        limits = [n for n in (task.max_prompt_tokens, self.encoder.max_prompt_tokens) if n is not None]
+        return min(limits) if limits else None
+
+
+class ScheduledBatches(Sampler[list[tuple[int, int]]]):
+    """A batch sampler that plays a schedule from its start.
+
+    For `DataLoader(dataset, batch_sampler=…)`; resuming skips batches from outside (accelerate's `skip_first_batches`).
+    """
+
+    def __init__(self, batches: Sequence[list[tuple[int, int]]]) -> None:
+        if not batches:
+            raise TaskError("the schedule has no batches: train for at least one step")
+        self.batches = list(batches)
+        # Read by accelerate when it shards batches over processes (checked with accelerate 1.15).
+        self.batch_size = len(self.batches[0])
+        self.drop_last = False
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+def prompt_batches(
+    examples: Sequence[Example],
+    encoder: Encoder,
+    batch_size: int,
+    *,
+    tasks: int | Sequence[int] = 0,
+    max_prompt_tokens: int | None = None,
+) -> Iterator[tuple[list[int], PromptBatch]]:
+    """(positions in `examples`, their prompts as a batch), longest first: what does not fit in memory fails at once.
+
+    `tasks` is the id of every example's task, or one for all. `restore_order` puts the answers back.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    ids_of = [tasks] * len(examples) if isinstance(tasks, int) else list(tasks)
+    if len(ids_of) != len(examples):
+        raise TaskError(f"{len(ids_of)} task ids for {len(examples)} examples; give one for each, or one for all")
+    prompts = [encoder.prompt(example, max_prompt_tokens) for example in examples]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    collator = Collator(pad_id_of(encoder.tokenizer), side="right" if encoder.encoder_decoder else "left")
+    for start in range(0, len(order), batch_size):
+        positions = order[start : start + batch_size]
+        yield positions, collator.prompts([prompts[i] for i in positions], [ids_of[i] for i in positions])
+
+
+def restore_order(positions: Sequence[Sequence[int]], answers: Sequence[Sequence[T]]) -> list[T]:
+    """Answers given batch by batch, in the order of the examples."""
+    where = [i for batch in positions for i in batch]
+    what = [answer for batch in answers for answer in batch]
+    if sorted(where) != list(range(len(what))):
+        raise TaskError(f"{len(what)} answers for {len(where)} positions: every position needs exactly one answer")
+    return [answer for _, answer in sorted(zip(where, what, strict=True), key=lambda pair: pair[0])]

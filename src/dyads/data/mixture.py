@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How often is each task drawn, and which example stands in which batch?
+
+    proportional   p_i ∝ n_i
+    temperature    p_i ∝ n_i^(1/T)            T = 1 is proportional, large T tends to uniform
+    uniform        p_i ∝ 1
+    balanced       p_i ∝ exp(n_i / Σ n)       MoRE's sampling weights, between uniform and e : 1
+    round_robin    the tasks in turn, no chance involved
+
+A task without examples gets 0. The schedule is computed before training from sizes, lengths and a seed alone, so that
+every method of a seed reads the same examples in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import cycle, islice
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dyads.errors import ConfigError, TaskError, did_you_mean
+
+__all__ = ["KINDS", "WINDOW", "Kind", "MixtureSpec", "draw_probabilities", "schedule"]
+
+Kind = Literal["proportional", "temperature", "uniform", "balanced", "round_robin"]
+KINDS: tuple[Kind, ...] = ("proportional", "temperature", "uniform", "balanced", "round_robin")
+WINDOW = 8
+"""Batches that are sorted by length together."""
+
+Batch = list[tuple[int, int]]
+
+
+class MixtureSpec(BaseModel):
+    """A recipe's `mixture:` section."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Kind = "proportional"
+    """How often each task is drawn."""
+    temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """T of kind temperature."""
+    batches: Literal["mixed", "one_task"] = "mixed"
+    """Whether a batch holds examples of any task, or of one."""
+
+    @model_validator(mode="after")
+    def _temperature_has_its_kind(self) -> MixtureSpec:
+        if self.kind == "temperature" and self.temperature is None:
+            raise ValueError("kind: temperature needs a value, such as temperature: 2")
+        if self.kind != "temperature" and self.temperature is not None:
+            raise ValueError(f"temperature: {self.temperature} needs kind: temperature, got kind: {self.kind}")
+        return self
+
+
+def draw_probabilities(sizes: Sequence[int], kind: Kind, temperature: float | None = None) -> list[float]:
+    """Chance of drawing each task, from the numbers of its examples; formulas above. The result sums to 1.
+
+    For round_robin these are its shares, which are equal. `temperature` is read by kind temperature only.
+    """
+    n = np.asarray(sizes, dtype=np.float64)
+    if n.ndim != 1 or n.size == 0 or n.min() < 0 or n.sum() == 0:
+        raise TaskError(f"there is nothing to draw from: the tasks have {list(sizes)} train examples")
+    if kind == "proportional":
+        weights = n
+    elif kind == "temperature":
+        if temperature is None or not 0 < temperature < float("inf"):
+            raise ConfigError(f"mixture: kind temperature needs a temperature above 0, got {temperature}")
+        weights = (n / n.max()) ** (1.0 / temperature)
+    elif kind in ("uniform", "round_robin"):
+        weights = np.ones_like(n)
+    elif kind == "balanced":
+        weights = np.exp(n / n.sum())
+    else:
+        raise ConfigError(f"mixture: unknown kind '{kind}'{did_you_mean(str(kind), KINDS)}")
+    weights = np.where(n > 0, weights, 0.0)
+    return [float(p) for p in weights / weights.sum()]
+
+
+def schedule(
+    lengths: Sequence[Sequence[int]], *, spec: MixtureSpec, steps: int, batch_size: int, seed: int, window: int = WINDOW
+) -> list[Batch]:
+    """For every step its batch, a list of (task, index), given `lengths[task][index]` in tokens or any other unit.
+
+    - A task's examples are read in shuffled passes: each once before any of them again.
+    - Within a window of batches the examples are sorted by length and cut into batches, and the batches are shuffled; a
+      window so holds the examples that it would hold without, in other batches. With `one_task` this happens among the
+      batches of the same task, and the order of tasks stays. `window=1` keeps the drawn batches as they are.
+    - A longer schedule starts with the shorter one (same window): whole windows are made, the last one is cut off.
+    """
+    if steps < 0 or batch_size < 1 or window < 1:
+        raise ConfigError(
+            f"a schedule needs steps ≥ 0, batch_size ≥ 1, window ≥ 1; got {steps}, {batch_size}, {window}"
+        )
+    sizes = [len(task) for task in lengths]
+    per_draw = 1 if spec.batches == "mixed" else batch_size
+    tasks = _tasks(sizes, spec, seed)
+    passes = [_passes(seed, task, size) for task, size in enumerate(sizes)]
+    batches: list[Batch] = []
+    for number in range(-(-steps // window)):
+        drawn: list[Batch] = []
+        while len(drawn) < window:
+            slots = [task for task in islice(tasks, batch_size // per_draw) for _ in range(per_draw)]
+            drawn.append([(task, next(passes[task])) for task in slots])
+        batches += _bucket(drawn, lengths, spec, _generator(seed, "window", number)) if window > 1 else drawn
+    return batches[:steps]
+
+
+def _bucket(
+    drawn: list[Batch], lengths: Sequence[Sequence[int]], spec: MixtureSpec, random: np.random.Generator
+) -> list[Batch]:
+    groups: dict[int, list[int]] = {}  # batches whose examples may be exchanged
+    for position, batch in enumerate(drawn):
+        groups.setdefault(batch[0][0] if spec.batches == "one_task" else -1, []).append(position)
+    size = len(drawn[0])
+    bucketed = list(drawn)
+    for positions in groups.values():
+        pool = sorted((e for p in positions for e in drawn[p]), key=lambda e: lengths[e[0]][e[1]])
+        for cut, position in enumerate(random.permutation(positions).tolist()):
+            bucketed[position] = pool[cut * size : (cut + 1) * size]
+    return bucketed
+
+
+def _tasks(sizes: Sequence[int], spec: MixtureSpec, seed: int) -> Iterator[int]:
+    """The endless stream of drawn tasks."""
+    chances = draw_probabilities(sizes, spec.kind, spec.temperature)
+    if spec.kind == "round_robin":
+        yield from cycle(task for task, chance in enumerate(chances) if chance)
+    random = _generator(seed, "tasks")
+    block = 1024  # a fixed block: the stream must not depend on how much of it is read
+    while True:
+        yield from random.choice(len(sizes), size=block, p=chances).tolist()
+
+
+def _passes(seed: int, task: int, size: int) -> Iterator[int]:
+    """The endless stream of a task's indices: a new order for every pass."""
+    number = 0
+    while True:
+        order: NDArray[np.int64] = _generator(seed, "pass", task, number).permutation(size)
+        yield from order.tolist()
+        number += 1
+
+
+def _generator(seed: int, *purpose: str | int) -> np.random.Generator:
+    """Independent random numbers for every purpose, so that no choice shifts another."""
+    text = "/".join(map(str, ("mixture", seed, *purpose)))
+    return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big"))

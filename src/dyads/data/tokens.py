@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How does an example become token ids and labels, the same way in training and in generation?
+
+    decoder only     input_ids = prompt + target + eos      labels = -100 … -100 + target + eos
+    encoder-decoder  input_ids = prompt (with its special tokens)      labels = target + eos
+
+Prompt and target are tokenised apart and joined, with nothing in between: the model then sees the prompt cut into the
+same tokens when it generates. Blanks at the end of a decoder's prompt move to the front of its target ("Output:" +
+" Paris"), because most tokenizers join a blank to the word that follows; the text stays the same.
+
+Too long: of a prompt that has shorter versions (fewer demonstrations) the first that fits is taken. What is still too
+long loses its middle for a decoder, which needs the definition at the start and the cue at the end, and its end for an
+encoder-decoder, as the official Super-NaturalInstructions scoring has it. A target is kept whole up to its limit, which
+counts eos; a longer one is cut and then gets no eos, so that nobody learns to stop in the middle of a sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dyads.errors import ConfigError
+from dyads.tasks.task import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["IGNORED", "Encoded", "Encoder", "encode"]
+
+IGNORED = -100
+"""The label of a position that is not trained on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One training example in tokens."""
+
+    input_ids: list[int]
+    labels: list[int]
+    """As long as `input_ids` for a decoder; the target alone for an encoder-decoder."""
+    task: int
+
+    def __len__(self) -> int:
+        """Tokens that the model works through: what batches are sorted by."""
+        return len(self.input_ids)
+
+
+class Encoder:
+    """A tokenizer with its limits.
+
+    Special tokens stand around the prompt only where the tokenizer puts them by itself; a decoder's prompt keeps those
+    at its start (bos) and drops those at its end (eos, [SEP]), since the answer follows.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_prompt_tokens: int | None = None,
+        max_target_tokens: int | None = None,
+        encoder_decoder: bool = False,
+    ) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ConfigError(
+                f"the tokenizer {type(tokenizer).__name__} has no eos token, so that no answer could end; "
+                f"set tokenizer.eos_token"
+            )
+        self.tokenizer, self.encoder_decoder = tokenizer, encoder_decoder
+        self.max_prompt_tokens, self.max_target_tokens = max_prompt_tokens, max_target_tokens
+        self.eos = int(tokenizer.eos_token_id)
+        self.start, self.end = _special_tokens(tokenizer)
+        if not encoder_decoder:
+            self.end = []
+        room = len(self.start) + len(self.end) + 1
+        if max_prompt_tokens is not None and max_prompt_tokens < room:
+            raise ConfigError(
+                f"max_prompt_tokens is {max_prompt_tokens}, a prompt needs at least {room} with special tokens"
+            )
+        if max_target_tokens is not None and max_target_tokens < 1:
+            raise ConfigError(f"max_target_tokens is {max_target_tokens}, a target needs at least 1")
+
+    def prompt(self, example: Example, limit: int | None = None) -> list[int]:
+        """The tokens that the model reads before it answers, at most `limit` (default: the encoder's own)."""
+        limit = self.max_prompt_tokens if limit is None else limit
+        room = None if limit is None else max(1, limit - len(self.start) - len(self.end))
+        for text in (example.prompt, *example.shorter):
+            ids = self._ids(self._read(text))
+            if room is None or len(ids) <= room:
+                break
+        if room is not None and len(ids) > room:
+            tail = 0 if self.encoder_decoder else room // 2
+            ids = ids[: room - tail] + ids[len(ids) - tail :]
+        return self.start + ids + self.end
+
+    def target(self, example: Example) -> list[int]:
+        """The tokens that the model should answer, eos included where the target was not cut."""
+        ids = [*self._ids(self._answered(example)), self.eos]
+        return ids if self.max_target_tokens is None else ids[: self.max_target_tokens]
+
+    def encode(self, example: Example, task: int, limit: int | None = None) -> Encoded:
+        """The example for training. It always has a label."""
+        prompt, target = self.prompt(example, limit), self.target(example)
+        if self.encoder_decoder:
+            return Encoded(prompt, target, task)
+        return Encoded(prompt + target, [IGNORED] * len(prompt) + target, task)
+
+    def lengths(self, examples: Sequence[Example], limit: int | None = None) -> list[int]:
+        """`len(self.encode(e, …))` of every example, to sort by; faster, and shorter prompts are not tried."""
+        if not examples:
+            return []
+        limit = self.max_prompt_tokens if limit is None else limit
+        special = len(self.start) + len(self.end)
+        prompts = [len(ids) + special for ids in self._many([self._read(e.prompt) for e in examples])]
+        prompts = prompts if limit is None else [min(n, limit) for n in prompts]
+        if self.encoder_decoder:
+            return prompts
+        targets = [len(ids) + 1 for ids in self._many([self._answered(e) for e in examples])]
+        most = self.max_target_tokens
+        return [p + (t if most is None else min(t, most)) for p, t in zip(prompts, targets, strict=True)]
+
+    def _read(self, prompt: str) -> str:
+        return prompt if self.encoder_decoder else prompt.rstrip(" ")
+
+    def _answered(self, example: Example) -> str:
+        return example.prompt[len(self._read(example.prompt)) :] + example.references[0]
+
+    def _ids(self, text: str) -> list[int]:
+        return self._many([text])[0]
+
+    def _many(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
+        return ids
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    *,
+    task: int = 0,
+    max_prompt_tokens: int | None = None,
+    max_target_tokens: int | None = None,
+    encoder_decoder: bool = False,
+) -> Encoded:
+    """One example in tokens and labels; see the top of the file. For many examples keep an `Encoder`."""
+    encoder = Encoder(
+        tokenizer,
+        max_prompt_tokens=max_prompt_tokens,
+        max_target_tokens=max_target_tokens,
+        encoder_decoder=encoder_decoder,
+    )
+    return encoder.encode(example, task)
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text by itself, found by looking."""
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    dressed: list[int] = tokenizer("a")["input_ids"]
+    for at in range(len(dressed) - len(bare) + 1):
+        if dressed[at : at + len(bare)] == bare:
+            return dressed[:at], dressed[at + len(bare) :]
+    return [], []

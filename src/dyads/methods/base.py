@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What do all methods share? The fields of a config, the contract of a core, and the registry they enter.
+
+A method is a config (a `PeftConfig`), a core (its `route` and `mix` inside one adapted layer) and a line in the
+registry. Everything else – layers, merging, saving, tasks in a batch, tests – a method gets by existing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from dyads.errors import ConfigError, did_you_mean
+
+__all__ = ["Core", "DyadsConfig", "Method", "build_config", "method", "method_names", "methods", "register"]
+
+# Peft types are prefixed, so that a method that PEFT itself ships one day cannot collide with an adapter of ours.
+PEFT_TYPE_PREFIX = "DYADS_"
+
+_IMPORT_NOTE = """
+## Loading
+
+This adapter's method comes with [dyads](https://pypi.org/project/dyads/). Import it before PEFT loads the adapter:
+
+```python
+import dyads  # registers the method with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""
+
+
+@dataclasses.dataclass
+class DyadsConfig(PeftConfig):  # type: ignore[misc]
+    """The fields every method has. Names are PEFT's wherever PEFT has one."""
+
+    r: int = dataclasses.field(default=8, metadata={"help": "Rank of one expert."})
+    lora_alpha: float | None = dataclasses.field(
+        default=None, metadata={"help": "The update is scaled by lora_alpha / r. Not set: the scale is 1."}
+    )
+    lora_dropout: float = dataclasses.field(
+        default=0.0, metadata={"help": "Dropout on the input of A, in [0, 1). Routers always see the whole input."}
+    )
+    target_modules: list[str] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Names, a regular expression, or 'all-linear'. Not set: as PEFT's LoRA."}
+    )
+    exclude_modules: list[str] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Names or a regular expression of modules to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = dataclasses.field(
+        default=None, metadata={"help": "Indices of the layers to adapt. Not set: all."}
+    )
+    layers_pattern: list[str] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Name of the list of layers, where it is not a common one."}
+    )
+    modules_to_save: list[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Modules to train and save whole beside the adapter, for instance a head."}
+    )
+    init_weights: bool = dataclasses.field(
+        default=True, metadata={"help": "True: B = 0, a fresh adapter changes nothing. False: random B, for tests."}
+    )
+    init_std: float | None = dataclasses.field(
+        default=None, metadata={"help": "Standard deviation of A at the start. Not set: Kaiming-uniform, as LoRA."}
+    )
+
+    key: ClassVar[str]
+    """The method's name in recipes and on the command line; set by `register`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type: Any = PEFT_TYPE_PREFIX + self.key.upper()
+        self.require(isinstance(self.r, int) and self.r >= 1, "r", "must be a whole number, 1 or more")
+        self.require(
+            self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", "must be above 0 (leave it out for scale 1)"
+        )
+        self.require(0 <= self.lora_dropout < 1, "lora_dropout", "must be at least 0 and below 1")
+        self.require(self.init_std is None or self.init_std > 0, "init_std", "must be above 0 (leave it out for LoRA's)")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                self.require(
+                    getattr(self, name) is None,
+                    name,
+                    "cannot be used with a regular expression in target_modules: put the layers into the expression,"
+                    " or give target_modules as a list of names",
+                )
+        self.require(
+            not self.layers_pattern or self.layers_to_transform is not None,
+            "layers_pattern",
+            "only says where layers_to_transform counts: set layers_to_transform too",
+        )
+
+    def require(self, holds: bool, name: str, reason: str) -> None:
+        """Refuse the value of a field, with the value and the reason."""
+        if not holds:
+            raise ConfigError(f"{self.key}: {name} {reason}, got {getattr(self, name)!r}")
+
+    @property
+    def scaling(self) -> float:
+        """lora_alpha / r, or 1 where lora_alpha is not set (the MoDE paper has no scale)."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
+
+    @property
+    def task_names(self) -> tuple[str, ...] | None:
+        """Names of the tasks the gates know, in the order of their ids; None for a method that looks at no task."""
+        return None
+
+    def core(self, d: int) -> Core:
+        """The method's core for a layer with d input features."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; also tells the reader of the model card to import dyads first."""
+        super().save_pretrained(save_directory, **kwargs)
+        for card in (Path(save_directory) / "README.md", Path(save_directory).parent / "README.md"):
+            # PEFT puts an adapter that is not called 'default' one folder below its card.
+            if card.is_file() and "import dyads" not in card.read_text(encoding="utf-8"):
+                with card.open("a", encoding="utf-8") as f:
+                    f.write(_IMPORT_NOTE)
+                break
+
+
+class Core(nn.Module):
+    """A method inside one adapted layer.
+
+    p and q count the inner directions (rows of A) and the outer directions (rows of B). `looks_at` names what the
+    gates depend on, from {"x", "h", "task"}: merging is exact where it is empty, or is {"task"} and a task is named.
+    """
+
+    p: int
+    q: int
+    gate_axes: ClassVar[int] = 1
+    """How many trailing axes of the gates belong to one token."""
+    looks_at: frozenset[str] = frozenset()
+
+    def route(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def mix(self, h: Tensor, g: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw the starting values of routers, gates and embeddings; nothing where a core has none."""
+
+    def matrix(self, g: Tensor) -> Tensor:
+        """G = mix(I; g), shape (… q p): the method written out for these gates, since mix is linear in h."""
+        identity = torch.eye(self.p, dtype=g.dtype, device=g.device)
+        rows = self.mix(identity, g.unsqueeze(-1 - self.gate_axes))
+        return rows.transpose(-1, -2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A line of the registry."""
+
+    key: str
+    config: type[Any]
+    summary: str
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(key: str, summary: str) -> Callable[[type[Any]], type[Any]]:
+    """Enter a config into the registry under the name that recipes and the command line use."""
+
+    def enter(config: type[Any]) -> type[Any]:
+        config.key = key
+        _METHODS[key] = Method(key, config, summary)
+        return config
+
+    return enter
+
+
+def methods() -> tuple[Method, ...]:
+    """The methods of the family, in the order they were defined."""
+    return tuple(_METHODS.values())
+
+
+def method(key: str) -> Method:
+    """The method of that name; ConfigError with the nearest names when there is none."""
+    if key not in _METHODS:
+        raise ConfigError(f"unknown method '{key}'{did_you_mean(key, method_names())}")
+    return _METHODS[key]
+
+
+def method_names() -> tuple[str, ...]:
+    """Every method that can be trained: the family's, and PEFT's own LoRA as the baseline."""
+    return ("lora", *_METHODS)
+
+
+def build_config(name: str, options: dict[str, Any], task_names: tuple[str, ...] | None = None) -> PeftConfig:
+    """The PEFT config of a method from the options of a recipe.
+
+    Unknown options are refused with the nearest names. A task-conditioned method that is told neither `tasks` nor
+    `num_tasks` learns the given task names.
+    """
+    if name == "lora":
+        from peft import LoraConfig
+
+        config_class: type[Any] = LoraConfig
+        options = dict(options)
+    else:
+        config_class = method(name).config
+        options = dict(options)
+    fields = {f.name for f in dataclasses.fields(config_class) if f.init and f.name != "peft_type"}
+    for key in options:
+        if key not in fields:
+            near = did_you_mean(key, sorted(fields - set(PeftConfig.__dataclass_fields__)))
+            raise ConfigError(f"unknown option '{key}' of method '{name}'{near}")
+    if name == "lora" and "lora_alpha" not in options:
+        # PEFT's default alpha is 8 whatever the rank; the family's default is scale 1, and a fair baseline has the same.
+        options["lora_alpha"] = options.get("r", 8)
+    if task_names and {"tasks", "num_tasks"} <= fields and not options.keys() & {"tasks", "num_tasks"}:
+        options["tasks"] = list(task_names)
+    try:
+        return config_class(**options)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"method '{name}': {error}") from error

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which pieces of routing do several methods need?
+
+A gate has three stages: *score* (what the router sees, and how), *select* (from scores to weights) and *combine* (which
+coefficients a weight multiplies). Each function here is one stage of one kind.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["combine_experts", "combine_groups", "per_token", "score_linear", "select_prefix", "select_softmax"]
+
+
+def score_linear(x: Tensor, router: Tensor, experts: int) -> Tensor:
+    """Scores W x of every expert in every group: x (… d), router (K·n d) → (… K n). No bias, as in the MoDE paper."""
+    return F.linear(x, router.to(x.dtype)).unflatten(-1, (-1, experts))
+
+
+def select_softmax(scores: Tensor) -> Tensor:
+    """Softmax over the last axis; in fp32 where the scores are half precision, returned in their dtype."""
+    half = scores.dtype in (torch.float16, torch.bfloat16)
+    return scores.softmax(-1, dtype=torch.float32 if half else None).to(scores.dtype)
+
+
+def select_prefix(scores: Tensor) -> Tensor:
+    """Straight-through choice of a rank: scores (… r) → gates (… r), 1 for the first k ranks and 0 for the others.
+
+        p = softmax(scores)      k = argmax p      g_i = 1[i ≤ k] · (1 + p_k − stopgrad(p_k))
+
+    The value is exactly a prefix of ones; the gradient reaches the scores through the chosen entry of p (MoRE).
+    """
+    p = scores.softmax(-1)
+    top, k = p.max(-1, keepdim=True)
+    prefix = (torch.arange(scores.shape[-1], device=scores.device) <= k).to(scores.dtype)
+    return prefix * (1 + (top - top.detach()))
+
+
+def per_token(g: Tensor, like: Tensor) -> Tensor:
+    """Gates of samples (b …) spread over their tokens: ones are inserted until g broadcasts against `like` (b … p)."""
+    if like.ndim == 1:
+        return g.squeeze(0)
+    return g.view(g.shape[0], *[1] * (like.ndim - 2), *g.shape[1:])
+
+
+def combine_groups(h: Tensor, g: Tensor) -> Tensor:
+    """Every rank of group k gets the n gates of its group: h (… K·s), g (… K n) → (… K·s·n), rank by rank."""
+    groups, experts = g.shape[-2:]
+    h = h.unflatten(-1, (groups, -1))
+    return (h.unsqueeze(-1) * g.unsqueeze(-2)).flatten(-3)
+
+
+def combine_experts(h: Tensor, g: Tensor) -> Tensor:
+    """Every expert's ranks get the expert's gate: h (… n·r), g (… n) → (… n·r), expert by expert."""
+    return (h.unflatten(-1, (g.shape[-1], -1)) * g.unsqueeze(-1)).flatten(-2)

@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How is one adapter trained on many tasks? On transformers' Trainer, with the schedule, batches and loss of dyads.
+
+The Trainer keeps what it is good at: the loop, the optimizer, accelerate, the progress bar, logging, checkpoints and
+resuming. Ours are the batches (computed before training, the same for every method of a seed), the task of every
+sample, and the loss, for which only label positions go through the LM head.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from dyads.data.batches import IGNORED, Collator, Encoder, ScheduledBatches, TaskDataset, pad_id_of
+from dyads.data.mixture import schedule
+from dyads.errors import ConfigError, RunError
+from dyads.runs.config import Recipe
+from dyads.runs.evaluate import evaluate as evaluate_run
+from dyads.runs.folder import RunFolder
+from dyads.runs.model import load_model, load_tokenizer
+from dyads.tasks import Suite, Task, load_suite
+from dyads.tuner.routing import find_routing
+
+__all__ = ["Training", "train"]
+
+
+def train(recipe: Recipe, out: str | Path, *, resume: bool = False, evaluate: bool = True) -> RunFolder:
+    """Train the recipe's method into a run folder and score it there.
+
+    Everything that can be refused is refused before the folder is touched. With `resume` a run that was cut off goes on
+    from its last checkpoint, and one that is complete is left as it is.
+    """
+    suite = load_suite(recipe.tasks)
+    training = Training(recipe, suite) if recipe.method.trains else None
+    folder = RunFolder.create(out, recipe, resume=resume)
+    if folder.is_scored:
+        return folder
+    folder.write_environment(seed=recipe.seed)
+    if training is not None and not (folder.adapter / "adapter_config.json").is_file():
+        training.run(folder, resume=resume)
+    if evaluate:
+        evaluate_run(folder, suite=suite)
+    return folder
+
+
+class Training:
+    """A model with a fresh adapter, its batches and its Trainer."""
+
+    def __init__(self, recipe: Recipe, suite: Suite) -> None:
+        self.recipe, self.suite = recipe, suite
+        spec = recipe.train
+        if spec.threads:
+            torch.set_num_threads(spec.threads)
+        set_seed(recipe.seed)
+        names = tuple(task.name for task in suite.tasks)
+        config = recipe.method.peft_config(names)
+        base = load_model(recipe.model)
+        self.encoder_decoder = bool(base.config.is_encoder_decoder)
+        config.task_type = "SEQ_2_SEQ_LM" if self.encoder_decoder else "CAUSAL_LM"
+        self.tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
+        set_seed(recipe.seed)  # again: the adapter's start must not depend on how the base was loaded
+        self.model = get_peft_model(base, config)
+        self._check_tasks(names)
+        self.encoder = Encoder(
+            self.tokenizer,
+            max_prompt_tokens=spec.max_prompt_tokens,
+            max_target_tokens=spec.max_target_tokens,
+            encoder_decoder=self.encoder_decoder,
+        )
+
+    def _check_tasks(self, names: tuple[str, ...]) -> None:
+        routing = find_routing(self.model)
+        for adapter, known in (routing.names if routing else {}).items():
+            named = getattr(self.model.peft_config[adapter], "tasks", None)
+            if len(known) != len(names) or (named and tuple(known) != names):
+                raise ConfigError(
+                    f"method '{self.recipe.method.name}' is told {len(known)} tasks ({', '.join(known[:4])}, …), but"
+                    f" the suite has {len(names)} ({', '.join(names[:4])}, …): leave 'tasks' and 'num_tasks' out, and"
+                    " the suite's tasks are taken"
+                )
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters, with routers, gates and embeddings."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def run(self, folder: RunFolder, *, resume: bool = False) -> None:
+        """Train to the end and keep the adapter."""
+        checkpoint = get_last_checkpoint(str(folder.checkpoints)) if resume and folder.checkpoints.is_dir() else None
+        trainer = self.trainer(folder)
+        log = _Log(folder, self.parameters, offset=_seconds_at(folder, checkpoint))
+        trainer.add_callback(log)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        folder.append_log(
+            {
+                "event": "trained",
+                "step": trainer.state.global_step,
+                "seconds": log.seconds,
+                "parameters": self.parameters,
+            }
+        )
+        if self.recipe.train.validation_limit:
+            loss = self.validation_loss(trainer, self.recipe.train.validation_limit)
+            folder.append_log({"event": "validated", "step": trainer.state.global_step, "validation_loss": loss})
+        self.model.save_pretrained(folder.adapter)
+
+    @torch.no_grad()
+    def validation_loss(self, trainer: _Trainer, limit: int) -> float:
+        """Mean over tasks of the cross-entropy per label, on the first `limit` validation instances of each."""
+        self.model.eval()
+        dataset = TaskDataset(self.suite.tasks, self.encoder, split="validation")
+        losses = []
+        for number, task in enumerate(self.suite.tasks):
+            batch = cast(Any, trainer.data_collator)([dataset[number, i] for i in range(min(limit, len(task.validation)))])
+            inputs = {k: v.to(trainer.args.device) for k, v in batch.items()}
+            losses.append(float(trainer.compute_loss(self.model, inputs)))
+        return sum(losses) / len(losses)
+
+    def trainer(self, folder: RunFolder) -> _Trainer:
+        """The Trainer of this run, ready to go."""
+        spec = self.recipe.train
+        arguments = TrainingArguments(
+            output_dir=str(folder.checkpoints),
+            max_steps=spec.steps,
+            per_device_train_batch_size=spec.batch_size // spec.gradient_accumulation,
+            gradient_accumulation_steps=spec.gradient_accumulation,
+            learning_rate=spec.learning_rate,
+            optim="adafactor" if spec.optimizer == "adafactor" else "adamw_torch",
+            weight_decay=spec.weight_decay,
+            warmup_steps=spec.warmup_steps,
+            lr_scheduler_type=spec.lr_scheduler,
+            max_grad_norm=spec.max_grad_norm,
+            gradient_checkpointing=spec.gradient_checkpointing,
+            logging_steps=spec.logging_steps,
+            save_strategy="steps" if spec.save_steps else "no",
+            save_steps=spec.save_steps or 500,
+            report_to=list(spec.report_to) or "none",
+            seed=self.recipe.seed,
+            save_total_limit=2,
+            run_name=f"{self.recipe.name}-seed{self.recipe.seed}",
+            dataloader_pin_memory=torch.cuda.is_available(),
+            logging_nan_inf_filter=False,  # a loss that is not finite must be seen
+            remove_unused_columns=False,  # batches carry their task
+            **spec.trainer,
+        )
+        return _Trainer(self, folder, arguments)
+
+
+class _Trainer(Trainer):  # type: ignore[misc]
+    def __init__(self, training: Training, folder: RunFolder, arguments: TrainingArguments) -> None:
+        spec, recipe = training.recipe.train, training.recipe
+        self.tasks: Sequence[Task] = training.suite.tasks
+        self.folder = folder
+        dataset = TaskDataset(self.tasks, training.encoder)
+        parts = arguments.gradient_accumulation_steps * arguments.world_size
+        if spec.batch_size % parts:
+            raise ConfigError(f"train.batch_size {spec.batch_size} cannot be cut into {parts} equal parts for all devices")
+        batches = schedule(
+            dataset.lengths(),
+            spec=recipe.mixture,
+            steps=spec.steps,
+            batch_size=spec.batch_size,
+            seed=recipe.seed,
+            window=spec.bucket_window,
+        )
+        size = spec.batch_size // parts
+        self.batches = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
+        self.routed = find_routing(training.model) is not None
+        self.encoder_decoder = training.encoder_decoder
+        super().__init__(
+            model=training.model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=Collator(pad_id_of(training.tokenizer), encoder_decoder=training.encoder_decoder),
+            # Never called, as compute_loss below does not: it makes the Trainer count the labels of a whole step.
+            compute_loss_func=_unused,
+        )
+        # The loss below is normalised over the labels of the whole step, all accumulated parts together.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        # The layers of a decoder predict the next token; the Trainer only has to count the labels it will see.
+        self._loss_shifts_labels = not self.encoder_decoder
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader = DataLoader(
+            cast(Any, self.train_dataset),
+            batch_sampler=ScheduledBatches(self.batches),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return cast("DataLoader[Any]", self.accelerator.prepare(loader))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        labels, task = inputs.pop("labels"), inputs.pop("task")
+        if self.routed:
+            inputs["task"] = task
+        loss, count = label_loss(self.accelerator.unwrap_model(model), model, inputs, labels, self.encoder_decoder)
+        loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
+        if not torch.isfinite(loss):
+            self._stop("loss", task)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        # Checked before the update, so that a broken step never reaches the weights that a checkpoint keeps.
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
+            self._stop("gradient", inputs["task"])
+        return loss
+
+    def _stop(self, what: str, task: Tensor) -> None:
+        names = sorted({self.tasks[int(i)].name for i in task.tolist()})
+        kept = get_last_checkpoint(str(self.folder.checkpoints)) if self.folder.checkpoints.is_dir() else None
+        way_out = f"the last checkpoint is kept ({kept})" if kept else "no checkpoint was saved before it"
+        raise RunError(
+            f"the {what} is not finite at step {self.state.global_step + 1}, on a batch of {', '.join(names)}; training"
+            f" stops, and {way_out}. A lower train.learning_rate, or model.dtype float32, usually helps."
+        )
+
+
+def _unused(*args: Any, **kwargs: Any) -> Tensor:
+    raise AssertionError("compute_loss is overridden")
+
+
+def label_loss(
+    unwrapped: PeftModel, model: nn.Module, inputs: dict[str, Any], labels: Tensor, encoder_decoder: bool
+) -> tuple[Tensor, Tensor]:
+    """(sum of the cross-entropies of all labels, their number), in fp32.
+
+    Labels (b t) hold IGNORED where nothing is learned. The LM head, often the largest product of a small model, is
+    given the hidden states of label positions only: a hook picks them from its input, so that this works for every
+    model whose head is an ordinary linear layer. A head that is adapted or replaced sees all positions, as usual.
+    """
+    if encoder_decoder:
+        inputs = {**inputs, "decoder_input_ids": unwrapped.prepare_decoder_input_ids_from_labels(labels=labels)}
+        keep, targets = labels != IGNORED, labels
+    else:
+        keep = F.pad(labels[:, 1:] != IGNORED, (0, 1))  # position i predicts label i + 1
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        inputs = {**inputs, "use_cache": False}
+
+    def pick(head: nn.Module, args: tuple[Any, ...]) -> Any:
+        hidden = args[0]
+        return (hidden[keep], *args[1:]) if hidden.shape[:-1] == keep.shape else None
+
+    head = unwrapped.get_output_embeddings()
+    hook = head.register_forward_pre_hook(pick) if type(head) is nn.Linear else None
+    try:
+        logits = model(**inputs).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    if logits.ndim == 3:
+        logits = logits[keep]
+    wanted = targets[keep]
+    return F.cross_entropy(logits.float(), wanted, reduction="sum"), torch.tensor(wanted.numel(), device=labels.device)
+
+
+class _Log(TrainerCallback):  # type: ignore[misc]
+    """Copies what the Trainer logs into the run's log, with the seconds that training has taken so far."""
+
+    def __init__(self, folder: RunFolder, parameters: int, offset: float) -> None:
+        self.folder, self.parameters = folder, parameters
+        self.offset, self.start = offset, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.offset + time.perf_counter() - self.start
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            self.folder.append_log({"step": state.global_step, **logs, "seconds": round(self.seconds, 3)})
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.folder.append_log({"event": "saved", "step": state.global_step, "seconds": round(self.seconds, 3)})
+
+
+def _seconds_at(folder: RunFolder, checkpoint: str | None) -> float:
+    """Seconds of training that a checkpoint holds."""
+    if checkpoint is None:
+        return 0.0
+    step = int(Path(checkpoint).name.rpartition("-")[2])
+    saved = [line["seconds"] for line in folder.log() if line.get("event") == "saved" and line.get("step") == step]
+    return float(saved[-1]) if saved else 0.0

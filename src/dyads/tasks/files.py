@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How do your own JSONL or CSV files become tasks?
+
+A row is `task, input, output` and, where wanted, `split` (train, validation, test), `id`, `instruction`, `metric`.
+
+    {"task": "capitals", "input": "France", "output": "Paris"}
+    {"task": "capitals", "input": "Bolivia", "output": ["Sucre", "La Paz"], "split": "test"}
+
+Of several right answers the first is trained on. In CSV, several are a JSON list in the cell, which then starts with
+`["`; any other cell is taken as it stands.
+The prompt is the instruction (if any), an empty line, the input and a line break; the answer follows.
+A task either gives the split of every row, or of none: then 80/10/10 by a hash of seed and prompt, rows with the same
+prompt on one side. A task's order is that of its first row; its files are read in the order given, a folder's by name.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from dyads.errors import TaskError, did_you_mean
+from dyads.tasks.divide import divide
+from dyads.tasks.family import FamilySpec, Suite, register_family
+from dyads.tasks.metrics import metric as metric_named
+from dyads.tasks.task import SPLITS, Example, Task
+
+__all__ = ["FilesSpec"]
+
+VERSION = 1
+REQUIRED = ("task", "input", "output")
+OPTIONAL = ("split", "id", "instruction", "metric")
+DEFAULT_METRICS = ("rouge_l", "exact_match")
+SUFFIXES = (".jsonl", ".csv")
+HELD_OUT = 0.10  # of a task's rows, for the test split and again for validation
+
+
+@register_family
+class FilesSpec(FamilySpec):
+    """Your own tasks, from JSONL or CSV."""
+
+    family: Literal["files"] = "files"
+    path: tuple[Path, ...] = Field(min_length=1)
+    """A file, a list of files, or a folder with *.jsonl and *.csv."""
+    instructions: dict[str, str] = Field(default_factory=dict)
+    """Text put before every input of a task; instead of a column `instruction`."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    seed: int = 0
+    """Of the splits of tasks that come without; independent of the training seed."""
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _one_path_is_a_list(cls, given: object) -> object:
+        return (given,) if isinstance(given, (str, Path)) else given
+
+    def load(self) -> Suite:
+        by_task: dict[str, list[_Row]] = {}
+        paths = _files(self.path)
+        for path in paths:
+            for row in _READERS[path.suffix.lower()](path):
+                by_task.setdefault(row.task, []).append(row)
+        if not by_task:
+            raise TaskError(
+                f"no rows in {', '.join(map(str, self.path))}: write at least train and test rows of one task"
+            )
+        for name in self.instructions:
+            if name not in by_task:
+                raise TaskError(f"instructions for an unknown task '{name}'{did_you_mean(name, by_task)}")
+        notes: list[str] = []
+        names = Counter(path.name for path in paths)
+        called = {p: p.name if names[p.name] == 1 else f"{k}/{p.name}" for k, p in enumerate(paths, start=1)}
+        return Suite(tuple(self._task(name, rows, called, notes) for name, rows in by_task.items()), tuple(notes))
+
+    def _task(self, name: str, rows: list[_Row], called: dict[Path, str], notes: list[str]) -> Task:
+        instruction = self.instructions.get(name)
+        examples = []
+        for row in rows:
+            if instruction is not None and row.instruction:
+                raise TaskError(
+                    f"{row.place}: task '{name}' has an instruction in this row and in `instructions`; give it once"
+                )
+            examples.append(
+                Example(
+                    row.id or f"{called[row.path]}:{row.line}",
+                    _prompt(instruction or row.instruction, row.input),
+                    row.output,
+                )
+            )
+        _refuse_repeated_ids(name, rows, examples)
+        unsplit = [row for row in rows if not row.split]
+        if not unsplit:
+            parts = {s: tuple(e for e, r in zip(examples, rows, strict=True) if r.split == s) for s in SPLITS}
+            for split in ("train", "test"):
+                if not parts[split]:
+                    raise TaskError(
+                        f"task '{name}' has no {split} rows (in {rows[0].path} and what else was read): mark some with "
+                        f"split '{split}', or leave the column `split` out for a seeded 80/10/10 split"
+                    )
+            trained = {e.prompt for e in parts["train"]}
+            if shared := sum(e.prompt in trained for e in parts["test"]):
+                notes.append(f"{name}: {shared} of {len(parts['test'])} test prompts also stand in its train split")
+        elif len(unsplit) == len(rows):
+            held_out = max(1, round(HELD_OUT * len(rows)))
+            salt = f"files/{self.seed}/{name}"
+            train, test, validation = divide(examples, [held_out, held_out], salt=salt, task=name)
+            parts = {"train": train, "validation": validation, "test": test}
+        else:
+            raise TaskError(
+                f"{unsplit[0].place}: task '{name}' gives a split for {len(rows) - len(unsplit)} rows but not for "
+                f"{len(unsplit)}, first here; give it for every row or for none"
+            )
+        metrics = _metrics(name, rows)
+        return Task(
+            name=name,
+            version=VERSION,
+            train=parts["train"],
+            validation=parts["validation"],
+            test=parts["test"],
+            metric=metrics[0],
+            metrics=metrics,
+            max_new_tokens=self.max_new_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    path: Path
+    line: int
+    task: str
+    input: str
+    output: tuple[str, ...]
+    split: str
+    id: str
+    instruction: str
+    metric: str
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}, line {self.line}"
+
+
+def _prompt(instruction: str, text: str) -> str:
+    whole = f"{instruction.strip()}\n\n{text}" if instruction.strip() else text
+    return whole if whole[-1:].isspace() else whole + "\n"
+
+
+def _refuse_repeated_ids(task: str, rows: list[_Row], examples: list[Example]) -> None:
+    first: dict[str, _Row] = {}
+    for row, example in zip(rows, examples, strict=True):
+        if example.id in first:
+            raise TaskError(
+                f"{row.place}: id '{example.id}' of task '{task}' already stands in {first[example.id].place}; "
+                f"give every row its own id, or leave the column `id` out"
+            )
+        first[example.id] = row
+
+
+def _metrics(task: str, rows: list[_Row]) -> tuple[str, ...]:
+    named = {row.metric: row for row in rows if row.metric}
+    if not named:
+        return DEFAULT_METRICS
+    if len(named) > 1:
+        (a, first), (b, second), *_ = named.items()
+        raise TaskError(
+            f"task '{task}' has two metrics: '{a}' in {first.place} and '{b}' in {second.place}; choose one"
+        )
+    ((name, row),) = named.items()
+    try:
+        metric_named(name)
+    except TaskError as error:
+        raise TaskError(f"{row.place}: {error}") from None
+    return (name, *(m for m in DEFAULT_METRICS if m != name))
+
+
+# ----- reading
+
+
+def _files(paths: tuple[Path, ...]) -> list[Path]:
+    found: list[Path] = []
+    for path in (p.expanduser() for p in paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not inside:
+                raise TaskError(f"no *.jsonl or *.csv file in folder {path}")
+            found += inside
+        elif not path.exists():
+            raise TaskError(f"no file or folder {path}")
+        elif path.suffix.lower() not in SUFFIXES:
+            raise TaskError(f"{path}: cannot read '{path.suffix}' files; use {' or '.join(SUFFIXES)}")
+        else:
+            found.append(path)
+    if twice := [str(path) for path, times in Counter(found).items() if times > 1]:
+        raise TaskError(f"read twice: {', '.join(twice)}; give every file once")
+    return found
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def _read_jsonl(path: Path) -> Iterator[_Row]:
+    # Only \n separates records: str.splitlines would also cut at U+2028 and others that JSON allows inside a text.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            given = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise TaskError(
+                f"{place}, column {error.colno}: not valid JSON: {error.msg}; a line is one JSON object"
+            ) from None
+        if not isinstance(given, dict):
+            raise TaskError(f"{place}: expected one JSON object with {', '.join(REQUIRED)}, got {_shown(given)}")
+        _check_columns(place, given)
+        yield _row(path, number, {k: v for k, v in given.items() if v is not None})
+
+
+def _read_csv(path: Path) -> Iterator[_Row]:
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    start = 1
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        _check_columns(f"{path}, line 1", header)
+        start = reader.line_num + 1
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                if len(cells) != len(header):
+                    raise TaskError(
+                        f"{path}, line {start}: {len(cells)} cells for {len(header)} columns ({', '.join(header)}); "
+                        f'put a text with commas or line breaks in "quotes"'
+                    )
+                yield _row(path, start, dict(zip(header, cells, strict=True)))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise TaskError(f"{path}, line {start}: not valid CSV: {error}") from None
+
+
+_READERS = {".jsonl": _read_jsonl, ".csv": _read_csv}
+
+
+def _check_columns(place: str, columns: Mapping[str, object] | list[str]) -> None:
+    if missing := [name for name in REQUIRED if name not in columns]:
+        raise TaskError(
+            f"{place}: column '{missing[0]}' is missing; it has {', '.join(map(str, columns)) or 'none'}, "
+            f"a row needs {', '.join(REQUIRED)} and may have {', '.join(OPTIONAL)}"
+        )
+    if isinstance(columns, list) and len(set(columns)) < len(columns):
+        raise TaskError(f"{place}: a column stands twice: {', '.join(columns)}")
+
+
+def _row(path: Path, line: int, given: Mapping[str, object]) -> _Row:
+    place = f"{path}, line {line}"
+    texts = {}
+    for name in ("task", "input", *OPTIONAL):
+        value = given.get(name, "")
+        if name == "id" and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if not isinstance(value, str):
+            raise TaskError(f"{place}: '{name}' must be text, got {_shown(value)}; put it in quotes")
+        texts[name] = value if name == "input" else value.strip()
+    for name in ("task", "input"):
+        if not texts[name].strip():
+            raise TaskError(f"{place}: '{name}' is empty")
+    if texts["split"] and texts["split"] not in SPLITS:
+        raise TaskError(
+            f"{place}: unknown split '{texts['split']}'{did_you_mean(texts['split'], SPLITS)}; use {', '.join(SPLITS)}"
+        )
+    return _Row(path=path, line=line, output=_references(place, given.get("output")), **texts)
+
+
+def _references(place: str, output: object) -> tuple[str, ...]:
+    if isinstance(output, str) and output.lstrip().startswith('["'):
+        try:
+            output = json.loads(output)
+        except json.JSONDecodeError as error:
+            raise TaskError(
+                f"{place}: output starts like a JSON list but is none: {error.msg} in {_shown(output)}"
+            ) from None
+    references = [output] if isinstance(output, str) else output
+    if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
+        raise TaskError(
+            f"{place}: 'output' must be a text or a list of texts, got {_shown(output)}; put numbers in quotes"
+        )
+    kept = tuple(r.strip() for r in references if r.strip())
+    if not kept:
+        raise TaskError(f"{place}: 'output' is empty: without an answer a row can be neither trained on nor scored")
+    return kept
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "…"

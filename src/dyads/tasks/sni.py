@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How do Super-NaturalInstructions become tasks? (Wang et al., 2022, arXiv 2204.07705)
+
+Reads a folder in the upstream layout, whole or partial: `tasks/*.json`, `splits/<track>/{train,test}_tasks.txt`.
+
+Protocol `mode` (Ning et al., 2025, arXiv 2408.01505): every task is trained on and scored. Per task, 10 % of the
+instances are the test split and 90 % the train part; the paper's prompt is not given, ours is the definition and the
+instance's input without demonstrations. We differ: 5 % of the train part (at least one) are set aside as validation, so
+that learning rates are chosen on data that is not scored; instances with the same prompt stay on one side.
+
+Protocol `official` (Tk-Instruct): the first 100 instances are the test split, the prompt is the definition with
+`demonstrations` positive examples, source 1024 and target 128 tokens, greedy decoding. A demonstration that does not
+fit is dropped, the last one first. Tasks of the track's test file are unseen: they have no train split. We differ for
+the other tasks: the release trains on all instances, we on those after the first 100, less 5 % validation.
+
+An instance counts with its outputs that are not empty; without any it is dropped, with a note. Answers in languages
+other than English are scored by ROUGE-L over whitespace-separated words, since the official tokenizer drops their
+letters.
+"""
+
+from __future__ import annotations
+
+import string
+from collections import Counter
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dyads.errors import TaskError
+from dyads.tasks.divide import divide, take
+from dyads.tasks.family import FamilySpec, Suite, register_family
+from dyads.tasks.sni_folder import Checkout, TaskFile, read_task
+from dyads.tasks.task import Example, Task
+
+__all__ = ["MODE_CASE_STUDY", "MODE_CASE_STUDY_STAND_INS", "NAMED_SUITES", "STAND_INS", "SNISpec"]
+
+MODE_CASE_STUDY = (
+    "task024_cosmosqa_answer_generation",
+    "task025_cosmosqa_incorrect_answer_generation",
+    "task074_squad1.1_question_generation",
+    "task089_swap_words_verification",
+    "task114_is_the_given_word_longest",
+    "task141_odd-man-out_classification_category",
+    "task155_count_nouns_verbs",
+    "task192_hotpotqa_sentence_generation",
+    "task269_csrg_counterfactual_story_generation",
+    "task279_stereoset_classification_stereotype",
+    "task291_semeval_2020_task4_commonsense_validation",
+    "task622_replace_alphabets_in_a_list_by_their_position_in_english_alphabet",
+    "task672_nummersense",
+    "task1711_poki_text_generation",
+    "task1729_personachat_generate_next",
+)
+"""The fifteen tasks of the MoDE paper's case study, in the order of its table 6."""
+
+STAND_INS = {
+    "task025_cosmosqa_incorrect_answer_generation": "task454_swag_incorrect_answer_generation",
+    "task074_squad1.1_question_generation": "task897_freebase_qa_topic_question_generation",
+    "task192_hotpotqa_sentence_generation": "task223_quartz_explanation_generation",
+    "task269_csrg_counterfactual_story_generation": "task105_story_cloze-rocstories_sentence_generation",
+    "task279_stereoset_classification_stereotype": "task889_goemotions_classification",
+    "task1729_personachat_generate_next": "task565_circa_answer_generation",
+}
+"""For collections without them: a task of the same category, or for 269 and 279 of the nearest one at hand."""
+
+MODE_CASE_STUDY_STAND_INS = tuple(STAND_INS.get(name, name) for name in MODE_CASE_STUDY)
+
+NAMED_SUITES = {"mode-case-study": MODE_CASE_STUDY, "mode-case-study-stand-ins": MODE_CASE_STUDY_STAND_INS}
+
+VERSION = 1
+EVALUATED = 0.10  # of a task's instances, protocol mode
+VALIDATED = 0.05  # of what is left for training, both protocols
+OFFICIAL_TEST = 100  # instances, in the order of the file
+DEMONSTRATIONS = 2
+SOURCE_TOKENS, TARGET_TOKENS = 1024, 128
+SEQUENCE_TOKENS = 1024  # protocol mode counts source and target together
+
+
+@register_family
+class SNISpec(FamilySpec):
+    """Super-NaturalInstructions from a folder in the upstream layout."""
+
+    family: Literal["sni"] = "sni"
+    path: Path
+    """The folder that holds `tasks/` and `splits/`."""
+    track: Literal["default", "xlingual"] = "default"
+    """English tasks, or all languages."""
+    split_file: Literal["train", "test"] | None = None
+    """The list that tasks must be in. None: any; without names, the train list (mode) or both (official)."""
+    names: tuple[str, ...] | None = None
+    """Tasks in the order of their ids: full names, numbers (`task024`) where unambiguous, or a named suite."""
+    protocol: Literal["mode", "official"] = "mode"
+    demonstrations: int | None = Field(default=None, ge=0)
+    """Positive examples in a prompt of protocol official; None is the release's two."""
+    max_per_task: int | None = Field(default=None, ge=1)
+    """At most this many train instances a task, chosen by the seed; validation and test stay whole."""
+    seed: int = 0
+    """Of the splits and of `max_per_task`; independent of the training seed, so that seeds share their test data."""
+
+    @field_validator("names", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, given: object) -> object:
+        return (given,) if isinstance(given, str) else given
+
+    @field_validator("names")
+    @classmethod
+    def _some_names(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and not names:
+            raise ValueError("names is an empty list: leave it out to take every task of the split")
+        return names
+
+    @model_validator(mode="after")
+    def _demonstrations_are_official(self) -> SNISpec:
+        if self.protocol == "mode" and self.demonstrations is not None:
+            raise ValueError(
+                f"demonstrations: {self.demonstrations} needs protocol: official; prompts of protocol mode have none"
+            )
+        return self
+
+    def load(self) -> Suite:
+        checkout = Checkout(self.path.expanduser(), self.track)
+        listed = {which: checkout.listed(which) for which in ("train", "test")}
+        notes: list[str] = []
+        names = (
+            self._all_names(checkout, listed, notes) if self.names is None else self._chosen(checkout, listed, notes)
+        )
+        unseen = set(listed["test"]) if self.protocol == "official" else set()
+        tasks = [self._task(name, checkout.files[name], name in unseen, notes) for name in names]
+        return Suite(tuple(tasks), tuple(notes))
+
+    def _all_names(self, checkout: Checkout, listed: dict[str, list[str]], notes: list[str]) -> list[str]:
+        usual = ["train"] if self.protocol == "mode" else ["train", "test"]
+        wanted = [self.split_file] if self.split_file else usual
+        names = []
+        for which in wanted:
+            found = [name for name in listed[which] if name in checkout.files]
+            notes.append(f"found {len(found)} of {len(listed[which])} tasks of {checkout.split_path(which)}")
+            names += found
+        if not names:
+            lists = " or ".join(str(checkout.split_path(which)) for which in wanted)
+            raise TaskError(f"none of the tasks of {lists} has a file in {checkout.tasks}")
+        return names
+
+    def _chosen(self, checkout: Checkout, listed: dict[str, list[str]], notes: list[str]) -> list[str]:
+        given = [n for name in self.names or () for n in NAMED_SUITES.get(name, (name,))]
+        if missing := [n for n in given if n in MODE_CASE_STUDY and n not in checkout.files]:
+            replaced = ", ".join(n for n in missing if n in STAND_INS) or "none of them"
+            raise TaskError(
+                f"{len(missing)} of the named tasks are not in {checkout.tasks} ({len(checkout.files)} task files): "
+                f"{', '.join(missing)}. Complete the collection, or use `names: mode-case-study-stand-ins`, which "
+                f"replaces {replaced}"
+            )
+        chosen: dict[str, str] = {}
+        for name in given:
+            full = checkout.full_name(name, NAMED_SUITES)
+            if full in chosen:
+                raise TaskError(f"`names` has the task {full} twice, as '{chosen[full]}' and '{name}'; name it once")
+            chosen[full] = name
+            if self.split_file and full not in listed[self.split_file]:
+                other = next((w for w, names in listed.items() if full in names), None)
+                raise TaskError(
+                    f"task '{full}' is in {f'the {other} list' if other else 'no list'} of track '{self.track}', but "
+                    f"split_file: {self.split_file} was asked for; leave split_file out, or the name"
+                )
+        if "mode-case-study-stand-ins" in (self.names or ()):
+            notes.append("stand-ins: " + ", ".join(f"{new} for {old}" for old, new in STAND_INS.items()))
+        if strangers := [n for n in chosen if not any(n in names for names in listed.values())]:
+            notes.append(f"outside the {self.track} track's train and test lists: {', '.join(strangers)}")
+        return list(chosen)
+
+    def _task(self, name: str, path: Path, unseen: bool, notes: list[str]) -> Task:
+        content = read_task(path)
+        examples = self._examples(name, content)
+        usable = [e for e in examples if e is not None]
+        if not usable:
+            what = f"{len(examples)} instances and none has an output" if examples else "no instances"
+            raise TaskError(f"{path}: task '{name}' has {what}: there is nothing to score; leave it out of `names`")
+        if dropped := len(examples) - len(usable):
+            notes.append(f"{name}: dropped {dropped} of {len(examples)} instances, all their outputs are empty")
+
+        salt = f"sni/{self.seed}/{name}"
+        train: tuple[Example, ...] = ()
+        validation: tuple[Example, ...] = ()
+        if self.protocol == "mode":
+            n_test = max(1, round(EVALUATED * len(usable)))
+            n_validation = max(1, round(VALIDATED * (len(usable) - n_test)))
+            train, test, validation = divide(usable, [n_test, n_validation], salt=salt, task=name)
+        else:
+            test = tuple(e for e in examples[:OFFICIAL_TEST] if e is not None)
+            if not test:
+                raise TaskError(
+                    f"{path}: none of the first {OFFICIAL_TEST} instances of '{name}' has an output to score"
+                )
+            asked = {e.prompt for e in test}
+            rest = [e for e in examples[OFFICIAL_TEST:] if e is not None and e.prompt not in asked]
+            if not unseen and len({e.prompt for e in rest}) > 1:
+                train, validation = divide(rest, [max(1, round(VALIDATED * len(rest)))], salt=salt, task=name)
+            elif not unseen:
+                notes.append(
+                    f"{name}: nothing to train on, {len(rest)} usable instances after the first {OFFICIAL_TEST}"
+                )
+
+        english = content.output_language in ([], ["English"])
+        metrics = ("rouge_l" if english else "rouge_l_words", "exact_match")
+        return Task(
+            name=name,
+            version=VERSION,
+            train=take(train, self.max_per_task, salt=salt),
+            validation=validation,
+            test=test,
+            metric=metrics[0],
+            metrics=metrics,
+            max_new_tokens=TARGET_TOKENS,
+            max_prompt_tokens=SEQUENCE_TOKENS - TARGET_TOKENS if self.protocol == "mode" else SOURCE_TOKENS,
+            category=content.categories[0] if content.categories else "",
+        )
+
+    def _examples(self, name: str, content: TaskFile) -> list[Example | None]:
+        """One for every instance, in the order of the file; None where it has no output."""
+        examples: list[Example | None] = []
+        times: Counter[str] = Counter()
+        for number, instance in enumerate(content.instances):
+            id_ = instance.id or f"{name}-{number}"
+            times[id_] += 1
+            if times[id_] > 1:  # some upstream files repeat an id
+                id_ = f"{id_}#{times[id_]}"
+            if self.protocol == "mode":
+                prompts = [mode_prompt(content.definition[0], instance.input)]
+            else:
+                prompts = official_prompts(content, instance.input, self.demonstrations)
+            references = tuple(o.strip() for o in instance.output if o.strip())
+            examples.append(Example(id_, prompts[0], references, tuple(prompts[1:])) if references else None)
+        return examples
+
+
+def mode_prompt(definition: str, text: str) -> str:
+    """Definition and input, no demonstrations. The answer follows the last blank."""
+    return f"{definition.strip()}\n\nInput: {text.strip()}\nOutput: "
+
+
+def official_prompts(content: TaskFile, text: str, demonstrations: int | None) -> list[str]:
+    """Tk-Instruct's prompt with the demonstrations there are, up to the number asked for; with one less; …; none."""
+    most = DEMONSTRATIONS if demonstrations is None else demonstrations
+    start = f"Definition: {_sentence(content.definition[0].strip())}\n\n"
+    shown = [
+        f" Positive Example {number} -\n"
+        f"{_sentence(f'Input: {example.input.strip()}')}\n"
+        f"{_sentence(f' Output: {example.output.strip()}')}\n\n"
+        for number, example in enumerate(content.positive_examples[:most], start=1)
+    ]
+    end = f"Now complete the following example -\n{_sentence(f'Input: {text.strip()}')}\nOutput: "
+    return [start + "".join(shown[:k]) + end for k in range(len(shown), -1, -1)]
+
+
+def _sentence(text: str) -> str:
+    """The text with a full stop unless it ends in punctuation: the release's rule, for inputs and outputs too."""
+    return text if text and text[-1] in string.punctuation else text + "."

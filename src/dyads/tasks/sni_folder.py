@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where does a checkout of natural-instructions keep what, and what may be wrong with it?
+
+`tasks/<name>.json`, one a task, and `splits/<track>/<train|test|excluded>_tasks.txt`, a name a line. A checkout may be
+partial: a listed task need not have a file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from dyads.errors import TaskError, did_you_mean
+
+__all__ = ["Checkout", "Demonstration", "Instance", "TaskFile", "read_task"]
+
+
+class Demonstration(BaseModel):
+    """A positive example."""
+
+    input: str
+    output: str
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _first_of_several(cls, given: object) -> object:
+        return given[0] if isinstance(given, list) and given else given
+
+
+class Instance(BaseModel):
+    """A question with its right answers, which may be empty texts."""
+
+    id: str = ""
+    input: str
+    output: list[str]
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, given: object) -> object:
+        return [given] if isinstance(given, str) else given
+
+
+class TaskFile(BaseModel):
+    """The part of a task file that is read here; its other keys are left alone."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    definition: list[str] = Field(alias="Definition", min_length=1)
+    categories: list[str] = Field(alias="Categories", default=[])
+    output_language: list[str] = Field(alias="Output_language", default=[])
+    positive_examples: list[Demonstration] = Field(alias="Positive Examples", default=[])
+    instances: list[Instance] = Field(alias="Instances")
+
+    @field_validator("definition", "categories", "output_language", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, given: object) -> object:
+        return [given] if isinstance(given, str) else given
+
+
+def read_task(path: Path) -> TaskFile:
+    """One task file; what is wrong with it is told with its line and column, or its key."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        content = TaskFile.model_validate(json.loads(text))
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path}: not UTF-8 text (byte {error.start}): fetch the file again") from None
+    except json.JSONDecodeError as error:
+        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
+        raise TaskError(
+            f"{path}, line {error.lineno}, column {error.colno}: {error.msg}: the file "
+            f"{'ends too early, it seems truncated' if cut else 'is not valid JSON'}; fetch it again"
+        ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the top level"
+        raise TaskError(
+            f"{path}: {where}: {first['msg']} ({error.error_count()} such problems): a task file has Definition, "
+            f"Positive Examples and Instances with input and output"
+        ) from None
+    return content
+
+
+class Checkout:
+    """A checkout, whole or partial."""
+
+    def __init__(self, path: Path, track: str) -> None:
+        self.path, self.track, self.tasks = path, track, path / "tasks"
+        for needed in (path, self.tasks, path / "splits" / track):
+            if not needed.is_dir():
+                raise TaskError(
+                    f"no folder {needed}: `path` must be a checkout of natural-instructions with tasks/*.json and "
+                    f"splits/{track}/train_tasks.txt, test_tasks.txt"
+                )
+        self.files = {p.stem: p for p in sorted(self.tasks.glob("*.json"))}
+        if not self.files:
+            raise TaskError(f"no task file (*.json) in {self.tasks}")
+
+    def split_path(self, which: str) -> Path:
+        return self.path / "splits" / self.track / f"{which}_tasks.txt"
+
+    def listed(self, which: str) -> list[str]:
+        """The names in one of the track's lists, whether or not they have a file."""
+        path = self.split_path(which)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            raise TaskError(
+                f"no file {path}: it lists the {which} tasks of track '{self.track}', a name a line"
+            ) from None
+        return [line.strip() for line in lines if line.strip()]
+
+    def full_name(self, name: str, suites: Iterable[str] = ()) -> str:
+        """The name of a task that has a file, from its name or its number (`task024`, `024`)."""
+        if name in self.files:
+            return name
+        if number := re.fullmatch(r"(?:task)?(\d+)", name):
+            prefix = f"task{int(number[1]):03d}_"
+            fits = [n for n in self.files if n.startswith(prefix)]
+            if len(fits) == 1:
+                return fits[0]
+            if fits:
+                raise TaskError(f"'{name}' is ambiguous in {self.tasks}: {', '.join(fits)}; give the full name")
+            raise TaskError(f"no task file {prefix}*.json in {self.tasks} ({len(self.files)} task files)")
+        if any(name in self.listed(which) for which in ("train", "test")):
+            raise TaskError(
+                f"task '{name}' belongs to track '{self.track}' but {self.tasks / name}.json is missing: this "
+                f"collection has {len(self.files)} task files; add the file or leave the name out"
+            )
+        raise TaskError(f"unknown task '{name}' in {self.tasks}{did_you_mean(name, [*suites, *self.files])}")

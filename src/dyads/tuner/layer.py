@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens inside one adapted layer? The base layer's output, plus the operator of every active adapter.
+
+Works on nn.Linear and on GPT-2's Conv1D. Private names of PEFT relied on here (checked with PEFT 0.21): the attributes
+`adapter_layer_names`, `other_param_names`, `_disable_adapters`, `_active_adapter`, `merged_adapters`, and the method
+`_move_adapter_to_device_of_base_layer`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dyads.errors import ConfigError, MergeError
+from dyads.methods import Core, DyadsConfig
+from dyads.ops import dyadic
+from dyads.tuner.routing import Routing
+
+__all__ = ["DyadsLayer"]
+
+
+class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+    """A frozen linear map with gated sums of rank-one terms beside it.
+
+    Per adapter: `dyads_A` (p d_in), `dyads_B` (q d_out), and `dyads_core`, the method's routers, gates and embeddings.
+    """
+
+    adapter_layer_names = ("dyads_A", "dyads_B", "dyads_core")
+    other_param_names = ("r", "scaling", "dyads_dropout", "method_key")
+
+    def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.routing = routing
+        self.in_features, self.out_features, self.fan_in_fan_out = features(base_layer)
+        self.dyads_A = nn.ParameterDict()
+        self.dyads_B = nn.ParameterDict()
+        self.dyads_core = nn.ModuleDict()
+        self.dyads_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.scaling: dict[str, float] = {}
+        self.method_key: dict[str, str] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._merged_delta_task: dict[str, Tensor | None] = {}
+
+    def update_layer(self, adapter_name: str, config: DyadsConfig) -> None:
+        """Add an adapter to this layer, or make the one of that name anew."""
+        core = config.core(self.in_features)
+        self.r[adapter_name] = config.r
+        self.scaling[adapter_name] = config.scaling
+        self.method_key[adapter_name] = config.key
+        self.dyads_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.dyads_A[adapter_name] = nn.Parameter(torch.empty(core.p, self.in_features))
+        self.dyads_B[adapter_name] = nn.Parameter(torch.empty(core.q, self.out_features))
+        self.dyads_core[adapter_name] = core
+        if config.task_names is not None:
+            self.routing.names[adapter_name] = config.task_names
+        self.reset_parameters(adapter_name, config)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def reset_parameters(self, adapter_name: str, config: DyadsConfig) -> None:
+        """A ~ N(0, init_std²) or LoRA's Kaiming-uniform; B = 0, so that a fresh adapter changes nothing, exactly."""
+        A, B = self.dyads_A[adapter_name], self.dyads_B[adapter_name]
+        if A.is_meta:
+            return  # low_cpu_mem_usage: the values come from a file
+        self.dyads_core[adapter_name].reset_parameters()  # type: ignore[operator]
+        if config.init_std is not None:
+            nn.init.normal_(A, std=config.init_std)
+        else:
+            nn.init.kaiming_uniform_(A, a=5**0.5)
+        if config.init_weights:
+            nn.init.zeros_(B)
+        else:
+            nn.init.normal_(B, std=B.shape[0] ** -0.5)
+
+    def core(self, adapter: str) -> Core:
+        return self.dyads_core[adapter]  # type: ignore[return-value]
+
+    def _task(self, adapter: str, x: Tensor) -> Tensor | None:
+        if "task" not in self.core(adapter).looks_at:
+            return None
+        return self.routing.ids(adapter, x.shape[0] if x.ndim > 1 else 1, x.device)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return result
+        dtype = result.dtype
+        for adapter in self.active_adapters:
+            if adapter not in self.dyads_A:
+                continue
+            dropout = self.dyads_dropout[adapter]
+            result = dyadic(
+                x,
+                self.dyads_A[adapter],
+                self.dyads_B[adapter],
+                self.core(adapter),
+                self._task(adapter, x),
+                scale=self.scaling[adapter],
+                onto=result,
+                inner=None if isinstance(dropout, nn.Identity) else dropout(x),
+            )
+        return result.to(dtype)
+
+    def check_merge(self, adapter: str) -> None:
+        """MergeError where no weight update equals the adapter."""
+        sees = self.core(adapter).looks_at
+        if sees & {"x", "h"}:
+            raise MergeError(
+                f"cannot merge adapter '{adapter}' ({self.method_key[adapter]}): its gates look at the layer's input,"
+                " so no single weight update equals it. Keep it unmerged, or train a method whose gates look at"
+                " nothing or at the task."
+            )
+        if "task" in sees:
+            state = self.routing.state
+            if state is None or len(state) != 1:
+                names = self.routing.names[adapter]
+                raise MergeError(
+                    f"cannot merge adapter '{adapter}' ({self.method_key[adapter]}) without a task, as every task has"
+                    f" its own update: name one, for instance task={names[0]!r}"
+                )
+            state.ids(adapter, self.routing.names[adapter], self.dyads_A[adapter].device)
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW = scale · Bᵀ G A in the layout of the base layer's weight, computed in fp32 or wider.
+
+        Exact for adapters whose gates look at nothing, or at the one task that is in use (`use_task`).
+        """
+        self.check_merge(adapter)
+        A, B, core = self.dyads_A[adapter], self.dyads_B[adapter], self.core(adapter)
+        wide = torch.promote_types(A.dtype, torch.float32)
+        probe = torch.zeros(1, self.in_features, dtype=wide, device=A.device)
+        g = core.route(probe @ A.to(wide).T, probe, self._task(adapter, probe))
+        G = core.matrix(g.to(wide)).reshape(core.q, core.p)
+        delta = self.scaling[adapter] * (B.to(wide).T @ G @ A.to(wide))
+        return delta.T if self.fan_in_fan_out else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """W += ΔW for every adapter named (default: the active ones). safe_merge refuses what is not finite."""
+        names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.dyads_A]
+        for name in names:
+            self.check_merge(name)
+        for name in names:
+            weight = self.get_base_layer().weight
+            merged = (weight.data + self.get_delta_weight(name)).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            weight.data = merged
+            self.merged_adapters.append(name)
+            self._merged_delta_task[name] = self._task(name, weight.data.new_zeros(1, 1))
+
+    def unmerge(self) -> None:
+        """W −= ΔW of what was merged."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            task = self._merged_delta_task.pop(name)
+            if name in self.dyads_A:
+                weight = self.get_base_layer().weight
+                with self.routing.using(task):
+                    weight.data = (weight.data - self.get_delta_weight(name)).to(weight.dtype)
+
+    def __repr__(self) -> str:
+        return "dyads." + super().__repr__()
+
+
+def features(base_layer: nn.Module) -> tuple[int, int, bool]:
+    """(in, out, whether the weight is stored in × out) of a layer that can be adapted."""
+    if isinstance(base_layer, nn.Linear):
+        return base_layer.in_features, base_layer.out_features, False
+    if isinstance(base_layer, Conv1D):
+        d_in, d_out = base_layer.weight.shape
+        return d_in, d_out, True
+    if isinstance(base_layer, BaseTunerLayer):
+        return features(base_layer.get_base_layer())
+    raise ConfigError(
+        f"Target module {type(base_layer).__name__} is not supported: dyads adapts nn.Linear and transformers' Conv1D."
+        " Leave it out with exclude_modules, or name other target_modules."
+    )

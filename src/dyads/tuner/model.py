@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How does a method get into a model? A PEFT tuner that serves every method of the family.
+
+Private names of PEFT relied on here (checked with PEFT 0.21): `_create_and_replace`, `_replace_module`,
+`_unload_and_optionally_merge`, `_remove_adapter_name_from_key`, `_enable_peft_forward_hooks`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+
+from dyads.errors import ConfigError
+from dyads.methods import DyadsConfig
+from dyads.tuner.layer import DyadsLayer
+from dyads.tuner.routing import Routing, TaskLike, find_routing
+
+__all__ = ["DyadsModel"]
+
+
+class DyadsModel(BaseTuner):  # type: ignore[misc]
+    """The tuner behind `get_peft_model(model, MoDEConfig(…))`. Users meet it as `peft_model.base_model`."""
+
+    prefix = "dyads_"
+    tuner_layer_cls = DyadsLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _pre_injection_hook(self, model: nn.Module, config: DyadsConfig, adapter_name: str) -> None:
+        found = find_routing(model)
+        if found is None:
+            found = Routing()
+            found.attach(model)
+        # In __dict__, since BaseTuner.__getattr__ would ask the wrapped model for a missing attribute.
+        self.__dict__["routing"] = found
+
+    def _create_and_replace(
+        self,
+        peft_config: DyadsConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, DyadsLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        layer = DyadsLayer(target, self.routing)
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # an adapter that is added later trains when it is made active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _layers(self) -> Iterator[DyadsLayer]:
+        for module in self.model.modules():
+            if isinstance(module, DyadsLayer):
+                yield module
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.routing.names.pop(adapter_name, None)
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        # Before the first layer is touched: a refusal must not leave half a model merged.
+        for layer in self._layers():
+            for name in adapter_names or layer.active_adapters:
+                if name in layer.dyads_A:
+                    layer.check_merge(name)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False, task: TaskLike | None = None
+    ) -> None:
+        """As PEFT's. An adapter whose gates look at the task is merged for the one task named."""
+        with self._task_to_merge(task):
+            self._check_merge(adapter_names)
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        task: TaskLike | None = None,
+    ) -> nn.Module:
+        """As PEFT's. An adapter whose gates look at the task is merged for the one task named."""
+        with self._task_to_merge(task):
+            merged: nn.Module = super().merge_and_unload(
+                progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+            )
+        return merged
+
+    @contextmanager
+    def _task_to_merge(self, task: TaskLike | None) -> Iterator[None]:
+        if task is None:
+            yield
+        else:
+            with self.routing.using(task):
+                yield
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        if merge:
+            self._check_merge(kwargs.get("adapter_names"))
+        model: nn.Module = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        self.routing.detach(model)
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                "adapter_names is not supported by dyads: one adapter serves many tasks, so pass task=… instead, or"
+                " choose an adapter for the whole batch with set_adapter"
+            )
+        yield
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT looks for the adapter's name in the last two places only; a core may nest deeper (dyads_core.NAME.gate.weight).
+        pattern = rf"(\.{cls.prefix}[A-Za-z]+)\.{re.escape(adapter_name)}(?=\.|$)"
+        if re.search(pattern, key):
+            return re.sub(pattern, r"\1", key)
+        return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+assert issubclass(DyadsLayer, BaseTunerLayer)

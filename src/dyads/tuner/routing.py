@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How does a task reach the layers that ask for it?
+
+`task=` enters at the base model's call (or its `generate`), and stays in one `Routing` object that every adapted layer
+holds. Three things make that safe:
+
+- a forward pass without `task=` never sees the task of an earlier one: the state ends with the forward pass;
+- gradient checkpointing runs layers again in backward, when another forward pass may have come between: the function
+  that transformers hands its layers for checkpointing is wrapped, so that the second run sees the state of its first;
+- beam search and num_return_sequences repeat every sample k times in a row, and so are its tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dyads.errors import RoutingError, did_you_mean
+
+__all__ = ["Routing", "RoutingState", "TaskLike", "use_task"]
+
+TaskLike = Tensor | Sequence[int | str] | int | str
+"""A task for every sample: a LongTensor (b), or a list of ids and names; a single one stands for the whole batch."""
+
+
+class RoutingState:
+    """The tasks of one forward pass, turned into ids once per adapter."""
+
+    def __init__(self, task: TaskLike) -> None:
+        if isinstance(task, Tensor):
+            if task.dtype.is_floating_point or task.dtype == torch.bool or task.ndim > 1:
+                raise RoutingError(f"task must be whole numbers of shape (batch,), got {task.dtype} {tuple(task.shape)}")
+            self.task: Tensor | list[int | str] = task.reshape(-1)
+        else:
+            self.task = [task] if isinstance(task, (int, str)) else list(task)
+            for item in self.task:
+                if not isinstance(item, (int, str)) or isinstance(item, bool):
+                    raise RoutingError(f"a task is a name or an id, got {item!r}")
+        if len(self.task) == 0:
+            raise RoutingError("task is empty: give one task for every sample")
+        self._ids: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.task)
+
+    def ids(self, adapter: str, names: tuple[str, ...], device: torch.device) -> Tensor:
+        """The tasks as ids of that adapter, (len(self)) on the device; RoutingError for one it does not know."""
+        if adapter not in self._ids:
+            self._ids[adapter] = self._resolve(adapter, names)
+        ids = self._ids[adapter]
+        if ids.device != device:
+            ids = self._ids[adapter] = ids.to(device)
+        return ids
+
+    def _resolve(self, adapter: str, names: tuple[str, ...]) -> Tensor:
+        if isinstance(self.task, Tensor):
+            outside = (self.task < 0) | (self.task >= len(names))
+            if self.task.device.type == "cpu" and not torch.compiler.is_compiling():
+                if bool(outside.any()):
+                    raise RoutingError(_unknown_id(adapter, self.task[outside][0].item(), names))
+            else:
+                # Reading the answer here would make the accelerator wait (or break the graph); this does neither.
+                torch._assert_async(~outside.any(), f"adapter '{adapter}': a task id is outside 0 to {len(names) - 1}")
+            return self.task.long()
+        index = {name: i for i, name in enumerate(names)}
+        ids = []
+        for task in self.task:
+            if isinstance(task, str):
+                if task not in index:
+                    raise RoutingError(f"adapter '{adapter}' does not know task '{task}'{did_you_mean(task, names)}")
+                ids.append(index[task])
+            else:
+                if not 0 <= task < len(names):
+                    raise RoutingError(_unknown_id(adapter, task, names))
+                ids.append(task)
+        return torch.tensor(ids, dtype=torch.long)
+
+
+def _unknown_id(adapter: str, task: Any, names: tuple[str, ...]) -> str:
+    shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:8])) + (", …" if len(names) > 8 else "")
+    return f"adapter '{adapter}' does not know task {task}: its ids go from 0 to {len(names) - 1} ({shown})"
+
+
+class Routing:
+    """Carries the tasks of a forward pass from the model's call to its adapted layers."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, tuple[str, ...]] = {}
+        """Task names of the adapters that look at a task."""
+        self.state: RoutingState | None = None
+        self.ambient: RoutingState | None = None
+        """What holds where no `task=` is given: set inside `using`, for instance while generating."""
+        self._undo: list[Callable[[], None]] = []
+
+    @contextmanager
+    def using(self, task: TaskLike | None) -> Iterator[None]:
+        """Within this context every forward pass that is given no task of its own has this one."""
+        before = (self.state, self.ambient)
+        self.state = self.ambient = None if task is None else RoutingState(task)
+        try:
+            yield
+        finally:
+            self.state, self.ambient = before
+
+    def ids(self, adapter: str, rows: int, device: torch.device) -> Tensor:
+        """The task of every row of a layer's input, (rows) on the device.
+
+        Rows may be a multiple k of the batch – beams, or tokens flattened into rows – where each sample's rows lie
+        next to one another: then every task is repeated k times.
+        """
+        names = self.names[adapter]
+        if self.state is None:
+            raise RoutingError(
+                f"adapter '{adapter}' needs a task: pass task=… to the model's call or to generate, one name or id for"
+                f" every sample{did_you_mean('', names)}. Around code that calls parts of the model itself, use"
+                " `with dyads.use_task(model, …)`."
+            )
+        ids = self.state.ids(adapter, names, device)
+        given = len(self.state)
+        if rows == given:
+            return ids
+        if given == 1:
+            return ids.expand(rows)
+        if rows % given:
+            raise RoutingError(f"task has {given} entries, but a layer sees {rows} rows, which is no multiple of that")
+        return ids.repeat_interleave(rows // given)
+
+    def attach(self, model: nn.Module) -> None:
+        """Let `model` take `task=` in its call and in `generate`."""
+        enter = model.register_forward_pre_hook(_EnterForward(self), with_kwargs=True, prepend=True)
+        leave = model.register_forward_hook(_LeaveForward(self))
+        self._undo = [enter.remove, leave.remove]
+        if callable(getattr(model, "generate", None)):
+            model.generate = _Generate(model.generate, self)  # type: ignore[assignment,unused-ignore]
+            self._undo.append(_Remove(model, "generate"))
+
+    def detach(self, model: nn.Module) -> None:
+        """Take back everything that `attach` and checkpointing changed on the model."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
+        for module in model.modules():
+            func = module.__dict__.get("_gradient_checkpointing_func")
+            if isinstance(func, _Checkpoint):
+                module._gradient_checkpointing_func = func.func
+
+
+class _Remove:
+    """Undo an attribute that was set on an instance. An object, not a closure, so that a deep copy undoes the copy's."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __call__(self) -> None:
+        self.owner.__dict__.pop(self.name, None)
+
+
+class _EnterForward:
+    def __init__(self, routing: Routing) -> None:
+        self.routing = routing
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        routing = self.routing
+        task = kwargs.pop("task", None)
+        if task is None or not routing.names:
+            routing.state = routing.ambient
+        else:
+            state = RoutingState(task)
+            rows = _rows(args, kwargs)
+            if len(state) != 1 and rows is not None and rows != len(state):
+                raise RoutingError(f"task has {len(state)} entries for a batch of {rows}: give one for every sample")
+            routing.state = state
+        if model.training and routing.names and not torch.compiler.is_compiling():
+            for module in model.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    func = getattr(module, "_gradient_checkpointing_func", None)
+                    if func is not None and not isinstance(func, _Checkpoint):
+                        module._gradient_checkpointing_func = _Checkpoint(func, routing)  # type: ignore[assignment]
+        return args, kwargs
+
+
+class _LeaveForward:
+    def __init__(self, routing: Routing) -> None:
+        self.routing = routing
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.routing.state = self.routing.ambient
+
+
+class _Checkpoint:
+    """A checkpointing function whose second run sees the routing state of its first."""
+
+    def __init__(self, func: Callable[..., Any], routing: Routing) -> None:
+        self.func, self.routing = func, routing
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        routing, state = self.routing, self.routing.state
+
+        def run_as_then(*inner: Any, **inner_kwargs: Any) -> Any:
+            now, routing.state = routing.state, state
+            try:
+                return run(*inner, **inner_kwargs)
+            finally:
+                routing.state = now
+
+        return self.func(run_as_then, *args, **kwargs)
+
+
+class _Generate:
+    """The model's own `generate`, with `task=`."""
+
+    def __init__(self, inner: Callable[..., Any], routing: Routing) -> None:
+        self.inner, self.routing = inner, routing
+
+    def __call__(self, *args: Any, task: TaskLike | None = None, **kwargs: Any) -> Any:
+        if task is None or not self.routing.names:
+            return self.inner(*args, **kwargs)
+        with self.routing.using(task):
+            state = self.routing.state
+            rows = _rows(args, kwargs)
+            if state is not None and len(state) != 1 and rows is not None and rows != len(state):
+                raise RoutingError(f"task has {len(state)} entries for a batch of {rows}: give one for every sample")
+            return self.inner(*args, **kwargs)
+
+
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The batch size of a call, from the first tensor that has one."""
+    for value in (*args[:1], *(kwargs.get(name) for name in _BATCHED), *kwargs.values()):
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return value.shape[0]
+    return None
+
+
+_BATCHED = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "x")
+
+
+@contextmanager
+def use_task(model: nn.Module, task: TaskLike | None) -> Iterator[None]:
+    """Within this context, forward passes of `model` or of its parts have this task where they are given none.
+
+    For code that cannot pass `task=` itself: a pipeline, an evaluation harness, a call of one submodule.
+    """
+    routing = find_routing(model)
+    if routing is None:
+        raise RoutingError(f"{type(model).__name__} has no dyads adapter, so there is no task to use")
+    with routing.using(task):
+        yield
+
+
+def find_routing(model: nn.Module) -> Routing | None:
+    """The Routing of the adapted layers of a model, None where it has none."""
+    for module in model.modules():
+        routing = module.__dict__.get("routing")
+        if isinstance(routing, Routing):
+            return routing
+    return None

@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line finds its verbs, hands them what was asked, and refuses in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from dyads import __version__
+from dyads.cli import main
+from dyads.errors import RunError
+from dyads.runs.config import Recipe, parse_recipe
+from dyads.runs.folder import RunFolder, Scores
+
+VERBS = ("budget", "compare", "evaluate", "generate", "methods", "tasks", "train")
+RECIPE = "name: a\nseed: 3\nmodel: {name: tiny}\nmethod: {name: zero-shot}\ntasks: {family: starter}\n"
+
+
+def dyads(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "dyads.cli", *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def scored(path: Path, name: str = "a", value: float = 50.0) -> RunFolder:
+    folder = RunFolder.create(path, parse_recipe(RECIPE.replace("name: a", f"name: {name}", 1), "x"))
+    folder.write_predictions("t", [{"id": "0", "prediction": "p", "references": ["r"], "scores": {"rouge_l": value}}])
+    row = {"task": "t", "version": 1, "fingerprint": "f", "category": "", "metric": "rouge_l", "value": value, "n": 1}
+    scores: dict[str, Any] = {
+        "schema": 1,
+        "run": name,
+        "method": "zero-shot",
+        "split": "test",
+        "seed": 3,
+        "parameters": 0,
+        "steps": 0,
+        "seconds": {"train": 0.0, "evaluate": 1.0},
+        "scores": [{**row, "higher_is_better": True, "headline": True}],
+        "micro": {"headline": value},
+        "macro": {"headline": value},
+    }
+    folder.write_scores(Scores(**scores))  # type: ignore[typeddict-item]
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Puts functions in the place of a module, so that no verb imports torch."""
+
+    def put(name: str, **functions: Any) -> None:
+        module = ModuleType(name)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+
+    return put
+
+
+# --- the command itself -----------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_verb_whole_and_is_quick() -> None:
+    begin = time.perf_counter()
+    done = process("--help")
+    assert time.perf_counter() - begin < 3  # half a second on a quiet machine; tests share theirs
+    assert done.returncode == 0
+    listed = done.stdout.split("Commands:")[1]
+    assert all(f"\n  {verb}  " in listed for verb in VERBS)
+    assert "..." not in listed  # no description is cut
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom dyads.cli import main\n"
+        f"for verb in ([], *([v] for v in {VERBS})):\n main([*verb, '--help'], standalone_mode=False)\n"
+        "print({'torch', 'transformers', 'peft', 'pydantic', 'numpy', 'scipy', 'rich'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_has_an_example_of_it(verb: str) -> None:
+    result = dyads(verb, "--help")
+    assert result.exit_code == 0
+    assert f"  dyads {verb}" in result.output.split("Example")[1]
+
+
+def test_version_is_the_packages() -> None:
+    assert dyads("--version").output == f"dyads, version {__version__}\n"
+
+
+def test_an_unknown_verb_and_an_unknown_option_get_near_names() -> None:
+    result = dyads("trian")
+    assert result.exit_code == 2
+    assert "there is no verb 'trian' – did you mean 'train'" in result.output
+    done = process("train", "--sett", "a=b")
+    assert done.returncode == 2
+    assert "No such option '--sett'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_refusal_is_one_message_without_a_traceback(tmp_path: Path) -> None:
+    done = process("compare", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"Error: '{tmp_path}' is no run: it has no config.yaml")
+    assert "Traceback" not in done.stderr
+    debugged = process("--debug", "compare", str(tmp_path))
+    assert debugged.returncode == 1
+    assert "Traceback" in debugged.stderr
+    assert "RunError" in debugged.stderr
+
+
+def test_an_interruption_ends_with_130(recipe: Path, fake: Callable[..., None]) -> None:
+    def train(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    fake("dyads.runs.train", train=train)
+    result = dyads("train", recipe)
+    assert result.exit_code == 130
+    assert "interrupted" in result.output
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
+def test_train_hands_over_the_recipe_with_its_overrides(
+    recipe: Path, tmp_path: Path, fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def train(loaded: Recipe, out: Path, **how: Any) -> RunFolder:
+        seen.append((loaded, out, how))
+        return scored(tmp_path / "made")
+
+    fake("dyads.runs.train", train=train)
+    monkeypatch.chdir(tmp_path)
+    result = dyads("train", recipe, "--set", "train.steps=7", "--set", "seed=5")
+    assert result.exit_code == 0, result.output
+    loaded, out, how = seen[0]
+    assert (loaded.train.steps, loaded.seed) == (7, 5)
+    assert (out, how) == (Path("runs/a-seed5"), {"resume": False, "evaluate": True})
+    assert "micro 50.0, macro 50.0" in result.output
+
+    def train_only(_: Recipe, out: Path, **how: Any) -> RunFolder:
+        seen.append((out, how))
+        return RunFolder(out)
+
+    fake("dyads.runs.train", train=train_only)
+    result = dyads("train", recipe, "--out", "there", "--resume", "--no-evaluate")
+    assert seen[1] == (Path("there"), {"resume": True, "evaluate": False})
+    assert "not scored; next: dyads evaluate there" in result.output
+
+
+def test_train_refuses_a_wrong_recipe_before_anything_starts(recipe: Path, fake: Callable[..., None]) -> None:
+    fake("dyads.runs.train", train=None)
+    result = dyads("train", recipe, "--set", "train.stepz=7")
+    assert result.exit_code == 2
+    assert result.output == "Error: --set train.stepz=7: unknown key 'train.stepz' – did you mean 'steps'?\n"
+    assert "there is no recipe at" in dyads("train", "nothing.yaml").output
+
+
+def test_train_lists_the_keys_of_a_recipe() -> None:
+    result = dyads("train", "--keys")
+    assert result.exit_code == 0
+    assert "train.learning_rate = 0.001\n    Peak learning rate" in result.output
+
+
+# --- evaluate, compare ------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_hands_over_split_and_limit_and_prints_the_scores(tmp_path: Path, fake: Callable[..., None]) -> None:
+    folder = scored(tmp_path / "a")
+    seen: list[Any] = []
+
+    def evaluate(run: RunFolder, **how: Any) -> Scores:
+        seen.append((run.path, how))
+        return folder.scores()
+
+    fake("dyads.runs.evaluate", evaluate=evaluate)
+    result = dyads("evaluate", folder.path, "--split", "validation", "--limit", "5")
+    assert seen == [(folder.path, {"split": "validation", "limit": 5})]
+    assert result.output.splitlines() == ["t  rouge_l        50.0  n=1", "micro 50.0, macro 50.0, test split"]
+
+
+def test_compare_writes_every_format(tmp_path: Path) -> None:
+    runs = [scored(tmp_path / "a").path, scored(tmp_path / "b", "b", 60.0).path]
+    assert "2 runs of tiny · test split · 1 task, 1 instance\n" in dyads("compare", *runs).output
+    assert dyads("compare", *runs, "--format", "markdown").output.startswith("2 runs of tiny")
+    for name in ("x.md", "x.csv", "x.json"):
+        result = dyads("compare", *runs, "--out", tmp_path / name, "--baseline", "a")
+        assert (result.exit_code, result.output) == (0, f"written to {tmp_path / name}\n")
+    assert "| b − a | +10.0 |" in (tmp_path / "x.md").read_text()
+    assert (tmp_path / "x.csv").read_text().startswith("level,")
+    assert json.loads((tmp_path / "x.json").read_text())["baseline"] == "a"
+    assert "there is no folder" in dyads("compare", *runs, "--out", tmp_path / "none" / "x.md").output
+
+
+def test_compare_prints_no_colours_into_a_pipe(tmp_path: Path) -> None:
+    done = process("compare", str(scored(tmp_path / "a").path), "--resamples", "10")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+# --- generate ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def echo(tmp_path: Path, fake: Callable[..., None]) -> tuple[Path, list[Any]]:
+    """A run whose model answers in capitals, and what it was asked."""
+    seen: list[Any] = []
+
+    def generate(_: RunFolder, prompts: list[str], tasks: list[str | None], **how: Any) -> list[str]:
+        seen.append((prompts, tasks, how))
+        return [prompt.upper() for prompt in prompts]
+
+    fake("dyads.runs.evaluate", generate=generate)
+    return scored(tmp_path / "a").path, seen
+
+
+def test_generate_answers_a_prompt_with_its_task(echo: tuple[Path, list[Any]]) -> None:
+    run, seen = echo
+    result = dyads("generate", run, "--prompt", "hello", "--task", "rte", "--max-new-tokens", "5")
+    assert result.output == "HELLO\n"
+    assert seen == [(["hello"], ["rte"], {"max_new_tokens": 5, "batch_size": 16})]
+
+
+def test_generate_answers_a_file_line_by_line(echo: tuple[Path, list[Any]], tmp_path: Path) -> None:
+    run, seen = echo
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text('{"prompt": "ä", "task": "own", "id": 7}\n\n{"prompt": "b"}\n')
+    assert dyads("generate", run, "--file", file, "--task", "other", "--out", out).exit_code == 0
+    assert seen[0][:2] == (["ä", "b"], ["own", "other"])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert lines[0] == {"prompt": "ä", "task": "own", "id": 7, "prediction": "Ä"}
+    assert dyads("generate", run, "--file", file).output.count("prediction") == 2
+
+
+def test_generate_refuses_lines_it_cannot_read_and_no_or_two_sources(
+    echo: tuple[Path, list[Any]], tmp_path: Path
+) -> None:
+    run, _ = echo
+    file = tmp_path / "in.jsonl"
+    for text, message in [
+        ('{"prompt": "a"}\n{"prompt": \n', "in.jsonl:2: not JSON"),
+        ('{"input": "a"}\n', 'in.jsonl:1: no object with a text under "prompt"'),
+        ("\n", "has no lines"),
+    ]:
+        file.write_text(text)
+        result = dyads("generate", run, "--file", file)
+        assert result.exit_code == 2
+        assert message in result.output
+    assert "cannot read" in dyads("generate", run, "--file", tmp_path / "none.jsonl").output
+    assert "give either --prompt or --file" in dyads("generate", run).output
+    assert "give either --prompt or --file" in dyads("generate", run, "--file", file, "--prompt", "a").output
+
+
+# --- methods, tasks, budget -------------------------------------------------------------------------------------------
+
+
+def test_methods_lists_every_method_with_its_own_options() -> None:
+    result = dyads("methods")
+    assert result.exit_code == 0, result.output
+    heads = [line.split()[0] for line in result.output.splitlines() if line and line[0] not in " O"]
+    assert heads[0] == "lora"
+    assert {"mode", "molora", "more"} < set(heads)
+    assert heads[-2:] == ["zero-shot", "majority"]
+    assert "num_experts = " in result.output
+    shared = dyads("methods", "mode")
+    assert "lora_dropout = 0.0" in shared.output
+    assert "unknown method 'moed' – did you mean" in dyads("methods", "moed").output
+
+
+def test_tasks_lists_a_family_or_a_recipe_and_shows_a_prompt(recipe: Path) -> None:
+    listed = dyads("tasks", "--family", "starter", "--option", "names=[initials, last_word]")
+    assert listed.exit_code == 0, listed.output
+    lines = listed.output.splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [["0", "initials"], ["1", "last_word"]]
+    assert dyads("tasks", "--recipe", recipe).output.count("\n") > len(lines)
+    assert "Answer: " in dyads("tasks", "--recipe", recipe, "--show", "initials").output
+    assert (
+        "no task 'initial' – did you mean 'initials'"
+        in dyads("tasks", "--family", "starter", "--show", "initial").output
+    )
+    assert "give either --family or --recipe" in dyads("tasks").output
+    wrong = dyads("tasks", "--family", "strter")
+    assert wrong.exit_code == 2
+    assert "did you mean 'starter'" in wrong.output
+
+
+@dataclass
+class Count:
+    trainable: int
+    base: int = 100_000
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.trainable / self.base
+
+
+@pytest.fixture
+def budgets(fake: Callable[..., None]) -> list[Any]:
+    """A budget in which every rank costs 100 parameters, and what it was asked."""
+    seen: list[Any] = []
+
+    def count(*asked: Any) -> Count:
+        seen.append(asked)
+        return Count(100 * asked[2]["r"])
+
+    def solve(*asked: Any, free: str, parameters: int, task_names: Any) -> tuple[int, Count]:
+        seen.append((*asked, free, parameters))
+        return parameters // 100, Count(parameters // 100 * 100)
+
+    fake("dyads.tuner", budget=SimpleNamespace(count=count, solve=solve))
+    return seen
+
+
+def test_budget_counts(budgets: list[Any]) -> None:
+    result = dyads("budget", "--model", "m", "--method", "lora", "--option", "r=34")
+    assert result.output == "lora (r=34) on m: 3,400 parameters, 3.40 % of the model's 100,000\n"
+
+
+def test_budget_meets_a_number_or_another_method(budgets: list[Any]) -> None:
+    result = dyads("budget", "--model", "m", "--method", "mode", "--option", "r=4", "--parameters", "2e3")
+    assert budgets[-1] == ("m", "mode", {"r": 4}, "num_experts", 2000)
+    assert result.output == (
+        "mode (r=4, num_experts=20) on m: 2,000 parameters, 2.00 % of the model's 100,000, +0.0 % of the budget 2,000\n"
+    )
+    options = ["--option", "target_modules=[q_proj, v_proj]"]
+    dyads("budget", "--model", "m", "--method", "mode", *options, "--like", "lora:r=5,modules_to_save=[a,b]")
+    modules = ["q_proj", "v_proj"]
+    assert budgets[-2][:3] == ("m", "lora", {"target_modules": modules, "r": 5, "modules_to_save": ["a", "b"]})
+    assert budgets[-1] == ("m", "mode", {"target_modules": modules}, "r", 500)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--parameters", "0.5"], "--parameters must be a whole number from 1, got 0.5"),
+        (["--parameters", "5", "--like", "lora:r=1"], "give either --parameters or --like"),
+        (["--solve", "r"], "--solve r needs a budget"),
+        (["--solve", "r", "--parameters", "5", "--option", "r=4"], "so --option r=4 must go"),
+        (["--option", "r"], "--option r: write it as key=value"),
+    ],
+)
+def test_budget_refuses_contradictions(budgets: list[Any], options: list[str], message: str) -> None:
+    result = dyads("budget", "--model", "m", "--method", "mode", *options)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_errors_of_other_rooms_arrive_as_they_are(recipe: Path, fake: Callable[..., None]) -> None:
+    def train(*_: Any, **__: Any) -> None:
+        raise RunError("loss became nan at step 3")
+
+    fake("dyads.runs.train", train=train)
+    result = dyads("train", recipe)
+    assert (result.exit_code, result.output) == (2, "Error: loss became nan at step 3\n")
+
+
+def test_every_file_beside_the_command_is_a_verb() -> None:
+    context = click.Context(main)
+    assert main.list_commands(context) == list(VERBS)
+    assert all(isinstance(main.get_command(context, verb), click.Command) for verb in VERBS)
+    assert "PYTHONPATH" not in os.environ or process("--version").stdout.startswith("dyads, version")

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does an example become the right tokens and labels, in training as in generation?"""
+
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from dyads.data.tokens import IGNORED, Encoder, encode
+from dyads.errors import ConfigError
+from dyads.tasks import Example
+
+EXAMPLE = Example("x", "Words: river stone\nA: ", ("stone", "other"))
+
+
+def learned(encoded):
+    return [label for label in encoded.labels if label != IGNORED]
+
+
+def test_a_decoder_reads_prompt_then_target_then_eos(byte_tokenizer):
+    encoded = encode(byte_tokenizer, EXAMPLE, task=3)
+    assert byte_tokenizer.decode(encoded.input_ids) == "Words: river stone\nA: stone<end>"
+    assert byte_tokenizer.decode(learned(encoded)) == " stone<end>"
+    assert encoded.task == 3
+    assert len(encoded) == len(encoded.labels)
+
+
+@pytest.mark.parametrize("prompt", ["a", "a ", "a  \n", "a\n  ", "Words:", "A: river "])
+def test_the_prompt_has_the_same_tokens_in_generation(byte_tokenizer, word_tokenizer, prompt):
+    for tokenizer in (byte_tokenizer, word_tokenizer):
+        encoder, example = Encoder(tokenizer), Example("x", prompt, ("stone",))
+        encoded, read = encoder.encode(example, 0), encoder.prompt(example)
+        assert encoded.input_ids[: len(read)] == read
+        assert set(encoded.labels[: len(read)]) <= {IGNORED}
+        assert IGNORED not in encoded.labels[len(read) :]
+
+
+def test_blanks_at_the_end_of_the_prompt_go_to_the_target(byte_tokenizer):
+    encoder = Encoder(byte_tokenizer)
+    assert byte_tokenizer.decode(encoder.prompt(EXAMPLE)).endswith("A:")
+    newline = Example("x", "A:\n", ("stone",))
+    assert byte_tokenizer.decode(encoder.prompt(newline)) == "A:\n"
+    assert byte_tokenizer.decode(encoder.target(newline)) == "stone<end>"
+
+
+def test_bos_is_kept_and_the_prompt_is_not_closed(word_tokenizer):
+    encoded = encode(word_tokenizer, EXAMPLE)
+    assert word_tokenizer.convert_ids_to_tokens(encoded.input_ids) == [
+        "<s>", "Words", ":", "river", "stone", "A", ":", "stone", "</s>"
+    ]  # fmt: skip
+
+
+def test_an_encoder_decoder_reads_a_closed_prompt_and_learns_the_target(word_tokenizer):
+    encoded = encode(word_tokenizer, EXAMPLE, encoder_decoder=True)
+    assert word_tokenizer.convert_ids_to_tokens(encoded.input_ids)[-2:] == [":", "</s>"]
+    assert word_tokenizer.convert_ids_to_tokens(encoded.labels) == ["stone", "</s>"]
+
+
+def test_a_long_prompt_of_a_decoder_loses_its_middle_and_never_its_target(byte_tokenizer):
+    example = Example("x", "Define this." + "m" * 500 + "Output:", ("the whole target",))
+    encoder = Encoder(byte_tokenizer, max_prompt_tokens=19, max_target_tokens=40)
+    assert byte_tokenizer.decode(encoder.prompt(example)) == "Define thi" + "m" * 2 + "Output:"
+    assert byte_tokenizer.decode(learned(encoder.encode(example, 0))) == "the whole target<end>"
+
+
+def test_a_long_prompt_keeps_bos_within_the_limit(word_tokenizer):
+    example = Example("x", "river " * 30 + "last", ("a",))
+    tokens = word_tokenizer.convert_ids_to_tokens(Encoder(word_tokenizer, max_prompt_tokens=5).prompt(example))
+    assert tokens == ["<s>", "river", "river", "river", "last"]
+
+
+def test_a_long_prompt_of_an_encoder_loses_its_end_and_stays_closed(word_tokenizer):
+    example = Example("x", "first " + "river " * 30, ("a",))
+    encoder = Encoder(word_tokenizer, max_prompt_tokens=4, encoder_decoder=True)
+    assert word_tokenizer.convert_ids_to_tokens(encoder.prompt(example)) == ["<s>", "first", "river", "</s>"]
+
+
+def test_the_first_shorter_prompt_that_fits_is_read(byte_tokenizer):
+    example = Example("x", "demo demo ask", ("r",), shorter=("demo ask", "ask"))
+    for limit, text in [(20, "demo demo ask"), (12, "demo ask"), (7, "ask"), (2, "ak")]:
+        assert byte_tokenizer.decode(Encoder(byte_tokenizer, max_prompt_tokens=limit).prompt(example)) == text
+
+
+def test_a_task_may_have_its_own_limit(byte_tokenizer):
+    assert len(Encoder(byte_tokenizer, max_prompt_tokens=15).prompt(EXAMPLE, 6)) == 6
+
+
+def test_a_target_beyond_its_limit_is_cut_and_does_not_teach_to_stop(byte_tokenizer):
+    example = Example("x", "p", ("0123456789",))
+    whole, cut = (encode(byte_tokenizer, example, max_target_tokens=n) for n in (11, 10))
+    assert byte_tokenizer.decode(learned(whole)) == "0123456789<end>"
+    assert byte_tokenizer.decode(learned(cut)) == "0123456789"
+
+
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+@pytest.mark.parametrize("limits", [{}, {"max_prompt_tokens": 8, "max_target_tokens": 2}])
+def test_lengths_are_those_of_the_encoded_examples(byte_tokenizer, word_tokenizer, encoder_decoder, limits):
+    examples = [Example(str(n), "river\n" * n + "A:", ("stone " * n,)) for n in range(1, 6)]
+    for tokenizer in (byte_tokenizer, word_tokenizer):
+        encoder = Encoder(tokenizer, encoder_decoder=encoder_decoder, **limits)
+        assert encoder.lengths(examples) == [len(encoder.encode(e, 0)) for e in examples]
+    assert encoder.lengths([]) == []
+
+
+def test_a_tokenizer_without_eos_is_refused(word_tokenizer):
+    bare = PreTrainedTokenizerFast(tokenizer_object=word_tokenizer.backend_tokenizer)
+    with pytest.raises(ConfigError, match="has no eos token, so that no answer could end"):
+        Encoder(bare)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_prompt_tokens": 1}, "max_prompt_tokens is 1, a prompt needs at least 2 with special tokens"),
+        ({"max_target_tokens": 0}, "max_target_tokens is 0, a target needs at least 1"),
+    ],
+)
+def test_limits_without_room_are_refused(word_tokenizer, limits, message):
+    with pytest.raises(ConfigError, match=message):
+        Encoder(word_tokenizer, **limits)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run folder keeps what it is given, whole, and says what is wrong with one that is not."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dyads.errors import RunError
+from dyads.runs.config import Recipe
+from dyads.runs.folder import Prediction, RunFolder, environment
+
+Make = Callable[..., Recipe]
+Run = Callable[..., Path]
+
+
+def test_a_run_starts_with_its_resolved_recipe(tmp_path: Path, recipe: Make) -> None:
+    folder = RunFolder.create(tmp_path / "runs" / "a", recipe("a", train={"steps": 7}))
+    assert RunFolder.open(folder.path).recipe() == recipe("a", train={"steps": 7})
+    assert "weight_decay: 0.0" in (folder.path / "config.yaml").read_text()
+
+
+def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(tmp_path: Path, recipe: Make) -> None:
+    RunFolder.create(tmp_path / "a", recipe("a"))
+    with pytest.raises(RunError, match=r"a' already holds a run \(method mode\); go on with it by --resume"):
+        RunFolder.create(tmp_path / "a", recipe("a"))
+    assert RunFolder.create(tmp_path / "a", recipe("a"), resume=True).is_run
+
+
+def test_resuming_with_another_recipe_names_what_differs(tmp_path: Path, recipe: Make) -> None:
+    RunFolder.create(tmp_path / "a", recipe("a", train={"steps": 5}))
+    with pytest.raises(RunError, match=r"it was started with another recipe\n  train\.steps: 5 there, 6 here$"):
+        RunFolder.create(tmp_path / "a", recipe("a", train={"steps": 6}), resume=True)
+
+
+def test_resuming_where_nothing_is_starts_a_run(tmp_path: Path, recipe: Make) -> None:
+    assert RunFolder.create(tmp_path / "a", recipe("a"), resume=True).is_run
+
+
+def test_a_run_does_not_spill_into_other_files(tmp_path: Path, recipe: Make) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="is not empty and holds no run"):
+        RunFolder.create(tmp_path, recipe("a"))
+    with pytest.raises(RunError, match=r"notes\.txt' is a file; a run needs a folder"):
+        RunFolder.create(tmp_path / "notes.txt", recipe("a"))
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_is_no_run_says_why(tmp_path: Path, recipe: Make) -> None:
+    RunFolder.create(tmp_path / "runs" / "mode-seed0", recipe("a"))
+    with pytest.raises(RunError, match=r"there is no folder '.*mode-seed1' – did you mean 'mode-seed0'\?"):
+        RunFolder.open(tmp_path / "runs" / "mode-seed1")
+    with pytest.raises(RunError, match=r"is no run: it has no config\.yaml \(it contains runs: mode-seed0\)"):
+        RunFolder.open(tmp_path / "runs")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match=r"it has no config\.yaml; `dyads train` makes such folders"):
+        RunFolder.open(tmp_path / "empty")
+
+
+def test_the_environment_holds_what_a_result_may_depend_on(tmp_path: Path, recipe: Make) -> None:
+    facts = environment()
+    assert facts["command"] == sys.argv
+    assert {"torch", "transformers", "peft", "dyads"} <= facts["versions"].keys()
+    folder = RunFolder.create(tmp_path / "a", recipe("a"))
+    folder.write_environment(seed=3)
+    folder.write_environment(seed=3)
+    kept = folder.environment()
+    assert kept["seed"] == 3
+    assert [again["seed"] for again in kept["resumed"]] == [3]
+
+
+def test_the_log_survives_a_line_that_was_cut_off(tmp_path: Path, recipe: Make) -> None:
+    folder = RunFolder.create(tmp_path / "a", recipe("a"))
+    assert folder.log() == []
+    folder.append_log({"step": 1, "loss": 2.0})
+    with (folder.path / "log.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    folder.append_log({"step": 3, "loss": float("nan"), "by_task": {"rte": float("inf")}})
+    assert folder.log() == [{"step": 1, "loss": 2.0}, {"step": 3, "loss": None, "by_task": {"rte": None}}]
+
+
+def test_predictions_keep_any_text_and_any_task_name(tmp_path: Path, recipe: Make) -> None:
+    folder = RunFolder.create(tmp_path / "a", recipe("a"))
+    row = Prediction(id="1", prediction="zwei\u2028Zeilen\n…", references=["ü"], scores={"rouge_l": 50.0})
+    folder.write_predictions("qa/hard: ü", [row])
+    assert folder.predictions("qa/hard: ü") == [row]
+    assert [p.name for p in (folder.path / "predictions").iterdir()] == ["qa%2Fhard%3A %C3%BC.jsonl"]
+
+
+def test_broken_predictions_are_named_with_their_line(run: Run) -> None:
+    folder = RunFolder(run("a", {"t": [1, 2]}))
+    with folder.predictions_path("t").open("a") as file:
+        file.write('{"id": "t-2", "prediction": "x"}\n')
+    with pytest.raises(RunError, match=r"t\.jsonl:3: no prediction with id, .*KeyError: 'references'.*evaluate"):
+        folder.predictions("t")
+    with pytest.raises(RunError, match="has no predictions for task 'u'; run `dyads evaluate"):
+        folder.predictions("u")
+
+
+def test_scores_are_read_as_they_were_written(run: Run) -> None:
+    folder = RunFolder(run("a", {"t": [1, 2]}))
+    assert folder.is_scored
+    assert folder.scores()["scores"][0]["value"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: text[:40], "is truncated or not JSON"),
+        (lambda text: "[]", "holds no object but list"),
+        (lambda text: text.replace('"schema": 1', '"schema": 9'), "has schema 9, this version of dyads reads schema 1"),
+        (lambda text: text.replace('"micro"', '"mikro"'), "lacks micro"),
+        (lambda text: text.replace('"version"', '"versoin"'), "scores[0] of "),
+    ],
+)
+def test_scores_that_cannot_be_trusted_are_refused(run: Run, damage: Callable[[str], str], message: str) -> None:
+    path = run("a", {"t": [1, 2]}) / "scores.json"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(RunError, match=re.escape(message) + ".*run `dyads evaluate"):
+        RunFolder(path.parent).scores()
+
+
+def test_scores_that_are_not_numbers_are_not_written_and_nothing_is_lost(run: Run) -> None:
+    folder = RunFolder(run("a", {"t": [1, 2]}))
+    before = (folder.path / "scores.json").read_text()
+    scores = folder.scores()
+    scores["micro"]["headline"] = float("nan")
+    with pytest.raises(RunError, match="not a finite number"):
+        folder.write_scores(scores)
+    assert (folder.path / "scores.json").read_text() == before
+    assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "predictions", "scores.json"]
+
+
+def test_discarding_scores_makes_a_run_unscored(run: Run) -> None:
+    folder = RunFolder(run("a", {"t": [1, 2]}))
+    folder.discard_scores()
+    assert not folder.is_scored
+    with pytest.raises(RunError, match=r"has no scores\.json: it was not evaluated, or not to the end"):
+        folder.scores()
+
+
+def test_a_damaged_config_is_refused_with_its_line(run: Run) -> None:
+    path = run("a", {"t": [1, 2]})
+    with (path / "config.yaml").open("a") as file:
+        file.write("surprise: 1\n")
+    with pytest.raises(ValueError, match=r"config\.yaml:\d+: unknown key 'surprise'"):
+        RunFolder.open(path).recipe()
+
+
+def test_files_are_as_readable_as_others(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("")
+    written = run("a", {"t": [1, 2]}) / "scores.json"
+    assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert json.loads(written.read_text())["schema"] == 1

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do your own files become tasks, and is every fault named with its file and line?"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dyads.errors import TaskError
+from dyads.tasks import load_suite
+from dyads.tasks.files import FilesSpec
+
+
+def write(path, *rows, newline="\n", start=""):
+    text = newline.join(r if isinstance(r, str) else json.dumps(r, ensure_ascii=False) for r in rows)
+    path.write_bytes((start + text).encode("utf-8"))
+    return path
+
+
+def row(k=0, task="t", split="train", **changes):
+    fields = {"task": task, "input": f"question {k}", "output": f"answer {k}", "split": split, **changes}
+    return {k: v for k, v in fields.items() if v is not None}
+
+
+def read(path, **options):
+    return load_suite(FilesSpec(path=path, **options))
+
+
+def test_jsonl_with_splits_and_several_references(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl", row(0), "", row(1, split="test", output=["x", " y "]), row(2, split="validation")
+    )
+    (task,) = read(path).tasks
+    assert (task.train[0].prompt, task.train[0].references) == ("question 0\n", ("answer 0",))
+    assert (task.test[0].id, task.test[0].references) == ("a.jsonl:3", ("x", "y"))
+    assert len(task.validation) == 1
+    assert task.metrics == ("rouge_l", "exact_match")
+
+
+def test_csv_with_quotes_line_breaks_and_lists(tmp_path):
+    path = write(
+        tmp_path / "a.csv",
+        "task,split,input,output",
+        't,train,"one, two\nthree",[note] plain',
+        't,test,four,"[""a"", ""b""]"',
+    )
+    (task,) = read(path).tasks
+    assert (task.train[0].prompt, task.train[0].references) == ("one, two\nthree\n", ("[note] plain",))
+    assert (task.test[0].id, task.test[0].references) == ("a.csv:4", ("a", "b"))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_byte_order_mark_and_windows_line_ends_are_read(tmp_path, suffix):
+    rows = [row(0), row(1, split="test")] if suffix == "jsonl" else [
+        "task,input,output,split", "t,question 0,answer 0,train", "t,question 1,answer 1,test"
+    ]  # fmt: skip
+    (task,) = read(write(tmp_path / f"a.{suffix}", *rows, "", newline="\r\n", start="\ufeff")).tasks
+    assert (task.name, task.train[0].prompt, task.test[0].references) == ("t", "question 0\n", ("answer 1",))
+
+
+def test_unicode_line_separators_do_not_end_a_json_line(tmp_path):
+    path = write(tmp_path / "a.jsonl", row(0, input="a\u2028b"), row(1, split="test"))
+    assert read(path).tasks[0].train[0].prompt == "a\u2028b\n"
+
+
+def test_without_splits_eight_ninths_train_and_equal_prompts_stay_together(tmp_path):
+    path = write(tmp_path / "a.jsonl", *(row(k % 25, split=None, output=str(k)) for k in range(100)))
+    (task,) = read(path).tasks
+    assert (len(task.train), len(task.validation), len(task.test)) == (84, 8, 8)
+    assert not {e.prompt for e in task.train} & {e.prompt for e in task.test + task.validation}
+    assert read(path).tasks == read(path).tasks
+    assert read(path, seed=1).tasks != read(path).tasks
+
+
+def test_a_folder_and_a_list_of_files_are_read_in_order(tmp_path):
+    write(tmp_path / "b.jsonl", row(0, "second"), row(1, "second", "test"))
+    write(tmp_path / "a.csv", "task,input,output,split", "first,x,y,train", "first,z,y,test", "second,q,y,test")
+    (tmp_path / "notes.txt").write_text("not a task", encoding="utf-8")
+    assert [(t.name, len(t.test)) for t in read(tmp_path).tasks] == [("first", 1), ("second", 2)]
+    paths = (tmp_path / "b.jsonl", tmp_path / "a.csv")
+    assert [t.name for t in read(paths).tasks] == ["second", "first"]
+
+
+def test_instructions_come_from_the_recipe_or_a_column(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl", row(0), row(1, split="test"), row(2, "u", instruction="Do."), row(3, "u", "test")
+    )
+    by_recipe, by_column = read(path, instructions={"t": " Answer.\n"}).tasks
+    assert by_recipe.train[0].prompt == "Answer.\n\nquestion 0\n"
+    assert by_column.train[0].prompt == "Do.\n\nquestion 2\n"
+
+
+def test_a_metric_becomes_the_headline(tmp_path):
+    path = write(tmp_path / "a.jsonl", row(0, metric="accuracy"), row(1, split="test"))
+    assert read(path).tasks[0].metrics == ("accuracy", "rouge_l", "exact_match")
+
+
+def test_own_ids_are_kept(tmp_path):
+    path = write(tmp_path / "a.jsonl", row(0, id=7), row(1, split="test", id="x"))
+    assert [e.id for s in ("train", "test") for e in read(path).tasks[0].split(s)] == ["7", "x"]
+
+
+def test_files_of_the_same_name_in_two_folders_do_not_collide(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "a.jsonl", row(0, input=name), row(1, split="test"))
+    (task,) = read((tmp_path / "one", tmp_path / "two")).tasks
+    assert len({e.id for e in task.train + task.test}) == 4
+
+
+def test_test_prompts_that_were_trained_on_are_noted(tmp_path):
+    path = write(tmp_path / "a.jsonl", row(0), row(0, split="test"), row(1, split="test"))
+    assert read(path).notes == ("t: 1 of 2 test prompts also stand in its train split",)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([row(0), '{"task": "t", '], r"a\.jsonl, line 2, column \d+: not valid JSON"),
+        (["[1, 2]"], r"a\.jsonl, line 1: expected one JSON object with task, input, output, got \[1, 2\]"),
+        (
+            [{"task": "t", "question": "x", "output": "y"}],
+            "line 1: column 'input' is missing; it has task, question, outp",
+        ),
+        ([row(0), row(1, split="tset")], "line 2: unknown split 'tset' – did you mean 'test'"),
+        ([row(0, output=3)], "line 1: 'output' must be a text or a list of texts, got 3; put numbers in quotes"),
+        ([row(0, output=["a", None])], "'output' must be a text or a list of texts"),
+        ([row(0, output=[])], "line 1: 'output' is empty"),
+        ([row(0, output='["a", b')], "line 1: output starts like a JSON list but is none"),
+        ([row(0, input=" ")], "line 1: 'input' is empty"),
+        ([row(0, input=["a"])], "line 1: 'input' must be text"),
+        ([row(0, task="a/b"), row(1, "a/b", "test")], "'a/b' has the character '/'"),
+        ([row(0)], "task 't' has no test rows"),
+        ([row(0, split="test")], "task 't' has no train rows"),
+        ([row(0), row(1, split="test"), row(2, split=None)], "line 3: task 't' gives a split for 2 rows but not for 1"),
+        ([row(0, split=None), row(1, split=None)], "cannot be divided into 3 splits"),
+        ([row(0, id="x"), row(1, split="test", id="x")], "line 2: id 'x' of task 't' already stands in .*, line 1"),
+        ([row(0, metric="bleu"), row(1, split="test")], "line 1: unknown metric 'bleu'"),
+        ([row(0, metric="accuracy"), row(1, split="test", metric="rouge_l")], "two metrics: 'accuracy' in .*, line 1"),
+        ([""], "no rows in"),
+    ],
+)
+def test_bad_rows_are_refused_with_their_place(tmp_path, rows, message):
+    with pytest.raises(TaskError, match=message):
+        read(write(tmp_path / "a.jsonl", *rows))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            ["task,question,output", "t,x,y"],
+            r"a\.csv, line 1: column 'input' is missing; it has task, question, output",
+        ),
+        (["task,input,output", "t,x,y", "t,x,y,z"], "line 3: 4 cells for 3 columns"),
+        (["task,input,output", 't,"x,y'], r"a\.csv, line 2: not valid CSV: unexpected end of data"),
+        (["task,input,output,input", "t,x,y,z"], "line 1: a column stands twice"),
+        ([""], "column 'task' is missing; it has none"),
+    ],
+)
+def test_bad_csv_is_refused_with_its_place(tmp_path, rows, message):
+    with pytest.raises(TaskError, match=message):
+        read(write(tmp_path / "a.csv", *rows))
+
+
+def test_bad_paths_are_refused(tmp_path):
+    with pytest.raises(TaskError, match=r"no file or folder .*nowhere"):
+        read(tmp_path / "nowhere.jsonl")
+    with pytest.raises(TaskError, match=r"no \*.jsonl or \*.csv file in folder"):
+        read(tmp_path)
+    with pytest.raises(TaskError, match=r"read twice: .*c.jsonl; give every file once"):
+        read((write(tmp_path / "c.jsonl", row(0)), tmp_path / "c.jsonl"))
+    with pytest.raises(TaskError, match=r"cannot read '.txt' files; use .jsonl or .csv"):
+        read(write(tmp_path / "a.txt", row(0)))
+    (tmp_path / "b.jsonl").write_bytes(b"\xff")
+    with pytest.raises(TaskError, match=r"b.jsonl: not UTF-8 text \(byte 0\)"):
+        read(tmp_path / "b.jsonl")
+
+
+def test_instructions_are_checked(tmp_path):
+    path = write(tmp_path / "a.jsonl", row(0, instruction="Do."), row(1, split="test"))
+    with pytest.raises(TaskError, match=r"instructions for an unknown task 'tt' – (did you mean|known:)"):
+        read(path, instructions={"tt": "x"})
+    with pytest.raises(TaskError, match=r"line 1: task 't' has an instruction in this row and in `instructions`"):
+        read(path, instructions={"t": "x"})

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a task keep its promises: ids, splits, fingerprint, scores, refusals?"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Literal
+
+import pytest
+from pydantic import BaseModel
+
+from dyads.errors import ConfigError, TaskError
+from dyads.tasks import (
+    Example,
+    FamilySpec,
+    StarterSpec,
+    Suite,
+    Task,
+    TasksSpec,
+    families,
+    load,
+    load_suite,
+    register_family,
+)
+
+
+def tiny(**changes):
+    fields = {
+        "name": "colours",
+        "version": 1,
+        "train": (Example("a", "sky?", ("blue",)),),
+        "validation": (),
+        "test": (Example("b", "grass?", ("green", "a green")), Example("c", "snow?", ("white",))),
+        "metric": "rouge_l",
+        "metrics": ("rouge_l", "exact_match"),
+    }
+    return Task(**{**fields, **changes})
+
+
+def test_scores_carry_task_version_metric_and_instances():
+    rouge, exact = tiny(version=3).score(["a green", "black"], tiny().test)
+    assert (rouge.task, rouge.version, rouge.metric, rouge.value, rouge.n) == ("colours", 3, "rouge_l", 50.0, 2)
+    assert (exact.metric, exact.values, exact.higher_is_better) == ("exact_match", (100.0, 0.0), True)
+
+
+def test_part_of_a_split_can_be_scored():
+    assert [s.n for s in tiny().score(["white"], tiny().test[1:])] == [1, 1]
+
+
+def test_fingerprint_follows_the_test_split_only():
+    assert tiny().fingerprint == tiny(train=(), name="other").fingerprint
+    assert tiny().fingerprint != tiny(test=tiny().test[:1]).fingerprint
+    assert len(tiny().fingerprint) == 12
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Example("x", "p", ()), "example 'x' has no reference"),
+        (lambda: tiny(name=" "), "needs a name"),
+        (lambda: tiny(name="a/b"), "'a/b' has the character '/'"),
+        (lambda: tiny(name="..hidden"), "starts with a dot"),
+        (lambda: tiny(version=0), "version starts at 1, got 0"),
+        (lambda: tiny(metric="rouge"), "headline metric 'rouge' must come first"),
+        (lambda: tiny(metrics=("rouge_l", "bleu")), "unknown metric 'bleu'"),
+        (lambda: tiny(validation=(Example("a", "p", ("r",)),)), r"id 'a' stands twice \(in train and validation\)"),
+        (lambda: tiny().split("tests"), "unknown split 'tests' of task 'colours' – did you mean 'test'"),
+        (lambda: tiny().score(["x"], tiny().test), "1 predictions for 2 examples"),
+        (lambda: tiny().score([], []), "nothing to score"),
+        (lambda: Suite((tiny(), tiny())), "two tasks have the same name: colours"),
+    ],
+)
+def test_contradictions_are_refused(make, message):
+    with pytest.raises(TaskError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({}, "tasks needs a key 'family' – known: "),
+        ({"family": "startre"}, "unknown task family 'startre' – did you mean 'starter'"),
+        ({"family": "starter", "sed": 1}, "unknown key 'sed' for tasks of family 'starter' – did you mean 'seed'"),
+        (
+            {"family": "starter", "test_per_task": 0},
+            "starter.test_per_task: Input should be greater than or equal to 1",
+        ),
+    ],
+)
+def test_a_wrong_spec_is_refused_with_the_way_out(spec, message):
+    with pytest.raises(ConfigError, match=message):
+        load(spec)
+
+
+def test_a_recipe_field_picks_the_family_and_survives_being_written_out():
+    class Recipe(BaseModel):
+        tasks: TasksSpec
+
+    recipe = Recipe.model_validate({"tasks": {"family": "starter", "names": ["initials"], "train_per_task": 3}})
+    assert isinstance(recipe.tasks, StarterSpec)
+    assert Recipe.model_validate(recipe.model_dump(mode="json")) == recipe
+    assert Recipe(tasks=recipe.tasks) == recipe
+    assert [t.name for t in load(recipe.tasks)] == ["initials"]
+
+
+@pytest.mark.parametrize("name", sorted(families()))
+def test_every_family_documents_its_options(name):
+    assert families()[name].__doc__
+    assert families()[name].model_fields["family"].default == name
+
+
+def test_a_new_family_is_one_class(monkeypatch):
+    monkeypatch.setattr("dyads.tasks.family._FAMILIES", {})
+
+    @register_family
+    class Colours(FamilySpec):
+        """One task about colours."""
+
+        family: Literal["colours"] = "colours"
+
+        def load(self):
+            return Suite((tiny(),), ("one note",))
+
+    class Recipe(BaseModel):
+        tasks: TasksSpec
+
+    assert load_suite(Recipe.model_validate({"tasks": {"family": "colours"}}).tasks).notes == ("one note",)
+
+
+def test_importing_tasks_and_mixture_stays_light():
+    heavy = ("torch", "transformers", "datasets", "pandas", "nltk", "scipy")
+    code = f"import sys, dyads.tasks, dyads.data.mixture; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
