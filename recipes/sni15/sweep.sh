@@ -5,7 +5,8 @@
 set -u
 out=${1:-runs/sni15-sweep}
 here=$(dirname "$0")
-for method in lora molora molora-sd mode mode-grouped more; do
+methods=${METHODS:-lora molora molora-sd mode mode-grouped more}
+for method in $methods; do
   for rate in 1e-3 3e-3 1e-2; do
     dyads train "$here/$method.yaml" --out "$out/$method-$rate" --resume --no-evaluate \
       --set train.learning_rate=$rate --set train.steps=30 --set train.batch_size=8 --set train.save_steps=null \
@@ -13,7 +14,7 @@ for method in lora molora molora-sd mode mode-grouped more; do
   done
 done
 echo "method learning_rate validation_loss"
-for method in lora molora molora-sd mode mode-grouped more; do
+for method in $methods; do
   for rate in 1e-3 3e-3 1e-2; do
     printf '%s %s ' "$method" "$rate"
     sed -n 's/.*"validation_loss": \([0-9.]*\).*/\1/p' "$out/$method-$rate/log.jsonl" | tail -1

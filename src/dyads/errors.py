@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which errors does dyads raise, and how do they offer a way out?
 
-    DyadsError
-    ├── ConfigError   a config, recipe or option contradicts itself   (also a ValueError)
-    ├── TaskError     a task, its data or its name
-    ├── RunError      a run folder, a checkpoint, a training that cannot go on
-    ├── RoutingError  a task that is missing, unknown or does not fit the batch   (also a ValueError)
-    └── MergeError    a merge that would not be exact   (also a ValueError)
+DyadsError
+├── ConfigError   a config, recipe or option contradicts itself   (also a ValueError)
+├── TaskError     a task, its data or its name
+├── RunError      a run folder, a checkpoint, a training that cannot go on
+├── RoutingError  a task that is missing, unknown or does not fit the batch   (also a ValueError)
+└── MergeError    a merge that would not be exact   (also a ValueError)
 """
 
 from __future__ import annotations

@@ -335,7 +335,7 @@ def budgets(fake: Callable[..., None]) -> list[Any]:
         seen.append((*asked, free, parameters))
         return parameters // 100, Count(parameters // 100 * 100)
 
-    fake("dyads.tuner", budget=SimpleNamespace(count=count, solve=solve))
+    fake("dyads.runs", budget=SimpleNamespace(count=count, solve=solve))
     return seen
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run folders made without a run."""
+"""Run folders made without a run, and tiny models with a tokenizer of the starter tasks' words for real runs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from dyads.runs.config import Recipe
 from dyads.runs.folder import Prediction, RunFolder, ScoreRow, Scores
+from dyads.tasks import load
 
 
 def recipe_of(name: str, *, method: str = "mode", seed: int = 0, **sections: Any) -> Recipe:
@@ -102,3 +112,105 @@ def run(tmp_path: Path) -> Callable[..., Path]:
 def recipe() -> Callable[..., Recipe]:
     """A small valid recipe, with sections replaced."""
     return recipe_of
+
+
+# --- real, tiny runs --------------------------------------------------------------------------------------------------
+
+TASKS = ("first_word", "count_words", "has_animal")
+STARTER = {
+    "family": "starter",
+    "names": TASKS,
+    "train_per_task": 12,
+    "validation_per_task": 3,
+    "test_per_task": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def words() -> PreTrainedTokenizerFast:
+    """A token a word: the words of the starter tasks used here."""
+    splitter = pre_tokenizers.Whitespace()
+    examples = [e for task in load(STARTER) for split in (task.train, task.validation, task.test) for e in split]
+    texts = [text for e in examples for text in (e.prompt, *e.references)]
+    known = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *known])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = splitter
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def save_llama(path: Path, words: PreTrainedTokenizerFast, **changes: Any) -> Path:
+    """A folder with a tiny Llama, the same every time."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(words),
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,  # so that answers differ from one another
+    }
+    config = LlamaConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2, **{**sizes, **changes})
+    LlamaForCausalLM(config).save_pretrained(path)
+    words.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory, words: PreTrainedTokenizerFast) -> Path:
+    return save_llama(tmp_path_factory.mktemp("llama"), words)
+
+
+@pytest.fixture(scope="session")
+def other_llama(tmp_path_factory: pytest.TempPathFactory, words: PreTrainedTokenizerFast) -> Callable[..., Path]:
+    """Makes a folder with another tiny Llama."""
+    return lambda **changes: save_llama(tmp_path_factory.mktemp("other"), words, **changes)
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory: pytest.TempPathFactory, words: PreTrainedTokenizerFast) -> Path:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 44, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    path = tmp_path_factory.mktemp("t5")
+    T5ForConditionalGeneration(T5Config(vocab_size=len(words), **ids, **sizes)).save_pretrained(path)
+    words.save_pretrained(path)
+    return path
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"name": "lora", "r": 4},
+    "mode": {"name": "mode", "r": 4, "num_experts": 3},
+    "molora": {"name": "molora", "r": 2, "num_experts": 3},
+    "molora-sd": {"name": "molora", "r": 4, "num_experts": 3, "shared_down": True},
+    "more": {"name": "more", "r": 4},
+}
+
+
+@pytest.fixture
+def tiny(llama: Path) -> Callable[..., Recipe]:
+    """A recipe that runs in a moment: a method by its key, on the tiny Llama unless another model is given."""
+
+    def make(method: str = "mode", model: Path | None = None, seed: int = 0, **sections: Any) -> Recipe:
+        targets = ["q", "v", "wo"] if model is not None and "t5" in str(model) else ["q_proj", "v_proj", "down_proj"]
+        options = {"target_modules": targets, **METHODS[method]} if method in METHODS else {"name": method}
+        train = {"steps": 3, "batch_size": 8, "learning_rate": 0.01, "logging_steps": 1, "save_steps": None}
+        passed = {"disable_tqdm": True, **sections.get("train", {}).get("trainer", {})}
+        return Recipe.model_validate(
+            {
+                "name": method,
+                "seed": seed,
+                "model": {"name": str(model or llama), "dtype": "float32", **sections.get("model_", {})},
+                "method": {**options, **sections.get("options", {})},
+                "tasks": sections.get("tasks", STARTER),
+                "mixture": sections.get("mixture", {}),
+                "train": {**train, **sections.get("train", {}), "trainer": passed},
+                "evaluate": {"batch_size": 4, "max_new_tokens": 4, **sections.get("evaluate", {})},
+            }
+        )
+
+    return make

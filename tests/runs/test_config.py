@@ -196,7 +196,7 @@ def test_methods_options_and_passed_on_keys_are_checked_when_a_recipe_is_loaded(
 
 def test_recipes_cannot_be_changed(recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(ValueError, match="frozen"):
-        recipe("a").train.steps = 3  # type: ignore[misc]
+        recipe("a").train.steps = 3
 
 
 def test_warm_up_is_a_share_below_one_and_steps_above() -> None:

@@ -46,7 +46,7 @@ def command(
     given = of_overrides(options, "--option").data
     if solve in given:
         raise ConfigError(f"--solve {solve} looks for {solve}, so --option {solve}={given[solve]} must go")
-    from dyads.tuner import budget
+    from dyads.runs import budget
 
     if parameters is None and like is None:
         count = budget.count(model, method, given, ())
@@ -61,7 +61,7 @@ def command(
     else:
         assert parameters is not None
         target = int(parameters)
-    free = solve or ("num_experts" if "r" in given else "r")
+    free: Any = solve or ("num_experts" if "r" in given else "r")
     value, count = budget.solve(model, method, given, free=free, parameters=target, task_names=())
     off = 100 * (count.trainable - target) / target
     click.echo(

@@ -8,8 +8,6 @@ from typing import Any
 
 import click
 
-_LORA = ("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform", "modules_to_save", "use_rslora")
-
 
 @click.command(
     short_help="List the methods and their options.",
@@ -24,10 +22,10 @@ def command(names: tuple[str, ...]) -> None:
     """List the methods: a line each, their own options and defaults; with NAME also the options all share."""
     from dataclasses import fields
 
-    from peft import PeftConfig
+    from peft import LoraConfig, PeftConfig
 
     from dyads.errors import ConfigError, did_you_mean
-    from dyads.methods import DyadsConfig, build_config, methods
+    from dyads.methods import DyadsConfig, methods
     from dyads.runs.config import UNTRAINED
 
     family = {m.key: m for m in methods()}
@@ -48,8 +46,8 @@ def command(names: tuple[str, ...]) -> None:
             about = "PEFT's LoRA, the baseline; its scale is 1 here too where lora_alpha is not set"
             click.echo(f"{click.style(f'{name:{width}}', bold=True)}{about}")
             if names:
-                config = build_config("lora", {})
-                _options([f for f in fields(config) if f.name in _LORA], width)
+                has = {f.name for f in fields(LoraConfig)}
+                _options([f for f in shared if f.name in has], width)
                 click.echo(" " * width + "… and every other field of peft.LoraConfig")
         else:
             what = {"zero-shot": "the bare model", "majority": "always the most frequent answer of the training split"}

@@ -8,8 +8,11 @@ registry. Everything else â€“ layers, merging, saving, tasks in a batch, tests â
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, ClassVar
 
 import torch
@@ -81,7 +84,9 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
             self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", "must be above 0 (leave it out for scale 1)"
         )
         self.require(0 <= self.lora_dropout < 1, "lora_dropout", "must be at least 0 and below 1")
-        self.require(self.init_std is None or self.init_std > 0, "init_std", "must be above 0 (leave it out for LoRA's)")
+        self.require(
+            self.init_std is None or self.init_std > 0, "init_std", "must be above 0 (leave it out for LoRA's)"
+        )
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
@@ -183,20 +188,24 @@ def register(key: str, summary: str) -> Callable[[type[Any]], type[Any]]:
 
 
 def methods() -> tuple[Method, ...]:
-    """The methods of the family, in the order they were defined."""
+    """The methods of the family, by the names of their files: a new method is one new file in this folder."""
+    package = sys.modules[__name__.rpartition(".")[0]]
+    for module in iter_modules(package.__path__):
+        import_module(f"{package.__name__}.{module.name}")
     return tuple(_METHODS.values())
 
 
 def method(key: str) -> Method:
     """The method of that name; ConfigError with the nearest names when there is none."""
-    if key not in _METHODS:
+    known = {entry.key: entry for entry in methods()}
+    if key not in known:
         raise ConfigError(f"unknown method '{key}'{did_you_mean(key, method_names())}")
-    return _METHODS[key]
+    return known[key]
 
 
 def method_names() -> tuple[str, ...]:
     """Every method that can be trained: the family's, and PEFT's own LoRA as the baseline."""
-    return ("lora", *_METHODS)
+    return ("lora", *(entry.key for entry in methods()))
 
 
 def build_config(name: str, options: dict[str, Any], task_names: tuple[str, ...] | None = None) -> PeftConfig:
@@ -219,7 +228,7 @@ def build_config(name: str, options: dict[str, Any], task_names: tuple[str, ...]
             near = did_you_mean(key, sorted(fields - set(PeftConfig.__dataclass_fields__)))
             raise ConfigError(f"unknown option '{key}' of method '{name}'{near}")
     if name == "lora" and "lora_alpha" not in options:
-        # PEFT's default alpha is 8 whatever the rank; the family's default is scale 1, and a fair baseline has the same.
+        # PEFT's default alpha is 8 whatever the rank; ours is scale 1, and a fair baseline has the same.
         options["lora_alpha"] = options.get("r", 8)
     if task_names and {"tasks", "num_tasks"} <= fields and not options.keys() & {"tasks", "num_tasks"}:
         options["tasks"] = list(task_names)

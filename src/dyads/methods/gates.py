@@ -16,7 +16,8 @@ __all__ = ["combine_experts", "combine_groups", "per_token", "score_linear", "se
 
 def score_linear(x: Tensor, router: Tensor, experts: int) -> Tensor:
     """Scores W x of every expert in every group: x (… d), router (K·n d) → (… K n). No bias, as in the MoDE paper."""
-    return F.linear(x, router.to(x.dtype)).unflatten(-1, (-1, experts))
+    scores = F.linear(x, router.to(x.dtype))
+    return scores.view(*scores.shape[:-1], -1, experts)
 
 
 def select_softmax(scores: Tensor) -> Tensor:
@@ -47,11 +48,10 @@ def per_token(g: Tensor, like: Tensor) -> Tensor:
 
 def combine_groups(h: Tensor, g: Tensor) -> Tensor:
     """Every rank of group k gets the n gates of its group: h (… K·s), g (… K n) → (… K·s·n), rank by rank."""
-    groups, experts = g.shape[-2:]
-    h = h.unflatten(-1, (groups, -1))
-    return (h.unsqueeze(-1) * g.unsqueeze(-2)).flatten(-3)
+    h = h.reshape(*h.shape[:-1], g.shape[-2], -1, 1)
+    return (h * g.unsqueeze(-2)).flatten(-3)
 
 
 def combine_experts(h: Tensor, g: Tensor) -> Tensor:
     """Every expert's ranks get the expert's gate: h (… n·r), g (… n) → (… n·r), expert by expert."""
-    return (h.unflatten(-1, (g.shape[-1], -1)) * g.unsqueeze(-1)).flatten(-2)
+    return (h.reshape(*h.shape[:-1], g.shape[-1], -1) * g.unsqueeze(-1)).flatten(-2)

@@ -58,6 +58,8 @@ class MoDEConfig(DyadsConfig):
 
 
 class MoDE(Core):
+    """K groups of ranks, each with its own softmax over the experts; gates (… K n)."""
+
     gate_axes = 2
 
     def __init__(self, d: int, r: int, num_experts: int, group_size: int, router_std: float = 0.02) -> None:

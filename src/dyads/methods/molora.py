@@ -52,6 +52,8 @@ class MoLoRAConfig(DyadsConfig):
 
 
 class MoLoRA(Core):
+    """One softmax over the experts, each with its own A and B; gates (… n). Rows go expert by expert."""
+
     def __init__(self, d: int, r: int, num_experts: int, router_std: float = 0.02) -> None:
         super().__init__()
         self.p = self.q = num_experts * r

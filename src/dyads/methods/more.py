@@ -3,9 +3,9 @@
 
     delta(x) = Σ_{i ≤ k_t} (a_i · x) b_i        k_t = argmax softmax(W_g e_t + b_g)
 
-The ranks of one LoRA are nested experts: expert k is the first k ranks. A gate on the task's learned embedding e_t picks
-k_t for every task and layer; it is trained straight-through. Every layer has its own embeddings and gate, as in the
-public code; an embedding has the layer's input dimension unless task_dim says otherwise.
+The ranks of one LoRA are nested experts: expert k is the first k ranks. A gate on the task's learned embedding e_t
+picks k_t for every task and layer; it is trained straight-through. Every layer has its own embeddings and gate, as in
+the public code; an embedding has the layer's input dimension unless task_dim says otherwise.
 
 Ours ↔ theirs: r ↔ r (= number of experts), num_tasks ↔ |T|. At full rank this is LoRA, and for a named task it merges
 exactly.
@@ -66,6 +66,8 @@ class MoREConfig(DyadsConfig):
 
 
 class MoRE(Core):
+    """Embeddings of the tasks and a gate on them; gates (b 1… r), a prefix of ones."""
+
     looks_at = frozenset({"task"})
 
     def __init__(self, r: int, num_tasks: int, task_dim: int) -> None:

@@ -287,10 +287,11 @@ def _refuse_unlike(a: _Run, b: _Run) -> None:
     for task, left in a.headline.items():
         right = b.headline[task]
         for key in ("version", "metric", "n", "fingerprint"):
-            if left[key] != right[key]:  # type: ignore[literal-required]
+            if left[key] != right[key]:
                 name = "the number of scored instances (evaluate.limit)" if key == "n" else key
-                values = f"{left[key]} and {right[key]}"  # type: ignore[literal-required]
-                raise refuse(f"task '{task}' differs in {name}: {values}", "Evaluate both with the same tasks.")
+                values = f"{left[key]} and {right[key]}"
+                way_out = "Evaluate both with the same limit." if key == "n" else "Evaluate both with the same tasks."
+                raise refuse(f"task '{task}' differs in {name}: {values}", way_out)
         if a.values[task].keys() != b.values[task].keys():
             example = next(iter(a.values[task].keys() - b.values[task].keys()))
             raise refuse(

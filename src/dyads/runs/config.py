@@ -129,9 +129,7 @@ class MethodSpec(_Section):
 
     def peft_config(self, task_names: Sequence[str]) -> PeftConfig:
         """The PEFT config for these tasks, every option checked. A ConfigError for methods that train nothing."""
-        # Both import torch and PEFT, which reading a recipe must not. The tuner first: it tells PEFT about the methods.
-        from dyads import tuner  # noqa: F401, I001
-        from dyads import methods
+        from dyads import methods  # imports torch and PEFT; reading a recipe must not
 
         if not self.trains:
             raise ConfigError(f"method '{self.name}' trains nothing and has no PEFT config")

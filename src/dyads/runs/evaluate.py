@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -35,15 +37,17 @@ def evaluate(
     except ValueError as error:
         raise ConfigError(f"cannot evaluate with {changes}: {error}") from error
     suite = suite or load_suite(recipe.tasks)
-    asked = {task.name: [task.split(spec.split)[i] for i in spec.pick(len(task.split(spec.split)))] for task in suite.tasks}
+    asked = {
+        task.name: [task.split(spec.split)[i] for i in spec.pick(len(task.split(spec.split)))] for task in suite.tasks
+    }
     if empty := [name for name, examples in asked.items() if not examples]:
         raise TaskError(f"nothing to score: split '{spec.split}' of {', '.join(empty)} is empty")
 
-    begin = time.perf_counter()
     if recipe.method.name == "majority":
         answerer: _Majority | Answerer = _Majority()
     else:
         answerer = Answerer(folder)
+    answerer.check(suite.tasks)
     folder.discard_scores()
     rows: list[ScoreRow] = []
     values: dict[str, list[tuple[float, int]]] = {}
@@ -127,9 +131,11 @@ def generate(
 class _Majority:
     """Always the most frequent answer of the task's training split; the first in the split where several are."""
 
+    def check(self, tasks: Sequence[Task]) -> None:
+        if empty := [task.name for task in tasks if not task.train]:
+            raise TaskError(f"there is no majority answer without training examples: {', '.join(empty)} has none")
+
     def answer(self, task: Task, number: int, examples: Sequence[Example], spec: EvaluateSpec) -> list[str]:
-        if not task.train:
-            raise TaskError(f"task '{task.name}' has no training examples, so no majority answer")
         most = Counter(example.references[0] for example in task.train).most_common(1)[0][0]
         return [most] * len(examples)
 
@@ -167,10 +173,23 @@ class Answerer:
         """The tasks that the gates know."""
         return next(iter(self.routing.names.values())) if self.routing and self.routing.names else ()
 
+    def _name(self, task: Task, number: int) -> str:
+        nameless = self.task_names == tuple(str(i) for i in range(len(self.task_names)))
+        return str(number) if nameless else task.name
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Refuse tasks that the gates do not know."""
+        named = [(task.name, self._name(task, number)) for number, task in enumerate(tasks)]
+        if self.needs_task and (unknown := [task for task, name in named if name not in self.task_names]):
+            raise RunError(
+                f"the adapter was trained on {len(self.task_names)} tasks and does not know '{unknown[0]}'"
+                f"{did_you_mean(unknown[0], self.task_names)}; score the tasks that it was trained on"
+            )
+
     def answer(self, task: Task, number: int, examples: Sequence[Example], spec: EvaluateSpec) -> list[str]:
         """Answers to a task's examples, in their order. `number` stands for the task where the adapter has no names."""
         limits = [n for n in (task.max_prompt_tokens, self.encoder.max_prompt_tokens) if n is not None]
-        name = task.name if not self.task_names or task.name in self.task_names else str(number)
+        name = self._name(task, number)
         most = spec.max_new_tokens or task.max_new_tokens
         return self.answers(examples, [name] * len(examples), spec, most, min(limits) if limits else None)
 
@@ -212,19 +231,34 @@ class Answerer:
 
 def load_adapter(base: nn.Module, folder: RunFolder) -> PeftModel:
     """The run's adapter on its base model; RunError where there is none, or where it was made for another model."""
-    path = folder.adapter
+    path, weights = folder.adapter, folder.adapter / "adapter_model.safetensors"
     if not (path / "adapter_config.json").is_file():
         raise RunError(f"'{folder.path}' has no adapter: its training did not end; go on with `dyads train --resume`")
-    if not (path / "adapter_model.safetensors").is_file():
+    if not weights.is_file():
         raise RunError(f"'{path}' has no adapter_model.safetensors; adapters are read from safetensors only")
     import dyads.tuner  # noqa: F401  # PEFT has to know the methods
 
-    config = PeftConfig.from_pretrained(str(path))
+    def misfit(reason: str) -> RunError:
+        name = folder.recipe().model.name
+        return RunError(
+            f"the adapter in '{path}' does not fit model '{name}' – it was trained on another one ({reason})"
+        )
+
     try:
-        return PeftModel.from_pretrained(base, str(path), config=config)
+        config = PeftConfig.from_pretrained(str(path))
+        with safe_open(str(weights), "pt") as file:
+            kept = set(file.keys())
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(f"the adapter in '{path}' is truncated or no adapter: {error}") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below, unlike in PEFT
+            model = PeftModel.from_pretrained(base, str(path), config=config)
     except (RuntimeError, ValueError) as error:
         shown = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise RunError(
-            f"the adapter in '{path}' does not fit model '{folder.recipe().model.name}' – it was trained on another one"
-            f" ({shown[min(1, len(shown) - 1)][:200]})"
-        ) from error
+        raise misfit(shown[min(1, len(shown) - 1)][:200]) from error
+    # PEFT takes an adapter of a model with more or fewer layers, as long as those there are of the same size.
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if strange := sorted({key for key in kept - wanted if model.base_model.prefix in key} | (wanted - kept)):
+        raise misfit(f"{len(strange)} weights are in one of them only, such as {strange[0]}")
+    return model

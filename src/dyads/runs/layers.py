@@ -66,7 +66,7 @@ def of_text(text: str, source: str) -> Layer:
         origins: dict[KeyPath, str] = {}
         if node is not None:
             _locate(node, (), source, origins, set())
-        data = None if node is None else loader.construct_document(node)  # type: ignore[no-untyped-call]
+        data = None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{source}:{mark.line + 1}" if mark else source
@@ -76,7 +76,7 @@ def of_text(text: str, source: str) -> Layer:
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from error
     finally:
-        loader.dispose()  # type: ignore[no-untyped-call]
+        loader.dispose()
     if data is None:
         data = {}
     if not isinstance(data, dict):

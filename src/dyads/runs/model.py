@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -86,7 +88,8 @@ def _convert(key: str, packaged: Packaged) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise RunError(f"model '{PREFIX}{key}' needs the package gguf to be converted: run `{packaged.install}`")
     spec = importlib.util.find_spec(packaged.module)
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     source = str(Path(spec.submodule_search_locations[0]))
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Into a folder of its own first: a conversion that is cut off must not leave half a model behind.
@@ -124,9 +127,9 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     options = {"dtype": getattr(torch, spec.dtype), "revision": spec.revision, "attn_implementation": spec.attention}
     model = _explain(name, lambda: auto.from_pretrained(path, **options))
     model.requires_grad_(False)
-    # Generation settings that come with a checkpoint (sampling, temperature) must not leak into greedy scoring.
-    for field in ("temperature", "top_p", "top_k", "do_sample", "max_length"):
-        setattr(model.generation_config, field, None)
+    # Generation settings that come with a checkpoint (sampling, penalties, beams) must not leak into greedy scoring.
+    own = model.generation_config.to_dict()
+    model.generation_config = GenerationConfig(**{k: v for k, v in own.items() if k.endswith("_token_id")})
     return model.eval()
 
 
@@ -141,8 +144,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 def _explain(name: str, load: Any) -> Any:
     try:
         return load()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
-            f"model '{name}' could not be loaded: {str(error).strip().splitlines()[0]} – give a hub id, a folder that"
+            f"model '{name}' could not be loaded: {reason} – give a hub id, a folder that"
             f" holds a transformers model, or one of: {', '.join(PREFIX + key for key in PACKAGED)}"
         ) from error

@@ -8,6 +8,8 @@ sample, and the loss, for which only label positions go through the LM head.
 
 from __future__ import annotations
 
+import gc
+import inspect
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +21,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from dyads.data.batches import IGNORED, Collator, Encoder, ScheduledBatches, TaskDataset, pad_id_of
 from dyads.data.mixture import schedule
-from dyads.errors import ConfigError, RunError
+from dyads.errors import ConfigError, DyadsError, RunError, TaskError
 from dyads.runs.config import Recipe
 from dyads.runs.evaluate import evaluate as evaluate_run
 from dyads.runs.folder import RunFolder
@@ -42,12 +43,16 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, evaluate: bo
     """
     suite = load_suite(recipe.tasks)
     training = Training(recipe, suite) if recipe.method.trains else None
+    if training is not None:
+        training.arguments(RunFolder(out))
     folder = RunFolder.create(out, recipe, resume=resume)
     if folder.is_scored:
         return folder
     folder.write_environment(seed=recipe.seed)
     if training is not None and not (folder.adapter / "adapter_config.json").is_file():
         training.run(folder, resume=resume)
+    training = None  # its model makes room for the one that is scored
+    gc.collect()
     if evaluate:
         evaluate_run(folder, suite=suite)
     return folder
@@ -69,7 +74,14 @@ class Training:
         config.task_type = "SEQ_2_SEQ_LM" if self.encoder_decoder else "CAUSAL_LM"
         self.tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
         set_seed(recipe.seed)  # again: the adapter's start must not depend on how the base was loaded
-        self.model = get_peft_model(base, config)
+        try:
+            self.model = get_peft_model(base, config)
+        except DyadsError:
+            raise
+        except ValueError as error:  # target modules that the model does not have
+            raise ConfigError(
+                f"method '{recipe.method.name}' does not fit model '{recipe.model.name}': {error}"
+            ) from error
         self._check_tasks(names)
         self.encoder = Encoder(
             self.tokenizer,
@@ -77,6 +89,20 @@ class Training:
             max_target_tokens=spec.max_target_tokens,
             encoder_decoder=self.encoder_decoder,
         )
+        self.dataset = TaskDataset(suite.tasks, self.encoder)
+        self.batches = schedule(
+            self.dataset.lengths(),
+            spec=recipe.mixture,
+            steps=spec.steps,
+            batch_size=spec.batch_size,
+            seed=recipe.seed,
+            window=spec.bucket_window,
+        )
+        if spec.validation_limit and (empty := [task.name for task in suite.tasks if not task.validation]):
+            raise TaskError(
+                f"train.validation_limit is {spec.validation_limit}, but there are no validation instances of"
+                f" {', '.join(empty)}: leave it out, or give them some"
+            )
 
     def _check_tasks(self, names: tuple[str, ...]) -> None:
         routing = find_routing(self.model)
@@ -96,8 +122,8 @@ class Training:
 
     def run(self, folder: RunFolder, *, resume: bool = False) -> None:
         """Train to the end and keep the adapter."""
-        checkpoint = get_last_checkpoint(str(folder.checkpoints)) if resume and folder.checkpoints.is_dir() else None
-        trainer = self.trainer(folder)
+        checkpoint = last_checkpoint(folder) if resume else None
+        trainer = _Trainer(self, folder, self.arguments(folder))
         log = _Log(folder, self.parameters, offset=_seconds_at(folder, checkpoint))
         trainer.add_callback(log)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -121,66 +147,67 @@ class Training:
         dataset = TaskDataset(self.suite.tasks, self.encoder, split="validation")
         losses = []
         for number, task in enumerate(self.suite.tasks):
-            batch = cast(Any, trainer.data_collator)([dataset[number, i] for i in range(min(limit, len(task.validation)))])
+            batch = cast(Any, trainer.data_collator)(
+                [dataset[number, i] for i in range(min(limit, len(task.validation)))]
+            )
             inputs = {k: v.to(trainer.args.device) for k, v in batch.items()}
             losses.append(float(trainer.compute_loss(self.model, inputs)))
         return sum(losses) / len(losses)
 
-    def trainer(self, folder: RunFolder) -> _Trainer:
-        """The Trainer of this run, ready to go."""
+    def arguments(self, folder: RunFolder) -> TrainingArguments:
+        """What transformers' Trainer is told; ConfigError where it refuses."""
         spec = self.recipe.train
-        arguments = TrainingArguments(
-            output_dir=str(folder.checkpoints),
-            max_steps=spec.steps,
-            per_device_train_batch_size=spec.batch_size // spec.gradient_accumulation,
-            gradient_accumulation_steps=spec.gradient_accumulation,
-            learning_rate=spec.learning_rate,
-            optim="adafactor" if spec.optimizer == "adafactor" else "adamw_torch",
-            weight_decay=spec.weight_decay,
-            warmup_steps=spec.warmup_steps,
-            lr_scheduler_type=spec.lr_scheduler,
-            max_grad_norm=spec.max_grad_norm,
-            gradient_checkpointing=spec.gradient_checkpointing,
-            logging_steps=spec.logging_steps,
-            save_strategy="steps" if spec.save_steps else "no",
-            save_steps=spec.save_steps or 500,
-            report_to=list(spec.report_to) or "none",
-            seed=self.recipe.seed,
-            save_total_limit=2,
-            run_name=f"{self.recipe.name}-seed{self.recipe.seed}",
-            dataloader_pin_memory=torch.cuda.is_available(),
-            logging_nan_inf_filter=False,  # a loss that is not finite must be seen
-            remove_unused_columns=False,  # batches carry their task
-            **spec.trainer,
-        )
-        return _Trainer(self, folder, arguments)
+        # transformers 5.23 renames the one to the other, and warns about the old name.
+        renamed = "activation_checkpointing" in inspect.signature(TrainingArguments).parameters
+        # transformers' "constant" takes no notice of a warm-up.
+        warm_constant = spec.lr_scheduler == "constant" and spec.warmup_steps
+        ours: dict[str, Any] = {
+            "output_dir": str(folder.checkpoints),
+            "max_steps": spec.steps,
+            "per_device_train_batch_size": spec.batch_size // spec.gradient_accumulation,
+            "gradient_accumulation_steps": spec.gradient_accumulation,
+            "learning_rate": spec.learning_rate,
+            "optim": "adafactor" if spec.optimizer == "adafactor" else "adamw_torch",
+            "weight_decay": spec.weight_decay,
+            "warmup_steps": spec.warmup_steps,
+            "lr_scheduler_type": "constant_with_warmup" if warm_constant else spec.lr_scheduler,
+            "max_grad_norm": spec.max_grad_norm,
+            "activation_checkpointing" if renamed else "gradient_checkpointing": spec.gradient_checkpointing,
+            "logging_steps": spec.logging_steps,
+            "save_strategy": "steps" if spec.save_steps else "no",
+            "save_steps": spec.save_steps or 500,
+            "report_to": list(spec.report_to) or "none",
+            "seed": self.recipe.seed,
+            "save_total_limit": 2,
+            "run_name": f"{self.recipe.name}-seed{self.recipe.seed}",
+            "dataloader_pin_memory": torch.cuda.is_available(),
+            "logging_nan_inf_filter": False,  # a loss that is not finite must be seen
+            "remove_unused_columns": False,  # batches carry their task
+        }
+        try:
+            arguments = TrainingArguments(**{**ours, **spec.trainer})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"transformers refuses the training arguments: {error}; see 'train.trainer'") from error
+        parts = arguments.gradient_accumulation_steps * arguments.world_size
+        if spec.batch_size % parts:
+            raise ConfigError(
+                f"train.batch_size {spec.batch_size} cannot be cut into {parts} equal parts for all devices"
+            )
+        return arguments
 
 
 class _Trainer(Trainer):  # type: ignore[misc]
     def __init__(self, training: Training, folder: RunFolder, arguments: TrainingArguments) -> None:
-        spec, recipe = training.recipe.train, training.recipe
         self.tasks: Sequence[Task] = training.suite.tasks
         self.folder = folder
-        dataset = TaskDataset(self.tasks, training.encoder)
-        parts = arguments.gradient_accumulation_steps * arguments.world_size
-        if spec.batch_size % parts:
-            raise ConfigError(f"train.batch_size {spec.batch_size} cannot be cut into {parts} equal parts for all devices")
-        batches = schedule(
-            dataset.lengths(),
-            spec=recipe.mixture,
-            steps=spec.steps,
-            batch_size=spec.batch_size,
-            seed=recipe.seed,
-            window=spec.bucket_window,
-        )
-        size = spec.batch_size // parts
-        self.batches = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
+        size = arguments.per_device_train_batch_size // arguments.world_size
+        self.batches = [batch[i : i + size] for batch in training.batches for i in range(0, len(batch), size)]
         self.routed = find_routing(training.model) is not None
         self.encoder_decoder = training.encoder_decoder
         super().__init__(
             model=training.model,
             args=arguments,
-            train_dataset=dataset,
+            train_dataset=training.dataset,
             data_collator=Collator(pad_id_of(training.tokenizer), encoder_decoder=training.encoder_decoder),
             # Never called, as compute_loss below does not: it makes the Trainer count the labels of a whole step.
             compute_loss_func=_unused,
@@ -222,15 +249,16 @@ class _Trainer(Trainer):  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-        # Checked before the update, so that a broken step never reaches the weights that a checkpoint keeps.
+        # Checked before the update, so that a broken step never reaches the weights that a checkpoint keeps. A gradient
+        # scaler (fp16 autocast) does so by itself: it skips the update, and tries a smaller scale.
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
+        if self.accelerator.scaler is None and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
             self._stop("gradient", inputs["task"])
         return loss
 
     def _stop(self, what: str, task: Tensor) -> None:
         names = sorted({self.tasks[int(i)].name for i in task.tolist()})
-        kept = get_last_checkpoint(str(self.folder.checkpoints)) if self.folder.checkpoints.is_dir() else None
+        kept = last_checkpoint(self.folder)
         way_out = f"the last checkpoint is kept ({kept})" if kept else "no checkpoint was saved before it"
         raise RunError(
             f"the {what} is not finite at step {self.state.global_step + 1}, on a batch of {', '.join(names)}; training"
@@ -299,10 +327,20 @@ class _Log(TrainerCallback):  # type: ignore[misc]
             self.folder.append_log({"event": "saved", "step": state.global_step, "seconds": round(self.seconds, 3)})
 
 
+def last_checkpoint(folder: RunFolder) -> str | None:
+    """The latest checkpoint that is whole: the Trainer writes its state last."""
+    whole = {_step_of(path.parent): path.parent for path in folder.checkpoints.glob("checkpoint-*/trainer_state.json")}
+    return str(whole[max(whole)]) if whole else None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def _seconds_at(folder: RunFolder, checkpoint: str | None) -> float:
-    """Seconds of training that a checkpoint holds."""
+    """Seconds of training that a checkpoint holds; those after it are spent again, and counted then."""
     if checkpoint is None:
         return 0.0
-    step = int(Path(checkpoint).name.rpartition("-")[2])
-    saved = [line["seconds"] for line in folder.log() if line.get("event") == "saved" and line.get("step") == step]
-    return float(saved[-1]) if saved else 0.0
+    until = _step_of(Path(checkpoint))
+    logged = [line["seconds"] for line in folder.log() if "seconds" in line and line.get("step", until + 1) <= until]
+    return float(logged[-1]) if logged else 0.0

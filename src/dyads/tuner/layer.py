@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dyads.errors import ConfigError, MergeError
-from dyads.methods import Core, DyadsConfig
+from dyads.methods.base import Core, DyadsConfig
 from dyads.ops import dyadic
 from dyads.tuner.routing import Routing
 
@@ -32,6 +32,12 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     adapter_layer_names = ("dyads_A", "dyads_B", "dyads_core")
     other_param_names = ("r", "scaling", "dyads_dropout", "method_key")
+
+    # Given by BaseTunerLayer, which carries no types.
+    active_adapters: Any
+    get_base_layer: Any
+    set_adapter: Any
+    _move_adapter_to_device_of_base_layer: Any
 
     def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
         super().__init__()
@@ -93,7 +99,8 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            base: Tensor = self.base_layer(x, *args, **kwargs)
+            return base
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.merged:
             return result
@@ -146,7 +153,8 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         g = core.route(probe @ A.to(wide).T, probe, self._task(adapter, probe))
         G = core.matrix(g.to(wide)).reshape(core.q, core.p)
         delta = self.scaling[adapter] * (B.to(wide).T @ G @ A.to(wide))
-        return delta.T if self.fan_in_fan_out else delta
+        oriented: Tensor = delta.T if self.fan_in_fan_out else delta
+        return oriented
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """W += ΔW for every adapter named (default: the active ones). safe_merge refuses what is not finite."""

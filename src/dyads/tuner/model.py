@@ -17,7 +17,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 
 from dyads.errors import ConfigError
-from dyads.methods import DyadsConfig
+from dyads.methods.base import DyadsConfig
 from dyads.tuner.layer import DyadsLayer
 from dyads.tuner.routing import Routing, TaskLike, find_routing
 
@@ -30,6 +30,10 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
     prefix = "dyads_"
     tuner_layer_cls = DyadsLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # Given by BaseTuner, which carries no types; routing is set before the first injection.
+    active_adapters: Any
+    routing: Routing
 
     def _pre_injection_hook(self, model: nn.Module, config: DyadsConfig, adapter_name: str) -> None:
         found = find_routing(model)
@@ -53,7 +57,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
             target.update_layer(adapter_name, peft_config)
             return
         layer = DyadsLayer(target, self.routing)
-        layer._active_adapter = adapter_name
+        layer.__dict__["_active_adapter"] = adapter_name
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an adapter that is added later trains when it is made active
@@ -123,7 +127,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT looks for the adapter's name in the last two places only; a core may nest deeper (dyads_core.NAME.gate.weight).
+        # PEFT looks for the adapter's name in the last two places; a core may nest deeper: dyads_core.NAME.gate.weight
         pattern = rf"(\.{cls.prefix}[A-Za-z]+)\.{re.escape(adapter_name)}(?=\.|$)"
         if re.search(pattern, key):
             return re.sub(pattern, r"\1", key)

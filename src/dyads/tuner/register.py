@@ -14,8 +14,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from dyads.methods import methods
-from dyads.methods.base import PEFT_TYPE_PREFIX
+from dyads.methods.base import PEFT_TYPE_PREFIX, methods
 from dyads.tuner.model import DyadsModel
 
 __all__ = ["register_methods"]

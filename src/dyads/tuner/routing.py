@@ -33,7 +33,9 @@ class RoutingState:
     def __init__(self, task: TaskLike) -> None:
         if isinstance(task, Tensor):
             if task.dtype.is_floating_point or task.dtype == torch.bool or task.ndim > 1:
-                raise RoutingError(f"task must be whole numbers of shape (batch,), got {task.dtype} {tuple(task.shape)}")
+                raise RoutingError(
+                    f"task must be whole numbers of shape (batch,), got {task.dtype} {tuple(task.shape)}"
+                )
             self.task: Tensor | list[int | str] = task.reshape(-1)
         else:
             self.task = [task] if isinstance(task, (int, str)) else list(task)
@@ -134,8 +136,9 @@ class Routing:
         enter = model.register_forward_pre_hook(_EnterForward(self), with_kwargs=True, prepend=True)
         leave = model.register_forward_hook(_LeaveForward(self))
         self._undo = [enter.remove, leave.remove]
-        if callable(getattr(model, "generate", None)):
-            model.generate = _Generate(model.generate, self)  # type: ignore[assignment,unused-ignore]
+        inner: Any = getattr(model, "generate", None)
+        if callable(inner):
+            model.__dict__["generate"] = _Generate(inner, self)
             self._undo.append(_Remove(model, "generate"))
 
     def detach(self, model: nn.Module) -> None:
@@ -146,11 +149,11 @@ class Routing:
         for module in model.modules():
             func = module.__dict__.get("_gradient_checkpointing_func")
             if isinstance(func, _Checkpoint):
-                module._gradient_checkpointing_func = func.func
+                module.__dict__["_gradient_checkpointing_func"] = func.func
 
 
 class _Remove:
-    """Undo an attribute that was set on an instance. An object, not a closure, so that a deep copy undoes the copy's."""
+    """Undo an attribute that was set on an instance. Not a closure, so that a deep copy undoes the copy's."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self.owner, self.name = owner, name
@@ -179,7 +182,7 @@ class _EnterForward:
                 if getattr(module, "gradient_checkpointing", False):
                     func = getattr(module, "_gradient_checkpointing_func", None)
                     if func is not None and not isinstance(func, _Checkpoint):
-                        module._gradient_checkpointing_func = _Checkpoint(func, routing)  # type: ignore[assignment]
+                        module.__dict__["_gradient_checkpointing_func"] = _Checkpoint(func, routing)
         return args, kwargs
 
 

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does every config refuse what contradicts itself, with the value and the way out?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from conftest import Variant
+from dyads.errors import ConfigError
+from dyads.methods import MoDEConfig, MoLoRAConfig, MoREConfig, build_config, method, method_names
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, r"r must be a whole number, 1 or more, got 0"),
+        ({"r": 2.5}, r"r must be a whole number, 1 or more, got 2.5"),
+        ({"lora_alpha": 0}, r"lora_alpha must be above 0 \(leave it out for scale 1\), got 0"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be at least 0 and below 1, got 1.0"),
+        ({"init_std": -1.0}, r"init_std must be above 0 .*got -1.0"),
+        ({"target_modules": ".*q", "layers_to_transform": [1]}, r"layers_to_transform cannot be used with a regular"),
+        ({"layers_pattern": "h"}, r"layers_pattern only says where layers_to_transform counts.*got 'h'"),
+    ],
+)
+def test_shared_fields_refuse_contradictions(variant: Variant, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"{variant.key}: {message}"):
+        variant.config(**options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MoDEConfig(r=4, num_experts=0), "mode: num_experts must be a whole number ≥ 1, got 0"),
+        (
+            lambda: MoDEConfig(r=6, group_size=4),
+            r"group_size must divide r = 6, that is be one of \[1, 2, 3, 6\], got 4",
+        ),
+        (lambda: MoDEConfig(r=4, group_size=8), r"group_size must divide r = 4, that is be one of \[1, 2, 4\], got 8"),
+        (lambda: MoDEConfig(router_std=0), "router_std must be above 0: equal routers never tell experts apart, got 0"),
+        (lambda: MoLoRAConfig(num_experts=-1), "molora: num_experts must be a whole number ≥ 1, got -1"),
+        (lambda: MoLoRAConfig(shared_down="yes"), "molora: shared_down must be true or false, got 'yes'"),
+        (lambda: MoREConfig(), r"more: tell it the tasks, either by name .* or by number \(num_tasks=8\)"),
+        (lambda: MoREConfig(tasks=["a", "b", "a"]), r"tasks must differ from one another \(a is there twice\)"),
+        (lambda: MoREConfig(tasks=[]), "tasks must name at least one task"),
+        (lambda: MoREConfig(tasks=["a"], num_tasks=2), "num_tasks = 2, but tasks names 1: leave num_tasks out"),
+        (lambda: MoREConfig(num_tasks=0), "num_tasks must be at least 1, got 0"),
+        (lambda: MoREConfig(num_tasks=2, task_dim=0), "task_dim must be at least 1, got 0"),
+    ],
+)
+def test_methods_refuse_contradictions(make: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_default_scale_is_one_and_alpha_is_divided_by_r(variant: Variant) -> None:
+    assert variant.config(lora_alpha=None).scaling == 1.0
+    config = variant.config(lora_alpha=8)
+    assert config.scaling == 8 / config.r
+    assert build_config("lora", {"r": 34}).lora_alpha == 34
+    assert build_config("lora", {"r": 34, "lora_alpha": 8}).lora_alpha == 8
+
+
+def test_options_of_a_recipe_are_checked_by_name() -> None:
+    with pytest.raises(ConfigError, match="unknown option 'n_experts' of method 'mode' – did you mean 'num_experts'"):
+        build_config("mode", {"n_experts": 4})
+    with pytest.raises(
+        ConfigError, match="unknown option 'lora_dropot' of method 'lora' – did you mean 'lora_dropout'"
+    ):
+        build_config("lora", {"lora_dropot": 0.1})
+    with pytest.raises(ConfigError, match="unknown method 'modee' – did you mean 'mode'"):
+        build_config("modee", {})
+    with pytest.raises(ConfigError, match="unknown method 'mor' – did you mean 'more'"):
+        method("mor")
+    assert {"lora", "mode", "molora", "more"} <= set(method_names())
+
+
+def test_task_conditioned_methods_learn_the_tasks_of_the_suite_unless_told_otherwise() -> None:
+    assert build_config("more", {"r": 2}, ("a", "b")).tasks == ["a", "b"]
+    assert build_config("more", {"r": 2, "num_tasks": 5}, ("a", "b")).task_names == ("0", "1", "2", "3", "4")
+    assert build_config("mode", {"r": 2}, ("a", "b")).task_names is None

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run scores can be scored again, whatever the batches; what does not belong together is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from dyads.errors import ConfigError, RoutingError, RunError, TaskError
+from dyads.runs.config import Recipe
+from dyads.runs.evaluate import Answerer, evaluate, generate
+from dyads.runs.folder import RunFolder
+from dyads.runs.train import train
+from dyads.tasks import Suite, load_suite
+from dyads.tuner.routing import Routing
+
+Tiny = Callable[..., Recipe]
+Trained = Callable[[str], RunFolder]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
+    return {}
+
+
+@pytest.fixture
+def trained(
+    runs: dict[str, RunFolder], tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> Trained:
+    """A copy of a trained run of a method, which is trained once."""
+
+    def copy(method: str) -> RunFolder:
+        if method not in runs:
+            out = tmp_path_factory.mktemp("runs") / method
+            runs[method] = train(tiny(method, train={"learning_rate": 0.05}), out)
+        shutil.copytree(runs[method].path, tmp_path / method)
+        return RunFolder.open(tmp_path / method)
+
+    return copy
+
+
+def files(folder: RunFolder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder.path)): p.read_bytes() for p in sorted(folder.path.rglob("*")) if p.is_file()}
+
+
+def predictions(folder: RunFolder) -> dict[str, list[str]]:
+    tasks = [row["task"] for row in folder.scores()["scores"] if row["headline"]]
+    return {task: [p["prediction"] for p in folder.predictions(task)] for task in tasks}
+
+
+def change_model(folder: RunFolder, model: Path) -> None:
+    config = folder.path / "config.yaml"
+    config.write_text(config.read_text().replace(folder.recipe().model.name, str(model)))
+
+
+@pytest.mark.parametrize("method", ["lora", "mode", "molora-sd", "more", "majority"])
+def test_scoring_again_gives_the_same_predictions_and_scores(method: str, trained: Trained) -> None:
+    folder = trained(method)
+    before, scores = predictions(folder), folder.scores()
+    again = evaluate(folder)
+    assert predictions(folder) == before
+    assert again == folder.scores()
+    assert {**again, "seconds": None} == {**scores, "seconds": None}
+
+
+def test_training_changed_the_answers(trained: Trained) -> None:
+    assert len({str(predictions(trained(method))) for method in ("zero-shot", "lora", "mode", "more")}) == 4
+
+
+@pytest.mark.parametrize("method", ["mode", "more"])
+def test_batches_have_no_influence_on_answers(method: str, trained: Trained) -> None:
+    folder = trained(method)
+    answerer, suite = Answerer(folder), load_suite(folder.recipe().tasks)
+    spec = folder.recipe().evaluate
+    for number, task in enumerate(suite.tasks):
+        one, three, all_ = (
+            answerer.answer(task, number, task.test, spec.model_copy(update={"batch_size": size}))
+            for size in (1, 3, 99)
+        )
+        assert one == three == all_
+
+
+def test_an_encoder_decoder_is_scored_again_alike(tiny: Tiny, t5: Path, tmp_path: Path) -> None:
+    folder = train(tiny("more", t5, train={"learning_rate": 0.05, "steps": 8}), tmp_path / "run")
+    before = predictions(folder)
+    evaluate(folder)
+    assert predictions(folder) == before
+    assert any(text for texts in before.values() for text in texts)
+
+
+def test_another_split_and_a_limit_replace_the_recipes_own(trained: Trained) -> None:
+    folder = trained("mode")
+    scores = evaluate(folder, split="validation", limit=2)
+    assert scores["split"] == "validation"
+    assert {row["n"] for row in scores["scores"]} == {2}
+    assert len(folder.predictions("first_word")) == 2
+    with pytest.raises(ConfigError, match="cannot evaluate with"):
+        evaluate(folder, split="tset")
+    with pytest.raises(ConfigError, match="cannot evaluate with"):
+        evaluate(folder, limit=0)
+
+
+def test_micro_is_over_instances_and_macro_over_tasks(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [
+        *(
+            {"task": "a", "input": "apple", "output": "yes", "split": split}
+            for split in ("train", "test", "test", "test")
+        ),
+        *({"task": "b", "input": "apple", "output": "no", "split": split} for split in ("train", "test")),
+        {"task": "b", "input": "river", "output": "no", "split": "train"},
+    ]
+    rows[1]["output"] = rows[2]["output"] = "no"  # majority answers "yes" and is right once in three
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps({**row, "id": i}) + "\n" for i, row in enumerate(rows)))
+    scores = train(tiny("majority", tasks={"family": "files", "path": str(path)}), tmp_path / "run").scores()
+    assert scores["macro"]["headline"] == pytest.approx((100 / 3 + 100) / 2)
+    assert scores["micro"]["headline"] == pytest.approx(50.0)
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def test_gates_are_told_the_names_of_tasks(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    using = Routing.using
+    monkeypatch.setattr(Routing, "using", lambda self, task: told.append(task) or using(self, task))
+    folder = trained("more")
+    evaluate(folder)
+    assert told == [[name] * 4 for name in folder.recipe().tasks.names]
+
+
+def test_gates_that_know_tasks_by_number_are_told_the_number(tiny: Tiny, tmp_path: Path) -> None:
+    folder = train(tiny("more", options={"num_tasks": 3}), tmp_path / "run")
+    assert Answerer(folder).task_names == ("0", "1", "2")
+    assert folder.is_scored
+
+
+def test_tasks_that_the_gates_do_not_know_are_refused_and_the_scores_kept(trained: Trained) -> None:
+    folder = trained("more")
+    before = files(folder)
+    suite = load_suite({"family": "starter", "names": ["first_word", "last_word"], "test_per_task": 2})
+    with pytest.raises(RunError, match=r"trained on 3 tasks and does not know 'last_word' – did you mean 'first_word'"):
+        evaluate(folder, suite=suite)
+    assert files(folder) == before
+    evaluate(folder, suite=Suite(suite.tasks[:1]))
+
+
+def test_a_method_that_looks_at_no_task_answers_any(trained: Trained) -> None:
+    folder = trained("mode")
+    scores = evaluate(folder, suite=load_suite({"family": "starter", "names": ["last_word"], "test_per_task": 2}))
+    assert {row["task"] for row in scores["scores"]} == {"last_word"}
+
+
+def test_generating_needs_a_task_only_where_gates_look_at_it(trained: Trained) -> None:
+    prompts = ["Words: river stone lamp\nHow many words are there?\nAnswer:"] * 2
+    plain = generate(trained("mode"), prompts, [None, None], max_new_tokens=3)
+    assert len(plain) == 2
+    assert plain[0] == plain[1]
+    more = trained("more")
+    with pytest.raises(ConfigError, match=r"prompt 2 has no task, and the gates of 'more' look at the task: name one"):
+        generate(more, prompts, ["first_word", None])
+    with pytest.raises(RoutingError, match="does not know task 'first_wrd' – did you mean 'first_word'"):
+        generate(more, prompts, ["first_word", "first_wrd"])
+    with pytest.raises(ConfigError, match="2 prompts, but 1 tasks"):
+        generate(more, prompts, ["first_word"])
+    mixed = generate(more, prompts, ["first_word", "has_animal"], max_new_tokens=3)
+    assert mixed == [generate(more, prompts[:1], [task], max_new_tokens=3)[0] for task in ("first_word", "has_animal")]
+
+
+# --- what does not belong together ------------------------------------------------------------------------------------
+
+
+def test_a_run_without_an_adapter_says_how_to_go_on(trained: Trained) -> None:
+    folder = trained("mode")
+    before = predictions(folder)
+    (folder.adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(
+        RunError, match=r"adapter' has no adapter_model\.safetensors; adapters are read from safetensors"
+    ):
+        evaluate(folder)
+    shutil.rmtree(folder.adapter)
+    with pytest.raises(RunError, match=r"has no adapter: its training did not end; go on with `dyads train --resume`"):
+        evaluate(folder)
+    assert predictions(folder) == before
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_truncated_adapter_is_refused(file: str, trained: Trained) -> None:
+    folder = trained("mode")
+    path = folder.adapter / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(RunError, match=r"adapter' is truncated or no adapter"):
+        evaluate(folder)
+
+
+@pytest.mark.parametrize("method", ["lora", "mode"])
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hidden_size": 48}, "size mismatch"),
+        ({"num_hidden_layers": 3}, r"\d+ weights are in one of them only, such as base_model.model.model.layers.2"),
+        ({"num_hidden_layers": 1}, r"\d+ weights are in one of them only, such as base_model.model.model.layers.1"),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused(
+    method: str, changes: dict[str, int], reason: str, trained: Trained, other_llama: Callable[..., Path]
+) -> None:
+    folder = trained(method)
+    change_model(folder, other_llama(**changes))
+    before = files(folder)
+    with pytest.raises(RunError, match=rf"does not fit model '.*' – it was trained on another one \(.*{reason}"):
+        evaluate(folder)
+    assert files(folder) == before
+
+
+def test_an_adapter_of_another_kind_of_model_is_refused(trained: Trained, t5: Path) -> None:
+    folder = trained("mode")
+    change_model(folder, t5)
+    with pytest.raises(RunError, match="does not fit model"):
+        evaluate(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to:UserWarning")
+def test_an_adapted_head_fits_its_own_model(tiny: Tiny, tmp_path: Path) -> None:
+    for method, key in (("lora", "target_modules"), ("mode", "modules_to_save")):
+        options = {key: ["q_proj", "lm_head"] if key == "target_modules" else ["lm_head"]}
+        folder = train(tiny(method, options=options), tmp_path / method)
+        assert any("lm_head" in name for name in load_file(folder.adapter / "adapter_model.safetensors"))
+
+
+def test_weights_that_are_lacking_are_named(trained: Trained) -> None:
+    folder = trained("more")
+    path = folder.adapter / "adapter_model.safetensors"
+    weights = load_file(path)
+    lost = next(name for name in weights if "embedding" in name)
+    save_file({name: w for name, w in weights.items() if name != lost}, path, metadata={"format": "pt"})
+    with pytest.raises(RunError, match=rf"1 weights are in one of them only, such as {lost}"):
+        evaluate(folder)
+
+
+def test_a_majority_run_generates_nothing(trained: Trained) -> None:
+    with pytest.raises(ConfigError, match="gives the majority answer: it has no model to generate with"):
+        generate(trained("majority"), ["a"], [None])
+
+
+def test_the_majority_needs_training_examples(trained: Trained) -> None:
+    folder = trained("majority")
+    before = files(folder)
+    (task,) = load_suite({"family": "starter", "names": ["first_word"], "train_per_task": 1}).tasks
+    empty = Suite((type(task)(**{**{f: getattr(task, f) for f in task.__dataclass_fields__}, "train": ()}),))
+    with pytest.raises(TaskError, match="no majority answer without training examples: first_word has none"):
+        evaluate(folder, suite=empty)
+    assert files(folder) == before
+
+
+def test_an_empty_split_is_refused(trained: Trained) -> None:
+    suite = load_suite({"family": "starter", "names": ["first_word"], "validation_per_task": 0})
+    with pytest.raises(TaskError, match="nothing to score: split 'validation' of first_word is empty"):
+        evaluate(trained("mode"), split="validation", suite=suite)

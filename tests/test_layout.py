@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Do the rooms keep their walls, is the package light, and are the public names the intended ones?"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dyads
+
+SOURCE = Path(dyads.__file__).parent
+ROOMS = {  # what a room may import, beside itself and `errors`
+    "errors": set(),
+    "ops": set(),
+    "methods": {"ops"},
+    "tuner": {"ops", "methods"},
+    "tasks": set(),
+    "data": {"tasks"},
+    "runs": {"ops", "methods", "tuner", "tasks", "data"},
+    "report": {"ops", "methods", "tuner", "tasks", "data", "runs"},
+    "cli": {"ops", "methods", "tuner", "tasks", "data", "runs", "report"},
+}
+LIGHT = {"tasks": {"torch", "transformers", "peft"}, "methods": {"transformers"}}
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path, *, typing_too: bool = True) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped: set[ast.AST] = set()
+    if not typing_too:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+                skipped.update(n for child in node.body for n in ast.walk(child))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            assert node.module
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_arrows_point_forward_only(path: Path) -> None:
+    if path == SOURCE / "__init__.py":
+        return  # the door: it names the public things of all rooms
+    room = room_of(path)
+    assert room in ROOMS, f"{room} is a new room: say what it may import"
+    for name in imports(path):
+        if name.startswith("dyads."):
+            other = name.split(".")[1]
+            if other in ("errors", "__version__"):
+                continue
+            assert other == room or other in ROOMS[room], f"{path.name} imports {name}: {room} may not look at {other}"
+        if room == "ops":
+            assert name.split(".")[0] in {"__future__", "typing", "dyads", "torch"}, f"ops imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_only_the_tuner_knows_the_inside_of_peft(path: Path) -> None:
+    inside = {n for n in imports(path) if n.startswith(("peft.tuners", "peft.mapping"))}
+    assert not inside or room_of(path) == "tuner"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_every_file_says_its_licence_and_what_it_answers(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
+    assert ast.get_docstring(ast.parse(text))
+    assert not {"utils", "common", "helpers", "misc"} & {part.removesuffix(".py") for part in path.parts}
+    assert len(path.relative_to(SOURCE).parts) <= 2, "never a third level"
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_and_asking_for_help_stays_light() -> None:
+    heavy = "{'torch', 'peft', 'transformers', 'datasets', 'pandas', 'matplotlib', 'trl', 'scipy', 'pydantic'}"
+    assert run(f"import sys, dyads; print(sorted({heavy} & set(sys.modules)))") == "[]"
+    code = "import sys; from dyads.cli import main; main(['--help'], standalone_mode=False)"
+    assert run(f"{code}; print(sorted({heavy} & set(sys.modules)))").endswith("[]")
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import dyads, peft",
+        "import peft, dyads",
+        "import dyads.methods",
+        "import dyads.tuner",
+        "from dyads import MoDEConfig",
+        "from dyads.methods.more import MoREConfig",
+        "import dyads.runs.train",
+    ],
+)
+def test_peft_knows_the_methods_in_whatever_order_things_are_imported(first: str) -> None:
+    known = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known; print([k for k in known if 'DYADS' in k])"
+    assert run(f"{first}\n{known}") == "['DYADS_MODE', 'DYADS_MOLORA', 'DYADS_MORE']"
+
+
+def test_public_names() -> None:
+    assert dyads.__all__ == ["MoDEConfig", "MoLoRAConfig", "MoREConfig", "__version__", "use_task"]
+    for name in dyads.__all__:
+        assert getattr(dyads, name) is not None
+    with pytest.raises(AttributeError, match="module 'dyads' has no attribute 'MoDConfig'"):
+        _ = dyads.MoDConfig  # type: ignore[attr-defined]

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does every sample get the gates of its own task, whatever happens around it?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+
+from conftest import TARGETS, TASKS, Variant, batch, task_of, tiny_model
+from dyads import MoREConfig, use_task
+from dyads.errors import RoutingError
+from dyads.tuner import DyadsLayer
+
+KINDS = ["llama", "gpt2", "t5", "bert"]
+
+
+def adapted(
+    variant: Variant, kind: str = "llama", task_type: str | None = None, dtype: torch.dtype = torch.float32
+) -> PeftModel:
+    config = variant.config(target_modules=TARGETS[kind], init_weights=False, task_type=task_type)
+    model = get_peft_model(tiny_model(kind, dtype), config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "embedding" in name and "dyads" in name:
+                parameter.normal_(std=3)  # tasks far apart, so that they choose different ranks
+    return model
+
+
+def more(kind: str = "llama", task_type: str | None = None) -> PeftModel:
+    return adapted(Variant("more"), kind, task_type)
+
+
+# --- one batch, many tasks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_of_a_sample_depends_on_nothing_but_itself(variant: Variant, kind: str) -> None:
+    model, inputs, tasks = adapted(variant, kind), batch(kind), ["sst2", "rte", "cola"]
+    with torch.no_grad():
+        together = model(**inputs, **task_of(variant.config(), *tasks)).logits
+        for i in range(3):
+            alone = model(**{k: v[i : i + 1] for k, v in inputs.items()}, **task_of(variant.config(), tasks[i])).logits
+            assert_close(alone[0], together[i], atol=1e-5, rtol=1e-5)
+        order = [2, 0, 1]
+        permuted = model(
+            **{k: v[order] for k, v in inputs.items()}, **task_of(variant.config(), *[tasks[i] for i in order])
+        ).logits
+        assert_close(permuted, together[order], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_nothing(variant: Variant, side: str) -> None:
+    model, inputs = adapted(variant), batch("llama")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    pad, off = torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 4, dtype=torch.long)
+    sides = ([pad, ids], [off, mask]) if side == "left" else ([ids, pad], [mask, off])
+    padded, padded_mask = (torch.cat(parts, 1) for parts in sides)
+    positions = (padded_mask.cumsum(1) - 1).clamp(min=0)
+    task = task_of(variant.config(), *TASKS)
+    with torch.no_grad():
+        plain = model(**inputs, **task).logits
+        out = model(input_ids=padded, attention_mask=padded_mask, position_ids=positions, **task).logits
+    assert_close(out[:, 4:] if side == "left" else out[:, :7], plain, atol=1e-5, rtol=1e-5)
+
+
+def test_tasks_really_differ() -> None:
+    model, inputs = more(), batch("llama")
+    with torch.no_grad():
+        outs = [model(**inputs, task=name).logits for name in TASKS]
+    assert not torch.equal(outs[0], outs[1])
+    ranks = [layer.core("default").ranks().tolist() for layer in model.modules() if isinstance(layer, DyadsLayer)]
+    assert any(len(set(r)) > 1 for r in ranks)
+
+
+def test_names_ids_tensors_and_one_for_all_mean_the_same() -> None:
+    model, inputs = more(), batch("llama")
+    with torch.no_grad():
+        expected = model(**inputs, task=["sst2", "rte", "cola"]).logits
+        for task in (
+            [2, 0, 1],
+            ["sst2", 0, "cola"],
+            torch.tensor([2, 0, 1]),
+            torch.tensor([2, 0, 1], dtype=torch.int32),
+        ):
+            assert torch.equal(model(**inputs, task=task).logits, expected)
+        for task in ("cola", 1, torch.tensor(1), torch.tensor([1]), ["cola"] * 3):
+            assert torch.equal(model(**inputs, task=task).logits, model(**inputs, task=[1, 1, 1]).logits)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (
+            None,
+            r"adapter 'default' needs a task: pass task=… to the model's call or to generate.*known: rte, cola, sst2",
+        ),
+        (["rte", "col", "rte"], "adapter 'default' does not know task 'col' – did you mean 'cola'"),
+        ([0, 3, 1], r"does not know task 3: its ids go from 0 to 2 \(0 rte, 1 cola, 2 sst2\)"),
+        (torch.tensor([0, -1, 1]), "does not know task -1: its ids go from 0 to 2"),
+        (["rte", "cola"], "task has 2 entries for a batch of 3: give one for every sample"),
+        ([], "task is empty"),
+        (torch.tensor([0.0, 1.0, 2.0]), "task must be whole numbers of shape"),
+        (torch.zeros(3, 1, dtype=torch.long), "task must be whole numbers of shape"),
+        ([None, "rte", "rte"], "a task is a name or an id, got None"),
+        ([True, False, True], "a task is a name or an id, got True"),
+    ],
+)
+def test_missing_and_unknown_tasks_are_refused(task: Any, message: str) -> None:
+    model = more()
+    with pytest.raises(RoutingError, match=message):
+        model(**batch("llama"), **({} if task is None else {"task": task}))
+
+
+def test_a_task_does_not_outlive_its_forward_pass() -> None:
+    model, inputs = more(), batch("llama")
+    model(**inputs, task="rte")
+    with pytest.raises(RoutingError, match="needs a task"):
+        model(**inputs)
+    with pytest.raises(RoutingError, match="does not know task"):
+        model(**inputs, task="unknown")
+    with pytest.raises(RoutingError, match="needs a task"):
+        model(**inputs)
+
+
+def test_methods_that_look_at_no_task_take_one_and_ignore_it() -> None:
+    model, inputs = adapted(Variant("mode")), batch("llama")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, task=["any", "thing", 7]).logits, model(**inputs).logits)
+        assert torch.equal(
+            model.generate(**inputs, task="any", max_new_tokens=3, do_sample=False),
+            model.generate(**inputs, max_new_tokens=3, do_sample=False),
+        )
+
+
+def test_use_task_serves_code_that_cannot_pass_a_task() -> None:
+    model, inputs = more(), batch("llama")
+    with torch.no_grad():
+        expected = model(**inputs, task=["rte", "cola", "sst2"]).logits
+        with use_task(model, ["rte", "cola", "sst2"]):
+            assert torch.equal(model(**inputs).logits, expected)
+            assert torch.equal(model(**inputs, task="rte").logits, model(**inputs, task=[0, 0, 0]).logits)
+            assert torch.equal(model(**inputs).logits, expected)
+            model.base_model.model.model(**inputs)  # a part of the model, called by itself
+        with pytest.raises(RoutingError, match="needs a task"):
+            model(**inputs)
+    with pytest.raises(RoutingError, match="LlamaForCausalLM has no dyads adapter, so there is no task to use"):
+        use_task(tiny_model("llama"), "rte").__enter__()
+
+
+def test_numbered_tasks_need_no_names() -> None:
+    model = get_peft_model(tiny_model("llama"), MoREConfig(r=2, num_tasks=3, target_modules=["q_proj"]))
+    model(**batch("llama"), task=[0, 2, 1])
+    with pytest.raises(RoutingError, match="does not know task 3"):
+        model(**batch("llama"), task=3)
+
+
+def test_two_task_conditioned_adapters_each_resolve_names_by_their_own_list() -> None:
+    model = get_peft_model(
+        tiny_model("llama"), MoREConfig(r=2, tasks=["a", "b"], target_modules=["q_proj"], init_weights=False)
+    ).eval()
+    model.add_adapter("two", MoREConfig(r=2, tasks=["b", "c", "a"], target_modules=["q_proj"], init_weights=False))
+    model(**batch("llama"), task="a")
+    with pytest.raises(RoutingError, match="adapter 'default' does not know task 'c'"):
+        model(**batch("llama"), task="c")
+    model.set_adapter("two")
+    model(**batch("llama"), task="c")
+    model.set_adapter("default")
+    model.delete_adapter("two")
+    assert set(model.base_model.routing.names) == {"default"}
+
+
+# --- gradient checkpointing -------------------------------------------------------------------------------------------
+
+
+def gradients(model: PeftModel) -> dict[str, Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert left
+    for name, gradient in left.items():
+        assert_close(gradient, right[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_gives_the_same_gradients_also_with_two_forwards_before_one_backward(
+    variant: Variant, kind: str, use_reentrant: bool
+) -> None:
+    model, config = adapted(variant, kind, dtype=torch.float64).train(), variant.config()
+    one, two = batch(kind, seed=1), batch(kind, rows=2, seed=2)
+
+    def both() -> Tensor:
+        first = model(**one, **task_of(config, "rte", "cola", "sst2")).logits
+        second = model(**two, **task_of(config, "sst2", "rte")).logits
+        return first.pow(2).sum() + second.pow(2).sum()
+
+    both().backward()
+    plain = gradients(model)
+    model.base_model.model.enable_input_require_grads()
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    both().backward()
+    assert_same(gradients(model), plain)
+    model.gradient_checkpointing_disable()
+    both().backward()
+    assert_same(gradients(model), plain)
+
+
+def test_checkpointing_that_was_on_before_the_adapter_works_too() -> None:
+    base = tiny_model("llama")
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    config = Variant("more").config(target_modules=["q_proj"], init_weights=False)
+    model = get_peft_model(base, config).train()
+    model(**batch("llama"), task=list(TASKS)).logits.sum().backward()
+    with_it = gradients(model)
+    base.gradient_checkpointing_disable()
+    model(**batch("llama"), task=list(TASKS)).logits.sum().backward()
+    assert_same(with_it, gradients(model))
+
+
+def test_checkpointing_by_hand_outside_the_models_call_is_refused_rather_than_wrong(
+    mlp: Callable[[], nn.Module],
+) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.inner, x, use_reentrant=False)
+
+    config = MoREConfig(r=2, tasks=list(TASKS), target_modules=["lin0"], init_weights=False)
+    model = get_peft_model(Checkpointed(), config)
+    out = model(torch.randn(3, 6, requires_grad=True), task=list(TASKS)).sum()
+    with pytest.raises(RoutingError, match="use_task"):
+        out.backward()
+    model.zero_grad()
+    out = model(torch.randn(3, 6, requires_grad=True), task=list(TASKS)).sum()
+    with use_task(model, list(TASKS)):
+        out.backward()
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+def test_generation_equals_that_of_every_sample_alone(
+    variant: Variant, how: dict[str, int], task_type: str | None
+) -> None:
+    model, inputs, tasks = adapted(variant, task_type=task_type), batch("llama"), ["sst2", "rte", "cola"]
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **how}
+    together = model.generate(**inputs, **options, **task_of(variant.config(), *tasks))
+    rows = how.get("num_return_sequences", 1)
+    for i in range(3):
+        alone = model.generate(
+            **{k: v[i : i + 1] for k, v in inputs.items()}, **options, **task_of(variant.config(), tasks[i])
+        )
+        assert torch.equal(alone, together[i * rows : (i + 1) * rows])
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_2_SEQ_LM"])
+def test_encoder_decoder_generates_with_tasks_in_beams(task_type: str | None) -> None:
+    model, inputs = more("t5", task_type), batch("t5")
+    inputs.pop("decoder_input_ids")
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    together = model.generate(**inputs, **options, task=["sst2", "rte", "cola"])
+    for i, name in enumerate(["sst2", "rte", "cola"]):
+        alone = model.generate(**{k: v[i : i + 1] for k, v in inputs.items()}, **options, task=name)
+        assert torch.equal(alone[0], together[i])
+
+
+def test_several_samples_per_prompt_keep_their_tasks() -> None:
+    model, inputs = more(), batch("llama")
+    out = model.generate(
+        **inputs, max_new_tokens=2, do_sample=True, num_return_sequences=3, task=["rte", "cola", "sst2"]
+    )
+    assert out.shape == (9, 9)
+
+
+def test_generate_refuses_missing_unknown_and_miscounted_tasks() -> None:
+    model, inputs = more(), batch("llama")
+    for task, message in ((None, "needs a task"), ("x", "does not know task 'x'"), (["rte"] * 2, "for a batch of 3")):
+        with pytest.raises(RoutingError, match=message):
+            model.generate(**inputs, max_new_tokens=2, **({} if task is None else {"task": task}))
+    assert model.generate(**inputs, max_new_tokens=2, task="rte").shape == (3, 9)
+
+
+def test_merged_for_a_task_generates_as_the_unmerged_model() -> None:
+    model, inputs = more(), batch("llama")
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**inputs, **options, task="cola")
+    assert torch.equal(model.merge_and_unload(task="cola").generate(**inputs, **options), expected)
+
+
+# --- compile ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_compiles_as_one_graph(variant: Variant, kind: str) -> None:
+    torch._dynamo.reset()
+    model, inputs = adapted(variant, kind), batch(kind)
+    compiled = torch.compile(model, fullgraph=True)
+    task = {"task": torch.tensor([2, 0, 1])} if variant.config().task_names else {}
+    with torch.no_grad():
+        assert_close(compiled(**inputs, **task).logits, model(**inputs, **task).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_one_adapted_module_compiles_as_one_graph(variant: Variant, mlp: Callable[[], nn.Module]) -> None:
+    torch._dynamo.reset()
+    config = variant.config(target_modules=["lin0", "lin1"], init_weights=False)
+    model = get_peft_model(mlp(), config)
+    # aot_eager traces forward and backward whole, and leaves out what takes long: generating code.
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    task = {"task": torch.tensor([2, 0, 1])} if config.task_names else {}
+    x = torch.randn(3, 6)
+    assert_close(compiled(x, **task), model(x, **task))
+    compiled(x, **task).pow(2).sum().backward()
+    traced = gradients(model)
+    model(x, **task).pow(2).sum().backward()
+    assert_same(traced, gradients(model))
