@@ -112,7 +112,7 @@ def test_mode_with_one_expert_equals_pefts_lora_in_a_model_and_in_training() -> 
 
 
 def test_more_trains_its_gate_and_its_embeddings() -> None:
-    # In the public release of MoRE neither ever gets a gradient.
+    # In the public release of MoRE the loss of the task reaches neither.
     core: Core = MoREConfig(r=4, tasks=list(TASKS)).core(6)
     core.reset_parameters()
     x, A, B = torch.randn(3, 4, 6), torch.randn(4, 6), torch.randn(4, 5)

@@ -303,6 +303,20 @@ def test_merged_for_a_task_generates_as_the_unmerged_model() -> None:
     assert torch.equal(model.merge_and_unload(task="cola").generate(**inputs, **options), expected)
 
 
+def test_an_adapter_merged_for_one_task_refuses_another() -> None:
+    model, inputs = more(), batch("llama")
+    with torch.no_grad():
+        expected = model(**inputs, task="cola").logits
+        model.merge_adapter(task="cola")
+        for task in ({}, {"task": "cola"}, {"task": torch.tensor([1, 1, 1])}):
+            assert_close(model(**inputs, **task).logits, expected, atol=1e-5, rtol=1e-5)
+        for task in ("rte", ["cola", "rte", "cola"]):
+            with pytest.raises(RoutingError, match=r"is merged into the model for task 'cola'.*unmerge_adapter"):
+                model(**inputs, task=task)
+        model.unmerge_adapter()
+        assert not torch.equal(model(**inputs, task="rte").logits, expected)
+
+
 # --- compile ----------------------------------------------------------------------------------------------------------
 
 

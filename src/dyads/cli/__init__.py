@@ -7,6 +7,7 @@ only click, so that `dyads --help` is quick, and everything heavy where it is us
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -66,3 +67,5 @@ From nothing to a comparison:
 @click.option("--debug", is_flag=True, help="Show the whole traceback of an error.")
 def main(debug: bool) -> None:
     """One adapter for many tasks: train it, score it, compare it."""
+    # PEFT 0.21 calls what transformers 5.23 renames; nobody who runs a command can act on that.
+    warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)

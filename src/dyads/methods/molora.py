@@ -42,7 +42,11 @@ class MoLoRAConfig(DyadsConfig):
             isinstance(self.num_experts, int) and self.num_experts >= 1, "num_experts", "must be a whole number ≥ 1"
         )
         self.require(isinstance(self.shared_down, bool), "shared_down", "must be true or false")
-        self.require(self.router_std > 0, "router_std", "must be above 0: equal routers never tell experts apart")
+        if self.shared_down:
+            self.require(
+                self.router_std > 0, "router_std", "must be above 0: equal gates on one A never tell experts apart"
+            )
+        self.require(self.router_std >= 0, "router_std", "must not be negative")
 
     def core(self, d: int) -> Core:
         if self.shared_down:

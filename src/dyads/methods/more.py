@@ -10,7 +10,8 @@ the public code; an embedding has the layer's input dimension unless task_dim sa
 Ours ↔ theirs: r ↔ r (= number of experts), num_tasks ↔ |T|. At full rank this is LoRA, and for a named task it merges
 exactly.
 We differ: in the public code a guard keeps the trainable branch from ever running, so its ranks stay at what the random
-gate first picked and neither gate nor embedding gets a gradient. Here both do.
+gate first picked, the gate gets no gradient, and the embeddings get none from the task's own loss. Here both do. Not
+here yet: the linear scaling of low ranks and the contrastive loss.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from dyads.runs.model import model_config
 __all__ = ["PAPER_GEMMA_2B", "Count", "count", "solve"]
 
 PAPER_GEMMA_2B = "paper:mode-gemma-2b"
-_PAPER_BASE, _PAPER_FACTOR = 1_981_884_416, 4
+_PAPER_BASE, _PAPER_FACTOR, _PAPER_LAYERS = 1_981_884_416, 4, 18
 _LARGEST = 1 << 20
 
 
@@ -129,7 +129,7 @@ def _skeleton(model: str) -> nn.Module:
     """The model without memory, anew each time because adapters are put into it."""
     with torch.device("meta"):
         if model == PAPER_GEMMA_2B:
-            return nn.ModuleList(_PaperLayer() for _ in range(18))
+            return nn.ModuleList(_PaperLayer() for _ in range(_PAPER_LAYERS))
         config = _config(model)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         skeleton: nn.Module = auto.from_config(config)

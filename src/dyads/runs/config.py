@@ -149,7 +149,7 @@ class TrainSpec(_Section):
     gradient_accumulation: Count = 1
     """Parts that a batch is computed in, one after the other, to save memory; must divide batch_size"""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate; gates start uniform, so mixtures usually want a higher one than LoRA"""
+    """Peak learning rate; a mixture's experts each see a share of the signal, so it usually wants a higher one than LoRA"""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """adamw, or adafactor with a fixed learning rate"""
     weight_decay: float = Field(default=0.0, ge=0)

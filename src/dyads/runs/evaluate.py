@@ -13,6 +13,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from dyads.data.batches import Encoder, PromptBatch, prompt_batches, restore_order
@@ -52,7 +53,7 @@ def evaluate(
     rows: list[ScoreRow] = []
     values: dict[str, list[tuple[float, int]]] = {}
     begin = time.perf_counter()
-    for number, task in enumerate(suite.tasks):
+    for number, task in enumerate(tqdm(suite.tasks, desc="scoring", unit="task", disable=None)):
         examples = asked[task.name]
         predictions = answerer.answer(task, number, examples, spec)
         scores = task.score(predictions, examples)

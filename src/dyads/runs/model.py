@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from dyads.errors import ConfigError, RunError, did_you_mean
 from dyads.runs.config import ModelSpec
@@ -142,6 +143,8 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def _explain(name: str, load: Any) -> Any:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar for every load, most of them under a second, buries what matters
     try:
         return load()
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
@@ -150,3 +153,6 @@ def _explain(name: str, load: Any) -> Any:
             f"model '{name}' could not be loaded: {reason} – give a hub id, a folder that"
             f" holds a transformers model, or one of: {', '.join(PREFIX + key for key in PACKAGED)}"
         ) from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -51,9 +51,9 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, evaluate: bo
     folder.write_environment(seed=recipe.seed)
     if training is not None and not (folder.adapter / "adapter_config.json").is_file():
         training.run(folder, resume=resume)
-    training = None  # its model makes room for the one that is scored
-    gc.collect()
     if evaluate:
+        training = None
+        gc.collect()  # the trained model makes room for the one that is scored
         evaluate_run(folder, suite=suite)
     return folder
 

@@ -168,7 +168,10 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             weight.data = merged
             self.merged_adapters.append(name)
-            self._merged_delta_task[name] = self._task(name, weight.data.new_zeros(1, 1))
+            task = self._task(name, weight.data.new_zeros(1, 1))
+            self._merged_delta_task[name] = task
+            if task is not None:
+                self.routing.merged[name] = int(task)
 
     def unmerge(self) -> None:
         """W −= ΔW of what was merged."""
@@ -178,6 +181,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             task = self._merged_delta_task.pop(name)
+            self.routing.merged.pop(name, None)
             if name in self.dyads_A:
                 weight = self.get_base_layer().weight
                 with self.routing.using(task):

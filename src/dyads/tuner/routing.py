@@ -93,6 +93,8 @@ class Routing:
     def __init__(self) -> None:
         self.names: dict[str, tuple[str, ...]] = {}
         """Task names of the adapters that look at a task."""
+        self.merged: dict[str, int] = {}
+        """The task that an adapter is merged for, while it is."""
         self.state: RoutingState | None = None
         self.ambient: RoutingState | None = None
         """What holds where no `task=` is given: set inside `using`, for instance while generating."""
@@ -130,6 +132,17 @@ class Routing:
         if rows % given:
             raise RoutingError(f"task has {given} entries, but a layer sees {rows} rows, which is no multiple of that")
         return ids.repeat_interleave(rows // given)
+
+    def check_merged(self) -> None:
+        """RoutingError where the state asks for another task than the one that an adapter is merged for."""
+        for adapter, merged in self.merged.items() if self.state is not None else ():
+            names = self.names[adapter]
+            ids = self.state.ids(adapter, names, torch.device("cpu"))
+            if bool((ids != merged).any()):
+                raise RoutingError(
+                    f"adapter '{adapter}' is merged into the model for task '{names[merged]}', so it cannot serve"
+                    " another one: call unmerge_adapter() first"
+                )
 
     def attach(self, model: nn.Module) -> None:
         """Let `model` take `task=` in its call and in `generate`."""
@@ -177,6 +190,8 @@ class _EnterForward:
             if len(state) != 1 and rows is not None and rows != len(state):
                 raise RoutingError(f"task has {len(state)} entries for a batch of {rows}: give one for every sample")
             routing.state = state
+        if routing.merged and not torch.compiler.is_compiling():
+            routing.check_merged()
         if model.training and routing.names and not torch.compiler.is_compiling():
             for module in model.modules():
                 if getattr(module, "gradient_checkpointing", False):

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does what the README shows really run?"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
+
+from dyads.runs.config import load_recipe, parse_recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    return next(iter(re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)))
+
+
+def test_python_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def tokenizer(texts: list[str], **options: Any) -> BatchEncoding:
+        ids = torch.tensor([[3 + len(word) for word in text.split()] for text in texts])
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: tiny_model("llama"))
+    names: dict[str, Any] = {}
+    exec(block("python"), names)
+    assert type(names["merged"]).__name__ == "LlamaForCausalLM"
+
+
+def test_recipe_in_the_readme_is_one() -> None:
+    recipe = parse_recipe(block("yaml"), "README.md")
+    assert recipe.method.options == {"r": 4, "num_experts": 16}
+    assert recipe.tasks.family == "files"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_every_recipe_that_is_shipped_can_be_read(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.tasks.family
+    assert yaml.safe_load(recipe.resolved_yaml())["name"] == recipe.name
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([\w./-]+?)(?:#[\w-]+)?\)", README))
+def test_links_in_the_readme_lead_somewhere(path: str) -> None:
+    assert (ROOT / path).exists()
