@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
+from conftest import tiny_model
 from dyads.runs.config import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent

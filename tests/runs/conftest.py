@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,13 @@ STARTER = {
     "validation_per_task": 3,
     "test_per_task": 4,
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_no_garbage() -> None:
+    # accelerate collects garbage after every training: half the time of a tiny one, if all of torch is looked through.
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -388,6 +388,21 @@ def test_a_learning_rate_that_explodes_is_stopped(tiny: Tiny, tmp_path: Path) ->
     assert all(map(_finite, kept))
 
 
+def test_a_validation_loss_that_is_not_finite_costs_no_adapter(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = training_module.label_loss
+
+    def broken(unwrapped: Any, model: Any, *args: Any) -> Any:
+        total, count = loss(unwrapped, model, *args)
+        return (total if model.training else total * float("nan")), count
+
+    monkeypatch.setattr(training_module, "label_loss", broken)
+    folder = train(tiny("mode", train={"validation_limit": 2}), tmp_path / "a")
+    assert folder.is_scored
+    assert [line["validation_loss"] for line in folder.log() if line.get("event") == "validated"] == [None]
+
+
 def test_without_a_checkpoint_the_stop_says_so(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_module, "label_loss", lambda *args: (torch.tensor(float("inf")), torch.tensor(1)))
     with pytest.raises(RunError, match=r"is not finite at step 1, .*no checkpoint was saved before it"):
@@ -484,7 +499,6 @@ def test_a_batch_that_devices_cannot_share_is_refused(
         training.arguments(RunFolder(tmp_path / "a"))
 
 
-@pytest.mark.slow
 def test_tensorboard_gets_the_log(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     train(tiny("lora", train={"report_to": "tensorboard"}), tmp_path / "a", evaluate=False)

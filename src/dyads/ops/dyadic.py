@@ -54,5 +54,6 @@ def dyadic(
     # One product both projects up and adds: the sum needs no memory of its own.
     if onto is None:
         return u @ B.to(x.dtype)
-    flat = torch.addmm(onto.reshape(-1, B.shape[-1]), u.reshape(-1, B.shape[0]).to(x.dtype), B.to(x.dtype))
+    dtype = onto.dtype  # not always that of x: a quantised base layer may answer in another one
+    flat = torch.addmm(onto.reshape(-1, B.shape[-1]), u.reshape(-1, B.shape[0]).to(dtype), B.to(dtype))
     return flat.view(onto.shape)

@@ -257,12 +257,13 @@ def _read(folder: RunFolder) -> _Run:
 
 
 def _curve(folder: RunFolder, seed: int) -> Curve | None:
-    points = [(line["step"], line["loss"]) for line in folder.log() if _is_number(line.get("loss")) and "step" in line]
+    # A resumed run logs the steps after its checkpoint again; the later line counts.
+    points = {line["step"]: line["loss"] for line in folder.log() if _is_number(line.get("loss")) and "step" in line}
     if not points:
         return None
-    end = max(step for step, _ in points)
-    last = [loss for step, loss in points if step > 0.9 * end]
-    before = [loss for step, loss in points if 0.8 * end < step <= 0.9 * end]
+    end = max(points)
+    last = [loss for step, loss in points.items() if step > 0.9 * end]
+    before = [loss for step, loss in points.items() if 0.8 * end < step <= 0.9 * end]
     return Curve(seed, sum(before) / len(before), sum(last) / len(last)) if before and last else None
 
 

@@ -149,7 +149,7 @@ class TrainSpec(_Section):
     gradient_accumulation: Count = 1
     """Parts that a batch is computed in, one after the other, to save memory; must divide batch_size"""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak learning rate; a mixture's experts each see a share of the signal, so it usually wants a higher one than LoRA"""
+    """Peak learning rate; the best one differs between methods: choose it for each on validation data"""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """adamw, or adafactor with a fixed learning rate"""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -227,6 +227,7 @@ _TRAINER_OURS = {
     "lr_scheduler_type": "set 'train.lr_scheduler'",
     "max_grad_norm": "set 'train.max_grad_norm'",
     "gradient_checkpointing": "set 'train.gradient_checkpointing'",
+    "activation_checkpointing": "set 'train.gradient_checkpointing'",
     "logging_steps": "set 'train.logging_steps'",
     "save_steps": "set 'train.save_steps'",
     "save_strategy": "set 'train.save_steps'",

@@ -150,8 +150,8 @@ class Training:
             batch = cast(Any, trainer.data_collator)(
                 [dataset[number, i] for i in range(min(limit, len(task.validation)))]
             )
-            inputs = {k: v.to(trainer.args.device) for k, v in batch.items()}
-            losses.append(float(trainer.compute_loss(self.model, inputs)))
+            loss, count = trainer.label_loss(self.model, {k: v.to(trainer.args.device) for k, v in batch.items()})
+            losses.append(float(loss / count))
         return sum(losses) / len(losses)
 
     def arguments(self, folder: RunFolder) -> TrainingArguments:
@@ -235,17 +235,19 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        inputs = dict(inputs)
-        labels, task = inputs.pop("labels"), inputs.pop("task")
-        if self.routed:
-            inputs["task"] = task
-        loss, count = label_loss(self.accelerator.unwrap_model(model), model, inputs, labels, self.encoder_decoder)
+        loss, count = self.label_loss(model, inputs)
         loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
         if not torch.isfinite(loss):
-            self._stop("loss", task)
+            self._stop("loss", inputs["task"])
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return loss
+
+    def label_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(sum of the cross-entropies of a batch's labels, their number)."""
+        inputs = {k: v for k, v in batch.items() if k != "labels" and (k != "task" or self.routed)}
+        unwrapped = self.accelerator.unwrap_model(model)
+        return label_loss(unwrapped, model, inputs, batch["labels"], self.encoder_decoder)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, *args, **kwargs)

@@ -1,0 +1,14 @@
+#!/bin/sh
+# The study: every method on the fifteen tasks, for the seeds in $SEEDS (default: 0), and the comparison.
+#   sh recipes/sni15/run.sh [FOLDER]          (default: runs/sni15)
+# Runs that are complete are kept, and one that was cut off goes on: start it again after an interruption.
+set -u
+out=${1:-runs/sni15}
+here=$(dirname "$0")
+methods=${METHODS:-majority zero-shot lora molora molora-sd mode mode-grouped more}
+for seed in ${SEEDS:-0}; do
+  for method in $methods; do
+    dyads train "$here/$method.yaml" --set seed=$seed --out "$out/$method-seed$seed" --resume || exit 1
+  done
+done
+dyads compare "$out"/*-seed* --baseline "LoRA 34"
