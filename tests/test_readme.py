@@ -12,8 +12,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
-from conftest import tiny_model
 from dyads.runs.config import load_recipe, parse_recipe
+from tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

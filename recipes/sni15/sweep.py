@@ -48,8 +48,7 @@ def main() -> None:
             if losses[best + step] >= losses[best]:
                 break
             best += step
-        for i in sorted(losses):
-            table.append(f"{method:14}{RATES[i]:>8}{losses[i]:>10.4f}{'  best' if i == best else ''}")
+        table += [f"{method:14}{RATES[i]:>8}{losses[i]:>10.4f}{'  best' * (i == best)}" for i in sorted(losses)]
     print("\n".join([f"{'method':14}{'rate':>8}{'val. loss':>10}", *table]))
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from conftest import Variant
 from dyads.errors import ConfigError
 from dyads.methods import MoDEConfig, MoLoRAConfig, MoREConfig, build_config, method, method_names
+from tiny import Variant
 
 
 @pytest.mark.parametrize(

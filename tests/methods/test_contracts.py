@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import TASKS, Variant
 from dyads.methods import Core
 from dyads.ops import dyadic, dyadic_sum
+from tiny import TASKS, Variant
 
 # Ones and primes on purpose: an axis that is confused with another must show.
 SHAPES = [(1, 1, 3, 2), (2, 7, 12, 5), (3, 2, 1, 1), (5, 1, 8, 8)]

@@ -8,10 +8,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from conftest import TASKS, batch, tiny_model
 from dyads import MoDEConfig, MoLoRAConfig, MoREConfig
 from dyads.methods import Core, DyadsConfig
 from dyads.ops import dyadic
+from tiny import TASKS, batch, tiny_model
 
 
 def run(config: DyadsConfig, x: Tensor, A: Tensor, B: Tensor, router: Tensor | None = None) -> Tensor:

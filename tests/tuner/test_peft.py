@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from conftest import TARGETS, TASKS, Variant, batch, task_of, tiny_model
 from dyads.errors import ConfigError, MergeError
 from dyads.tuner import DyadsLayer
+from tiny import TARGETS, TASKS, Variant, batch, task_of, tiny_model
 
 KINDS = ["llama", "gpt2", "t5", "bert"]
 Q = ["q_proj", "v_proj"]

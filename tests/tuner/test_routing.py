@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from conftest import TARGETS, TASKS, Variant, batch, task_of, tiny_model
 from dyads import MoREConfig, use_task
 from dyads.errors import RoutingError
 from dyads.tuner import DyadsLayer
+from tiny import TARGETS, TASKS, Variant, batch, task_of, tiny_model
 
 KINDS = ["llama", "gpt2", "t5", "bert"]
 

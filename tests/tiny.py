@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny models and one adapter config per method variant: a method gets its tests by existing in the registry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import dyads.tuner
+from dyads.methods import DyadsConfig, methods
+
+TASKS = ("rte", "cola", "sst2")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with options that make it small and unlike its neighbours."""
+
+    key: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def id(self) -> str:
+        return "-".join([self.key, *(f"{k}={v}" for k, v in self.options)])
+
+    def config(self, **extra: Any) -> DyadsConfig:
+        config_class = next(m.config for m in methods() if m.key == self.key)
+        names = {f.name for f in fields(config_class)}
+        options: dict[str, Any] = {"r": 4}
+        if "num_experts" in names:
+            options["num_experts"] = 3
+        if "tasks" in names:
+            options["tasks"] = list(TASKS)
+        return config_class(**{**options, **dict(self.options), **extra})
+
+    @property
+    def looks_at(self) -> frozenset[str]:
+        return self.config().core(3).looks_at
+
+
+VARIANTS = [
+    *(Variant(m.key) for m in methods()),
+    Variant("mode", (("group_size", 2),)),
+    Variant("mode", (("group_size", 4),)),
+    Variant("mode", (("num_experts", 1),)),
+    Variant("mode", (("r", 1), ("num_experts", 5))),
+    Variant("molora", (("shared_down", True),)),
+    Variant("molora", (("num_experts", 1),)),
+    Variant("more", (("r", 1),)),
+    Variant("more", (("task_dim", 5), ("lora_alpha", 8))),
+]
+
+
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_fc", "c_proj"],
+    "t5": ["q", "v", "wi", "wo"],
+    "bert": ["query", "value", "dense"],
+}
+
+
+def tiny_model(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The same weights every time."""
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    common: dict[str, Any] = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model: PreTrainedModel
+    if kind == "llama":
+        sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = LlamaForCausalLM(LlamaConfig(**common, **sizes, num_key_value_heads=2, max_position_embeddings=64))
+    elif kind == "gpt2":
+        drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        model = GPT2LMHeadModel(GPT2Config(**common, **drops, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    elif kind == "t5":
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 44, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+        model = T5ForConditionalGeneration(T5Config(**{**common, "decoder_start_token_id": 0}, **sizes))
+    else:
+        sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
+        drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = BertForSequenceClassification(
+            BertConfig(vocab_size=61, pad_token_id=0, **sizes, **drops, max_position_embeddings=64)
+        )
+    torch.random.set_rng_state(state)
+    return model.to(dtype)
+
+
+def batch(kind: str, rows: int = 3, width: int = 7, seed: int = 0) -> dict[str, Tensor]:
+    """Token ids for a tiny model; no padding, no special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 61, (rows, width), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if kind == "t5":
+        inputs["decoder_input_ids"] = torch.randint(3, 61, (rows, 5), generator=generator)
+    return inputs
+
+
+def task_of(config: DyadsConfig, *tasks: int | str) -> dict[str, Any]:
+    """`task=` for a method that looks at one, nothing for the others."""
+    return {"task": list(tasks)} if config.task_names is not None else {}
+
+
+class MLP(nn.Module):
+    """A model that is not from transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0 = nn.Linear(6, 8)
+        self.lin1 = nn.Linear(8, 5, bias=False)
+        self.head = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.lin1(torch.tanh(self.lin0(x)))))
+
+
+assert dyads.tuner  # the methods are registered with PEFT
