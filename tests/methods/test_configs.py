@@ -17,6 +17,9 @@ from tiny import Variant
     [
         ({"r": 0}, r"r must be a whole number, 1 or more, got 0"),
         ({"r": 2.5}, r"r must be a whole number, 1 or more, got 2.5"),
+        ({"r": True}, r"r must be a whole number, 1 or more, got True"),
+        ({"lora_dropout": "0.1"}, r"lora_dropout must be a number, got '0.1'"),
+        ({"lora_alpha": "abc"}, r"lora_alpha must be a number, got 'abc'"),
         ({"lora_alpha": 0}, r"lora_alpha must be above 0 \(leave it out for scale 1\), got 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be at least 0 and below 1, got 1.0"),
         ({"init_std": -1.0}, r"init_std must be above 0 .*got -1.0"),
@@ -32,21 +35,22 @@ def test_shared_fields_refuse_contradictions(variant: Variant, options: dict[str
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MoDEConfig(r=4, num_experts=0), "mode: num_experts must be a whole number ≥ 1, got 0"),
+        (lambda: MoDEConfig(r=4, num_experts=0), "mode: num_experts must be a whole number, 1 or more, got 0"),
         (
             lambda: MoDEConfig(r=6, group_size=4),
             r"group_size must divide r = 6, that is be one of \[1, 2, 3, 6\], got 4",
         ),
         (lambda: MoDEConfig(r=4, group_size=8), r"group_size must divide r = 4, that is be one of \[1, 2, 4\], got 8"),
         (lambda: MoDEConfig(router_std=0), "router_std must be above 0: equal routers never tell experts apart, got 0"),
-        (lambda: MoLoRAConfig(num_experts=-1), "molora: num_experts must be a whole number ≥ 1, got -1"),
+        (lambda: MoLoRAConfig(num_experts=-1), "molora: num_experts must be a whole number, 1 or more, got -1"),
         (lambda: MoLoRAConfig(shared_down="yes"), "molora: shared_down must be true or false, got 'yes'"),
         (lambda: MoREConfig(), r"more: tell it the tasks, either by name .* or by number \(num_tasks=8\)"),
         (lambda: MoREConfig(tasks=["a", "b", "a"]), r"tasks must differ from one another \(a is there twice\)"),
+        (lambda: MoREConfig(tasks="rte"), r"tasks must be a list of names, such as \['rte', 'cola'\], got 'rte'"),
         (lambda: MoREConfig(tasks=[]), "tasks must name at least one task"),
         (lambda: MoREConfig(tasks=["a"], num_tasks=2), "num_tasks = 2, but tasks names 1: leave num_tasks out"),
-        (lambda: MoREConfig(num_tasks=0), "num_tasks must be at least 1, got 0"),
-        (lambda: MoREConfig(num_tasks=2, task_dim=0), "task_dim must be at least 1, got 0"),
+        (lambda: MoREConfig(num_tasks=0), "num_tasks must be a whole number, 1 or more, got 0"),
+        (lambda: MoREConfig(num_tasks=2, task_dim=0), "task_dim must be a whole number, 1 or more, got 0"),
     ],
 )
 def test_methods_refuse_contradictions(make: Any, message: str) -> None:

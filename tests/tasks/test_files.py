@@ -96,6 +96,12 @@ def test_a_metric_becomes_the_headline(tmp_path):
     assert read(path).tasks[0].metrics == ("accuracy", "rouge_l", "exact_match")
 
 
+def test_a_json_text_that_looks_like_a_list_is_one_reference(tmp_path):
+    rows = [row(0, output='["a", "b"]'), row(1, split="test", output='["a", b')]
+    (task,) = read(write(tmp_path / "a.jsonl", *rows)).tasks
+    assert (task.train[0].references, task.test[0].references) == (('["a", "b"]',), ('["a", b',))
+
+
 def test_own_ids_are_kept(tmp_path):
     path = write(tmp_path / "a.jsonl", row(0, id=7), row(1, split="test", id="x"))
     assert [e.id for s in ("train", "test") for e in read(path).tasks[0].split(s)] == ["7", "x"]
@@ -127,7 +133,6 @@ def test_test_prompts_that_were_trained_on_are_noted(tmp_path):
         ([row(0, output=3)], "line 1: 'output' must be a text or a list of texts, got 3; put numbers in quotes"),
         ([row(0, output=["a", None])], "'output' must be a text or a list of texts"),
         ([row(0, output=[])], "line 1: 'output' is empty"),
-        ([row(0, output='["a", b')], "line 1: output starts like a JSON list but is none"),
         ([row(0, input=" ")], "line 1: 'input' is empty"),
         ([row(0, input=["a"])], "line 1: 'input' must be text"),
         ([row(0, task="a/b"), row(1, "a/b", "test")], "'a/b' has the character '/'"),
@@ -154,6 +159,7 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, rows, message):
             r"a\.csv, line 1: column 'input' is missing; it has task, question, output",
         ),
         (["task,input,output", "t,x,y", "t,x,y,z"], "line 3: 4 cells for 3 columns"),
+        (["task,input,output", 't,x,"[""a"", b"'], "line 2: output starts like a JSON list but is none"),
         (["task,input,output", 't,"x,y'], r"a\.csv, line 2: not valid CSV: unexpected end of data"),
         (["task,input,output,input", "t,x,y,z"], "line 1: a column stands twice"),
         ([""], "column 'task' is missing; it has none"),

@@ -48,10 +48,15 @@ def test_part_of_a_split_can_be_scored():
     assert [s.n for s in tiny().score(["white"], tiny().test[1:])] == [1, 1]
 
 
-def test_fingerprint_follows_the_test_split_only():
-    assert tiny().fingerprint == tiny(train=(), name="other").fingerprint
-    assert tiny().fingerprint != tiny(test=tiny().test[:1]).fingerprint
-    assert len(tiny().fingerprint) == 12
+def test_a_fingerprint_follows_the_texts_of_its_split_only():
+    assert tiny().fingerprint() == tiny(train=(), name="other").fingerprint("test")
+    assert tiny().fingerprint() != tiny(test=tiny().test[:1]).fingerprint()
+    assert len(tiny().fingerprint()) == 12
+    first, second = (tiny(validation=(Example("d", "sea?", (answer,)),)) for answer in ("blue", "green"))
+    assert first.fingerprint("validation") != second.fingerprint("validation")
+    assert first.fingerprint() == second.fingerprint()
+    with pytest.raises(TaskError, match=r"unknown split 'tset' of task 'colours' – did you mean 'test'\?"):
+        tiny().fingerprint("tset")
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,21 @@ def test_checkpoint_names_no_adapter_and_loads_under_any_name(variant: Variant, 
     assert "import dyads" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.parametrize("other", ["router", "gate", "embedding", "weight", "dyads_core", "q_proj", "a-b"])
+def test_a_second_adapter_of_whatever_name_takes_nothing_from_the_first(
+    variant: Variant, other: str, tmp_path: Path
+) -> None:
+    model = adapted(variant)
+    expected = logits(model, variant)
+    model.add_adapter(other, variant.config(target_modules=TARGETS["llama"], init_weights=False))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path))
+    assert torch.equal(logits(loaded, variant), expected)
+    model.set_adapter(other)
+    second = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / other), adapter_name="again")
+    assert torch.equal(logits(second, variant), logits(model, variant))
+
+
 def test_low_memory_load_gives_equal_logits(variant: Variant, tmp_path: Path) -> None:
     model = adapted(variant)
     model.save_pretrained(tmp_path)
@@ -133,7 +148,7 @@ def test_deleting_the_active_adapter_activates_another(variant: Variant) -> None
 def test_two_adapters_load_one_after_the_other(variant: Variant, tmp_path: Path) -> None:
     expected = []
     for name in ("one", "two"):
-        torch.manual_seed(hash(name) % 1000)
+        torch.manual_seed(len(expected) + 1)
         model = adapted(variant)
         expected.append(logits(model, variant))
         model.save_pretrained(tmp_path / name)
@@ -297,6 +312,25 @@ def test_autocast_trains_and_stays_close(variant: Variant) -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
+def test_autocast_chooses_the_same_ranks() -> None:
+    core = Variant("more").config(r=64, tasks=[str(i) for i in range(200)]).core(48)
+    core.reset_parameters()
+    task = torch.arange(200)
+    h = torch.randn(200, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = core.route(h, h, task).gt(0).sum(-1)
+    assert torch.equal(under_autocast, core.ranks())
+    assert torch.equal(core.route(h.bfloat16(), h, task).gt(0).sum(-1), core.ranks())
+
+
+def test_quantised_weights_are_not_merged_into() -> None:
+    model = adapted(Variant("mode", (("num_experts", 1),)), target_modules=Q)
+    layer = layers(model)[0]
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(MergeError, match=r"cannot merge .* into weights of type torch.int8: .* quantised layer"):
+        model.merge_adapter()
+
+
 # --- where the adapter goes -------------------------------------------------------------------------------------------
 
 
@@ -344,6 +378,34 @@ def test_plain_module_with_inputs_of_any_rank(variant: Variant, mlp: Callable[[]
     assert_close(model(x[:, 1], **task_of(config, *TASKS)), whole[:, 1])
     assert_close(model(x[1, 1], **task_of(config, TASKS[1])), whole[1, 1])
     assert_close(model(x.unsqueeze(2), **task_of(config, *TASKS)), whole.unsqueeze(2))
+
+
+def test_modules_that_read_weights_past_the_adapter_are_handled_or_refused(variant: Variant) -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x)
+
+    with pytest.raises(ConfigError, match="MultiheadAttention reads the weight of its out_proj itself"):
+        get_peft_model(Encoder(), variant.config(target_modules=["out_proj"]))
+    config = variant.config(target_modules=["linear1"], init_weights=False)
+    model = get_peft_model(Encoder(), config).eval()
+    x = torch.randn(3, 4, 8)
+    with torch.no_grad():
+        on = model(x, **task_of(config, *TASKS))
+        with model.disable_adapter():
+            assert not torch.equal(model(x), on)
+
+
+@pytest.mark.parametrize("rows", [(0, 6), (2, 0, 6)])
+def test_inputs_without_rows_pass_through(
+    variant: Variant, rows: tuple[int, ...], mlp: Callable[[], nn.Module]
+) -> None:
+    config = variant.config(target_modules=["lin0"])
+    assert get_peft_model(mlp(), config)(torch.zeros(rows), **task_of(config, "rte")).shape == (*rows[:-1], 2)
 
 
 def test_config_survives_json(variant: Variant, tmp_path: Path) -> None:

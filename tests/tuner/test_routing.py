@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from dyads import MoREConfig, use_task
-from dyads.errors import RoutingError
+from dyads.errors import MergeError, RoutingError
+from dyads.methods import methods
 from dyads.tuner import DyadsLayer
 from tiny import TARGETS, TASKS, Variant, batch, task_of, tiny_model
 
@@ -176,6 +177,67 @@ def test_two_task_conditioned_adapters_each_resolve_names_by_their_own_list() ->
     assert set(model.base_model.routing.names) == {"default"}
 
 
+def test_an_error_in_the_forward_pass_leaves_no_task_behind(mlp: Callable[[], nn.Module]) -> None:
+    config = MoREConfig(r=2, tasks=list(TASKS), target_modules=["lin0"])
+    model = get_peft_model(mlp(), config)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.randn(3, 9), task="rte")
+    with pytest.raises(MergeError, match="without a task"):
+        model.merge_adapter()
+    with pytest.raises(RoutingError, match="for a batch of 3"):
+        model(torch.randn(3, 6), task=["rte", "cola"])
+    with pytest.raises(RoutingError, match="needs a task"):
+        model(torch.randn(3, 6))
+
+
+def test_a_model_that_calls_itself_keeps_its_task() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor, again: bool = True) -> Tensor:
+            inner = self(x, again=False, task="cola") if again else 0
+            return self.lin(x) + inner
+
+    config = MoREConfig(r=2, tasks=list(TASKS), target_modules=["lin"], init_weights=False)
+    model = get_peft_model(Twice(), config)
+    x = torch.randn(3, 6)
+    expected = model(x, again=False, task="rte") + model(x, again=False, task="cola")
+    assert_close(model(x, task="rte"), expected)
+
+
+def test_rows_that_are_no_samples_are_refused_rather_than_guessed() -> None:
+    class SequenceFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(x.transpose(0, 1)).transpose(0, 1)
+
+    config = MoREConfig(r=2, tasks=list(TASKS), target_modules=["lin"], init_weights=False)
+    model = get_peft_model(SequenceFirst(), config)
+    with pytest.raises(RoutingError, match=r"sees an input of shape \(4, 2, 6\) in a batch of 2.*exclude_modules"):
+        model(torch.randn(2, 4, 6), task=["rte", "cola"])
+    assert model(torch.randn(2, 4, 6), task="rte").shape == (2, 4, 4)
+
+
+def test_tokens_flattened_into_rows_keep_their_samples_tasks() -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.lin(x.reshape(-1, 6)).view(*x.shape[:2], 4)
+
+    config = MoREConfig(r=2, tasks=list(TASKS), target_modules=["lin"], init_weights=False)
+    model, x = get_peft_model(Flat(), config), torch.randn(2, 5, 6)
+    together = model(x, task=["rte", "cola"])
+    assert_close(together[1:], model(x[1:], task="cola"))
+
+
 # --- gradient checkpointing -------------------------------------------------------------------------------------------
 
 
@@ -318,6 +380,16 @@ def test_an_adapter_merged_for_one_task_refuses_another() -> None:
 
 
 # --- compile ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", [m.key for m in methods()])
+def test_a_whole_model_is_traced_as_one_graph(key: str) -> None:
+    torch._dynamo.reset()
+    model, inputs = adapted(Variant(key)), batch("llama")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    task = {"task": torch.tensor([2, 0, 1])} if Variant(key).config().task_names else {}
+    with torch.no_grad():
+        assert_close(compiled(**inputs, **task).logits, model(**inputs, **task).logits)
 
 
 @pytest.mark.slow

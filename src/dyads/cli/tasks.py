@@ -53,6 +53,6 @@ def command(
     click.secho(f"{'id':>4}  {'task':{width}}  {'train':>7} {'valid.':>7} {'test':>7}  metric       version", bold=True)
     for i, task in enumerate(suite.tasks):
         sizes = f"{len(task.train):7,} {len(task.validation):7,} {len(task.test):7,}"
-        click.echo(f"{i:4}  {task.name:{width}}  {sizes}  {task.metric:11}  {task.version} ({task.fingerprint})")
+        click.echo(f"{i:4}  {task.name:{width}}  {sizes}  {task.metric:11}  {task.version} ({task.fingerprint()})")
     for note in suite.notes:
         click.echo(f"· {note}")

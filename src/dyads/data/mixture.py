@@ -37,7 +37,7 @@ Batch = list[tuple[int, int]]
 class MixtureSpec(BaseModel):
     """A recipe's `mixture:` section."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     kind: Kind = "proportional"
     """How often each task is drawn."""

@@ -79,7 +79,11 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type: Any = PEFT_TYPE_PREFIX + self.key.upper()
-        self.require(isinstance(self.r, int) and self.r >= 1, "r", "must be a whole number, 1 or more")
+        self.require_whole("r")
+        for name in ("lora_alpha", "lora_dropout", "init_std"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            self.require(number or (value is None and name != "lora_dropout"), name, "must be a number")
         self.require(
             self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", "must be above 0 (leave it out for scale 1)"
         )
@@ -109,6 +113,12 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
         """Refuse the value of a field, with the value and the reason."""
         if not holds:
             raise ConfigError(f"{self.key}: {name} {reason}, got {getattr(self, name)!r}")
+
+    def require_whole(self, name: str) -> None:
+        """Refuse a field that is no whole number of at least 1."""
+        value = getattr(self, name)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        self.require(whole, name, "must be a whole number, 1 or more")
 
     @property
     def scaling(self) -> float:

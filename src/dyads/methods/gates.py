@@ -17,7 +17,7 @@ __all__ = ["combine_experts", "combine_groups", "per_token", "score_linear", "se
 def score_linear(x: Tensor, router: Tensor, experts: int) -> Tensor:
     """Scores W x of every expert in every group: x (… d), router (K·n d) → (… K n). No bias, as in the MoDE paper."""
     scores = F.linear(x, router.to(x.dtype))
-    return scores.view(*scores.shape[:-1], -1, experts)
+    return scores.view(*scores.shape[:-1], router.shape[0] // experts, experts)
 
 
 def select_softmax(scores: Tensor) -> Tensor:
@@ -48,10 +48,12 @@ def per_token(g: Tensor, like: Tensor) -> Tensor:
 
 def combine_groups(h: Tensor, g: Tensor) -> Tensor:
     """Every rank of group k gets the n gates of its group: h (… K·s), g (… K n) → (… K·s·n), rank by rank."""
-    h = h.reshape(*h.shape[:-1], g.shape[-2], -1, 1)
+    groups = g.shape[-2]
+    h = h.reshape(*h.shape[:-1], groups, h.shape[-1] // groups, 1)
     return (h * g.unsqueeze(-2)).flatten(-3)
 
 
 def combine_experts(h: Tensor, g: Tensor) -> Tensor:
     """Every expert's ranks get the expert's gate: h (… n·r), g (… n) → (… n·r), expert by expert."""
-    return (h.reshape(*h.shape[:-1], g.shape[-1], -1) * g.unsqueeze(-1)).flatten(-2)
+    experts = g.shape[-1]
+    return (h.reshape(*h.shape[:-1], experts, h.shape[-1] // experts) * g.unsqueeze(-1)).flatten(-2)

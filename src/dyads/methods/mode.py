@@ -41,10 +41,8 @@ class MoDEConfig(DyadsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(
-            isinstance(self.num_experts, int) and self.num_experts >= 1, "num_experts", "must be a whole number ≥ 1"
-        )
-        self.require(isinstance(self.group_size, int) and self.group_size >= 1, "group_size", "must be at least 1")
+        self.require_whole("num_experts")
+        self.require_whole("group_size")
         divisors = [p for p in range(1, self.r + 1) if self.r % p == 0]
         self.require(
             self.r % self.group_size == 0,

@@ -38,9 +38,7 @@ class MoLoRAConfig(DyadsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(
-            isinstance(self.num_experts, int) and self.num_experts >= 1, "num_experts", "must be a whole number ≥ 1"
-        )
+        self.require_whole("num_experts")
         self.require(isinstance(self.shared_down, bool), "shared_down", "must be true or false")
         if self.shared_down:
             self.require(

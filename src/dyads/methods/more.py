@@ -42,6 +42,7 @@ class MoREConfig(DyadsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.require(not isinstance(self.tasks, str), "tasks", "must be a list of names, such as ['rte', 'cola']")
         if self.tasks is not None:
             self.tasks = [str(name) for name in self.tasks]
             twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
@@ -54,8 +55,9 @@ class MoREConfig(DyadsConfig):
             self.num_tasks = len(self.tasks)
         if self.num_tasks is None:
             raise ConfigError("more: tell it the tasks, either by name (tasks=['rte', …]) or by number (num_tasks=8)")
-        self.require(isinstance(self.num_tasks, int) and self.num_tasks >= 1, "num_tasks", "must be at least 1")
-        self.require(self.task_dim is None or self.task_dim >= 1, "task_dim", "must be at least 1")
+        self.require_whole("num_tasks")
+        if self.task_dim is not None:
+            self.require_whole("task_dim")
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -84,8 +86,13 @@ class MoRE(Core):
         nn.init.kaiming_uniform_(self.gate.weight, nonlinearity="relu")
 
     def scores(self, task: Tensor) -> Tensor:
-        """W_g e_t + b_g of the given tasks (b) → (b r), in the dtype of the parameters."""
-        return F.linear(self.embedding[task], self.gate.weight, self.gate.bias)
+        """W_g e_t + b_g of the given tasks (b) → (b r), in fp32 or wider.
+
+        Also inside autocast: training, evaluation and merging must choose the same rank where two are nearly tied.
+        """
+        wide = torch.promote_types(self.embedding.dtype, torch.float32)
+        with torch.autocast(self.embedding.device.type, enabled=False):
+            return F.linear(self.embedding[task].to(wide), self.gate.weight.to(wide), self.gate.bias.to(wide))
 
     def ranks(self) -> Tensor:
         """The rank every task uses in this layer: (T), from 1 to r."""

@@ -41,13 +41,13 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, evaluate: bo
     Everything that can be refused is refused before the folder is touched. With `resume` a run that was cut off goes on
     from its last checkpoint, and one that is complete is left as it is.
     """
+    if resume and RunFolder(out).is_scored:
+        return RunFolder.create(out, recipe, resume=True)  # nothing to do, unless its recipe is another one
     suite = load_suite(recipe.tasks)
     training = Training(recipe, suite) if recipe.method.trains else None
     if training is not None:
         training.arguments(RunFolder(out))
     folder = RunFolder.create(out, recipe, resume=resume)
-    if folder.is_scored:
-        return folder
     folder.write_environment(seed=recipe.seed)
     if training is not None and not (folder.adapter / "adapter_config.json").is_file():
         training.run(folder, resume=resume)

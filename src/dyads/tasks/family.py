@@ -44,7 +44,7 @@ class Suite:
 class FamilySpec(BaseModel, ABC):
     """The options of one family. Unknown keys are refused with a suggestion."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     family: str
 

@@ -47,12 +47,15 @@ class FilesSpec(FamilySpec):
     """Your own tasks, from JSONL or CSV."""
 
     family: Literal["files"] = "files"
+    """Your own tasks, from JSONL or CSV."""
     path: tuple[Path, ...] = Field(min_length=1)
     """A file, a list of files, or a folder with *.jsonl and *.csv."""
     instructions: dict[str, str] = Field(default_factory=dict)
     """Text put before every input of a task; instead of a column `instruction`."""
     max_new_tokens: int = Field(default=128, ge=1)
+    """Limit of a generated answer."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longer prompts are cut; None leaves the limit to `train.max_prompt_tokens`."""
     seed: int = 0
     """Of the splits of tasks that come without; independent of the training seed."""
 
@@ -242,7 +245,8 @@ def _read_csv(path: Path) -> Iterator[_Row]:
                         f"{path}, line {start}: {len(cells)} cells for {len(header)} columns ({', '.join(header)}); "
                         f'put a text with commas or line breaks in "quotes"'
                     )
-                yield _row(path, start, dict(zip(header, cells, strict=True)))
+                given = dict(zip(header, cells, strict=True))
+                yield _row(path, start, {**given, "output": _cell(f"{path}, line {start}", given["output"])})
             start = reader.line_num + 1
     except csv.Error as error:
         raise TaskError(f"{path}, line {start}: not valid CSV: {error}") from None
@@ -281,14 +285,19 @@ def _row(path: Path, line: int, given: Mapping[str, object]) -> _Row:
     return _Row(path=path, line=line, output=_references(place, given.get("output")), **texts)
 
 
+def _cell(place: str, output: str) -> object:
+    """A CSV cell has no types: what starts like a list of texts is one."""
+    if not output.lstrip().startswith('["'):
+        return output
+    try:
+        return json.loads(output)
+    except json.JSONDecodeError as error:
+        raise TaskError(
+            f"{place}: output starts like a JSON list but is none: {error.msg} in {_shown(output)}"
+        ) from None
+
+
 def _references(place: str, output: object) -> tuple[str, ...]:
-    if isinstance(output, str) and output.lstrip().startswith('["'):
-        try:
-            output = json.loads(output)
-        except json.JSONDecodeError as error:
-            raise TaskError(
-                f"{place}: output starts like a JSON list but is none: {error.msg} in {_shown(output)}"
-            ) from None
     references = [output] if isinstance(output, str) else output
     if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
         raise TaskError(

@@ -14,8 +14,8 @@ fit is dropped, the last one first. Tasks of the track's test file are unseen: t
 the other tasks: the release trains on all instances, we on those after the first 100, less 5 % validation.
 
 An instance counts with its outputs that are not empty; without any it is dropped, with a note. Answers in languages
-other than English are scored by ROUGE-L over whitespace-separated words, since the official tokenizer drops their
-letters.
+other than English are scored by ROUGE-L over whitespace-separated words. The official scorer splits those of track
+`xlingual` with GPT-2's BPE tokenizer instead: our scores of that track are not comparable with official ones.
 """
 
 from __future__ import annotations
@@ -82,15 +82,17 @@ class SNISpec(FamilySpec):
     """Super-NaturalInstructions from a folder in the upstream layout."""
 
     family: Literal["sni"] = "sni"
+    """Super-NaturalInstructions, from a folder in the upstream layout."""
     path: Path
     """The folder that holds `tasks/` and `splits/`."""
     track: Literal["default", "xlingual"] = "default"
-    """English tasks, or all languages."""
+    """English tasks, or all languages (whose scores are not comparable with official ones)."""
     split_file: Literal["train", "test"] | None = None
     """The list that tasks must be in. None: any; without names, the train list (mode) or both (official)."""
     names: tuple[str, ...] | None = None
     """Tasks in the order of their ids: full names, numbers (`task024`) where unambiguous, or a named suite."""
     protocol: Literal["mode", "official"] = "mode"
+    """Every task split 90/10 and asked without demonstrations; or the release's prompts and unseen test tasks."""
     demonstrations: int | None = Field(default=None, ge=0)
     """Positive examples in a prompt of protocol official; None is the release's two."""
     max_per_task: int | None = Field(default=None, ge=1)

@@ -77,11 +77,15 @@ class StarterSpec(FamilySpec):
     """Twelve small text tasks with conflicting instructions over the same inputs, made from a seed."""
 
     family: Literal["starter"] = "starter"
+    """Twelve small text tasks made from a seed."""
     seed: int = 0
     """Of the word lists; independent of the training seed."""
     train_per_task: int = Field(default=400, ge=1, le=MOST_PER_SPLIT)
+    """Train instances of every task."""
     validation_per_task: int = Field(default=50, ge=0, le=MOST_PER_SPLIT)
+    """Validation instances of every task."""
     test_per_task: int = Field(default=50, ge=1, le=MOST_PER_SPLIT)
+    """Test instances of every task."""
     names: tuple[str, ...] = STARTER_TASKS
     """Which of the tasks, in the order of their ids."""
 

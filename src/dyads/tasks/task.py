@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from dyads.errors import TaskError, did_you_mean
 from dyads.tasks.metrics import metric as metric_named
@@ -109,10 +108,9 @@ class Task:
         examples: tuple[Example, ...] = getattr(self, name)
         return examples
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Twelve hex digits over the prompts and references of the test split: equal means the same questions."""
-        asked = [[e.prompt, list(e.references)] for e in self.test]
+    def fingerprint(self, split: str = "test") -> str:
+        """Twelve hex digits over the prompts and references of a split: equal means the same questions."""
+        asked = [[e.prompt, list(e.references)] for e in self.split(split)]
         return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
     def score(self, predictions: Sequence[str], examples: Sequence[Example]) -> list[Score]:

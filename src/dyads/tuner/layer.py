@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from dyads.errors import ConfigError, MergeError
@@ -93,7 +94,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _task(self, adapter: str, x: Tensor) -> Tensor | None:
         if "task" not in self.core(adapter).looks_at:
             return None
-        return self.routing.ids(adapter, x.shape[0] if x.ndim > 1 else 1, x.device)
+        return self.routing.ids(adapter, x)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
@@ -103,6 +104,8 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return base
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.merged:
+            for adapter in self.merged_adapters:
+                self.routing.check_merged(adapter)
             return result
         dtype = result.dtype
         for adapter in self.active_adapters:
@@ -123,6 +126,11 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def check_merge(self, adapter: str) -> None:
         """MergeError where no weight update equals the adapter."""
+        if not self.get_base_layer().weight.dtype.is_floating_point:
+            raise MergeError(
+                f"cannot merge adapter '{adapter}' into weights of type {self.get_base_layer().weight.dtype}: they are"
+                " codes of a quantised layer. Load the base model unquantised to merge."
+            )
         sees = self.core(adapter).looks_at
         if sees & {"x", "h"}:
             raise MergeError(
@@ -193,6 +201,11 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
 def features(base_layer: nn.Module) -> tuple[int, int, bool]:
     """(in, out, whether the weight is stored in × out) of a layer that can be adapted."""
+    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
+        raise ConfigError(
+            "nn.MultiheadAttention reads the weight of its out_proj itself, so an adapter there would do nothing: leave"
+            " it out with exclude_modules"
+        )
     if isinstance(base_layer, nn.Linear):
         return base_layer.in_features, base_layer.out_features, False
     if isinstance(base_layer, Conv1D):

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
 
 from dyads.errors import ConfigError
 from dyads.methods.base import DyadsConfig
@@ -61,6 +61,9 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an adapter that is added later trains when it is made active
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # In evaluation it would read the weights itself and pass the adapter by, unless a module has a hook.
+            layer.register_forward_pre_hook(_no_fast_path)
         self._replace_module(parent, target_name, layer, target)
 
     def _layers(self) -> Iterator[DyadsLayer]:
@@ -126,6 +129,27 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         yield
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: DyadsConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        # PEFT has taken out of state_dict every key in which another adapter's name stands between dots, and so loses
+        # this adapter's `gate.weight` where another is called 'gate'. What belongs to it is known without names.
+        wanted = [
+            f"{name}.{part}.{adapter_name}".removeprefix("_fsdp_wrapped_module.")
+            for name, module in model.named_modules()
+            if isinstance(module, DyadsLayer)
+            for part in module.adapter_layer_names
+        ]
+        whole = model.state_dict()
+        own = [key for key in whole if key.startswith(tuple(f"{w}." for w in wanted)) or key in wanted]
+        return {key: state_dict.get(key, whole[key]) for key in own}
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # PEFT looks for the adapter's name in the last two places; a core may nest deeper: dyads_core.NAME.gate.weight
         pattern = rf"(\.{cls.prefix}[A-Za-z]+)\.{re.escape(adapter_name)}(?=\.|$)"
@@ -134,4 +158,5 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
 
 
-assert issubclass(DyadsLayer, BaseTunerLayer)
+def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Do nothing; that it is there is what counts."""

@@ -12,6 +12,7 @@ holds. Three things make that safe:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,7 +29,11 @@ TaskLike = Tensor | Sequence[int | str] | int | str
 
 
 class RoutingState:
-    """The tasks of one forward pass, turned into ids once per adapter."""
+    """The tasks of one forward pass, turned into ids once per adapter.
+
+    `repeats` says how often the forward pass repeats every sample (beams), `widths` how many tokens a sample may have:
+    a layer that sees tokens flattened into rows has one of them per sample.
+    """
 
     def __init__(self, task: TaskLike) -> None:
         if isinstance(task, Tensor):
@@ -44,6 +49,8 @@ class RoutingState:
                     raise RoutingError(f"a task is a name or an id, got {item!r}")
         if len(self.task) == 0:
             raise RoutingError("task is empty: give one task for every sample")
+        self.repeats = 1
+        self.widths: tuple[int, ...] = ()
         self._ids: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
@@ -61,11 +68,10 @@ class RoutingState:
     def _resolve(self, adapter: str, names: tuple[str, ...]) -> Tensor:
         if isinstance(self.task, Tensor):
             outside = (self.task < 0) | (self.task >= len(names))
-            if self.task.device.type == "cpu" and not torch.compiler.is_compiling():
+            if _can_be_read(self.task):
                 if bool(outside.any()):
                     raise RoutingError(_unknown_id(adapter, self.task[outside][0].item(), names))
             else:
-                # Reading the answer here would make the accelerator wait (or break the graph); this does neither.
                 torch._assert_async(~outside.any(), f"adapter '{adapter}': a task id is outside 0 to {len(names) - 1}")
             return self.task.long()
         index = {name: i for i, name in enumerate(names)}
@@ -81,6 +87,28 @@ class RoutingState:
                 ids.append(task)
         return torch.tensor(ids, dtype=torch.long)
 
+    def for_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, repeated: bool) -> RoutingState:
+        """This state for one call of the model, from the sizes of what it is called with.
+
+        Without `repeated` every row of the batch needs a task of its own, or all share one.
+        """
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim > 0]
+        rows = _rows(args, kwargs)
+        given = len(self)
+        if rows is None or given == 1:
+            return self
+        if rows != given and not (repeated and rows % given == 0):
+            raise RoutingError(f"task has {given} entries for a batch of {rows}: give one for every sample")
+        state = copy.copy(self)  # shares the ids that are resolved already
+        state.repeats = rows // given
+        state.widths = tuple({v.shape[1] for v in tensors if v.ndim > 1 and v.shape[0] == rows})
+        return state
+
+
+def _can_be_read(tensor: Tensor) -> bool:
+    """Whether a value can be looked at without making an accelerator wait or breaking a compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
 
 def _unknown_id(adapter: str, task: Any, names: tuple[str, ...]) -> str:
     shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:8])) + (", …" if len(names) > 8 else "")
@@ -88,7 +116,10 @@ def _unknown_id(adapter: str, task: Any, names: tuple[str, ...]) -> str:
 
 
 class Routing:
-    """Carries the tasks of a forward pass from the model's call to its adapted layers."""
+    """Carries the tasks of a forward pass from the model's call to its adapted layers.
+
+    One object per adapted model; it serves one forward pass at a time, not several threads at once.
+    """
 
     def __init__(self) -> None:
         self.names: dict[str, tuple[str, ...]] = {}
@@ -98,6 +129,7 @@ class Routing:
         self.state: RoutingState | None = None
         self.ambient: RoutingState | None = None
         """What holds where no `task=` is given: set inside `using`, for instance while generating."""
+        self._outer: list[RoutingState | None] = []
         self._undo: list[Callable[[], None]] = []
 
     @contextmanager
@@ -110,11 +142,11 @@ class Routing:
         finally:
             self.state, self.ambient = before
 
-    def ids(self, adapter: str, rows: int, device: torch.device) -> Tensor:
-        """The task of every row of a layer's input, (rows) on the device.
+    def ids(self, adapter: str, x: Tensor) -> Tensor:
+        """The task of every row (first axis) of a layer's input, on its device; a single row for a vector.
 
-        Rows may be a multiple k of the batch – beams, or tokens flattened into rows – where each sample's rows lie
-        next to one another: then every task is repeated k times.
+        Rows are samples, or their beams. An input of two axes may also hold the tokens of all samples, one sample after
+        the other. Anything else is refused: which row belongs to which sample could only be guessed.
         """
         names = self.names[adapter]
         if self.state is None:
@@ -123,36 +155,55 @@ class Routing:
                 f" every sample{did_you_mean('', names)}. Around code that calls parts of the model itself, use"
                 " `with dyads.use_task(model, …)`."
             )
-        ids = self.state.ids(adapter, names, device)
-        given = len(self.state)
-        if rows == given:
-            return ids
-        if given == 1:
+        ids = self.state.ids(adapter, names, x.device)
+        rows = x.shape[0] if x.ndim > 1 else 1
+        if len(self.state) == 1:
             return ids.expand(rows)
-        if rows % given:
-            raise RoutingError(f"task has {given} entries, but a layer sees {rows} rows, which is no multiple of that")
-        return ids.repeat_interleave(rows // given)
-
-    def check_merged(self) -> None:
-        """RoutingError where the state asks for another task than the one that an adapter is merged for."""
-        for adapter, merged in self.merged.items() if self.state is not None else ():
-            names = self.names[adapter]
-            ids = self.state.ids(adapter, names, torch.device("cpu"))
-            if bool((ids != merged).any()):
+        samples = len(self.state) * self.state.repeats
+        repeats = self.state.repeats
+        if rows != samples:
+            if x.ndim != 2 or rows % samples or rows // samples not in self.state.widths:
                 raise RoutingError(
-                    f"adapter '{adapter}' is merged into the model for task '{names[merged]}', so it cannot serve"
-                    " another one: call unmerge_adapter() first"
+                    f"adapter '{adapter}': a layer sees an input of shape {tuple(x.shape)} in a batch of {samples}, so"
+                    " its rows are not the samples, and their tasks are unknown. Leave such layers out"
+                    " (exclude_modules), or give all samples one task."
                 )
+            repeats *= rows // samples
+        return ids if repeats == 1 else ids.repeat_interleave(repeats)
+
+    def check_merged(self, adapter: str) -> None:
+        """RoutingError where a forward pass asks for another task than the one that the adapter is merged for."""
+        if self.state is None or adapter not in self.merged:
+            return
+        names, merged = self.names[adapter], self.merged[adapter]
+        ids = self.state.ids(adapter, names, torch.device("cpu"))
+        message = (
+            f"adapter '{adapter}' is merged into the model for task '{names[merged]}', so it cannot serve another one:"
+            " call unmerge_adapter() first"
+        )
+        if not _can_be_read(ids):
+            torch._assert_async((ids == merged).all(), message)
+        elif bool((ids != merged).any()):
+            raise RoutingError(message)
 
     def attach(self, model: nn.Module) -> None:
-        """Let `model` take `task=` in its call and in `generate`."""
+        """Let `model` take `task=` in its call and in `generate`, and keep its tasks through checkpointing."""
         enter = model.register_forward_pre_hook(_EnterForward(self), with_kwargs=True, prepend=True)
-        leave = model.register_forward_hook(_LeaveForward(self))
+        leave = model.register_forward_hook(_LeaveForward(self), always_call=True)
         self._undo = [enter.remove, leave.remove]
-        inner: Any = getattr(model, "generate", None)
-        if callable(inner):
-            model.__dict__["generate"] = _Generate(inner, self)
-            self._undo.append(_Remove(model, "generate"))
+        for name, wrapper in (("generate", _Generate), ("_set_gradient_checkpointing", _SetCheckpointing)):
+            inner: Any = getattr(model, name, None)
+            if callable(inner):
+                model.__dict__[name] = wrapper(inner, model, self)
+                self._undo.append(_Remove(model, name))
+        self.wrap_checkpointing(model)
+
+    def wrap_checkpointing(self, model: nn.Module) -> None:
+        """Wrap the functions that transformers gave its layers for checkpointing (checked with transformers 5.23)."""
+        for module in model.modules():
+            func = module.__dict__.get("_gradient_checkpointing_func")
+            if func is not None and not isinstance(func, _Checkpoint):
+                module.__dict__["_gradient_checkpointing_func"] = _Checkpoint(func, self)
 
     def detach(self, model: nn.Module) -> None:
         """Take back everything that `attach` and checkpointing changed on the model."""
@@ -165,8 +216,11 @@ class Routing:
                 module.__dict__["_gradient_checkpointing_func"] = func.func
 
 
+# Objects, not closures, stand on the model: so a deep copy of it has hooks that belong to the copy.
+
+
 class _Remove:
-    """Undo an attribute that was set on an instance. Not a closure, so that a deep copy undoes the copy's."""
+    """Undo an attribute that was set on an instance."""
 
     def __init__(self, owner: Any, name: str) -> None:
         self.owner, self.name = owner, name
@@ -181,23 +235,15 @@ class _EnterForward:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         routing = self.routing
+        routing._outer.append(routing.state)  # first: _LeaveForward is called also after an error in here
         task = kwargs.pop("task", None)
-        if task is None or not routing.names:
-            routing.state = routing.ambient
-        else:
-            state = RoutingState(task)
-            rows = _rows(args, kwargs)
-            if len(state) != 1 and rows is not None and rows != len(state):
-                raise RoutingError(f"task has {len(state)} entries for a batch of {rows}: give one for every sample")
-            routing.state = state
-        if routing.merged and not torch.compiler.is_compiling():
-            routing.check_merged()
-        if model.training and routing.names and not torch.compiler.is_compiling():
-            for module in model.modules():
-                if getattr(module, "gradient_checkpointing", False):
-                    func = getattr(module, "_gradient_checkpointing_func", None)
-                    if func is not None and not isinstance(func, _Checkpoint):
-                        module.__dict__["_gradient_checkpointing_func"] = _Checkpoint(func, routing)
+        routing.state = None
+        if not routing.names:
+            return args, kwargs
+        if task is not None:
+            routing.state = RoutingState(task).for_call(args, kwargs, repeated=False)
+        elif routing.ambient is not None:
+            routing.state = routing.ambient.for_call(args, kwargs, repeated=True)
         return args, kwargs
 
 
@@ -206,7 +252,7 @@ class _LeaveForward:
         self.routing = routing
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.routing.state = self.routing.ambient
+        self.routing.state = self.routing._outer.pop()
 
 
 class _Checkpoint:
@@ -228,20 +274,29 @@ class _Checkpoint:
         return self.func(run_as_then, *args, **kwargs)
 
 
+class _SetCheckpointing:
+    """The model's own switch for gradient checkpointing, after which its functions are wrapped."""
+
+    def __init__(self, inner: Callable[..., Any], model: nn.Module, routing: Routing) -> None:
+        self.inner, self.model, self.routing = inner, model, routing
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.inner(*args, **kwargs)
+        self.routing.wrap_checkpointing(self.model)
+        return result
+
+
 class _Generate:
     """The model's own `generate`, with `task=`."""
 
-    def __init__(self, inner: Callable[..., Any], routing: Routing) -> None:
+    def __init__(self, inner: Callable[..., Any], model: nn.Module, routing: Routing) -> None:
         self.inner, self.routing = inner, routing
 
     def __call__(self, *args: Any, task: TaskLike | None = None, **kwargs: Any) -> Any:
         if task is None or not self.routing.names:
             return self.inner(*args, **kwargs)
+        RoutingState(task).for_call(args, kwargs, repeated=False)  # a wrong number of tasks is told at once
         with self.routing.using(task):
-            state = self.routing.state
-            rows = _rows(args, kwargs)
-            if state is not None and len(state) != 1 and rows is not None and rows != len(state):
-                raise RoutingError(f"task has {len(state)} entries for a batch of {rows}: give one for every sample")
             return self.inner(*args, **kwargs)
 
 
@@ -249,7 +304,7 @@ def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     """The batch size of a call, from the first tensor that has one."""
     for value in (*args[:1], *(kwargs.get(name) for name in _BATCHED), *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim > 0:
-            return value.shape[0]
+            return value.shape[0] if value.ndim > 1 else 1
     return None
 
 
