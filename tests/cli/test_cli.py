@@ -22,7 +22,7 @@ from dyads import __version__
 from dyads.cli import main
 from dyads.errors import RunError
 from dyads.runs.config import Recipe, parse_recipe
-from dyads.runs.folder import RunFolder, Scores
+from dyads.runs.folder import Prediction, RunFolder, Scores
 
 VERBS = ("budget", "compare", "evaluate", "generate", "methods", "tasks", "train")
 RECIPE = "name: a\nseed: 3\nmodel: {name: tiny}\nmethod: {name: zero-shot}\ntasks: {family: starter}\n"
@@ -40,7 +40,6 @@ def process(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def scored(path: Path, name: str = "a", value: float = 50.0) -> RunFolder:
     folder = RunFolder.create(path, parse_recipe(RECIPE.replace("name: a", f"name: {name}", 1), "x"))
-    folder.write_predictions("t", [{"id": "0", "prediction": "p", "references": ["r"], "scores": {"rouge_l": value}}])
     row = {"task": "t", "version": 1, "fingerprint": "f", "category": "", "metric": "rouge_l", "value": value, "n": 1}
     scores: dict[str, Any] = {
         "schema": 1,
@@ -55,7 +54,8 @@ def scored(path: Path, name: str = "a", value: float = 50.0) -> RunFolder:
         "micro": {"headline": value},
         "macro": {"headline": value},
     }
-    folder.write_scores(Scores(**scores))  # type: ignore[typeddict-item]
+    answers: list[Prediction] = [{"id": "0", "prediction": "p", "references": ["r"], "scores": {"rouge_l": value}}]
+    folder.write_results({"t": answers}, Scores(**scores))  # type: ignore[typeddict-item]
     return folder
 
 
@@ -255,6 +255,9 @@ def test_generate_answers_a_file_line_by_line(echo: tuple[Path, list[Any]], tmp_
     file.write_text('{"prompt": "ä", "task": "own", "id": 7}\n\n{"prompt": "b"}\n')
     assert dyads("generate", run, "--file", file, "--task", "other", "--out", out).exit_code == 0
     assert seen[0][:2] == (["ä", "b"], ["own", "other"])
+    file.write_text('{"prompt": "a", "task": 0}\n{"prompt": "b", "task": null}\n')
+    assert dyads("generate", run, "--file", file, "--task", "other").exit_code == 0
+    assert seen[1][:2] == (["a", "b"], [0, "other"])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert lines[0] == {"prompt": "ä", "task": "own", "id": 7, "prediction": "Ä"}
     assert dyads("generate", run, "--file", file).output.count("prediction") == 2
@@ -268,6 +271,9 @@ def test_generate_refuses_lines_it_cannot_read_and_no_or_two_sources(
     for text, message in [
         ('{"prompt": "a"}\n{"prompt": \n', "in.jsonl:2: not JSON"),
         ('{"input": "a"}\n', 'in.jsonl:1: no object with a text under "prompt"'),
+        ('{"prompt": "a"}\n{"prompt": " "}\n', "in.jsonl:2: the prompt is empty"),
+        ('{"prompt": "a", "task": 1.5}\n', "in.jsonl:1: a task is a name or an id, got 1.5"),
+        ('{"prompt": "a", "task": true}\n', "in.jsonl:1: a task is a name or an id, got true"),
         ("\n", "has no lines"),
     ]:
         file.write_text(text)
@@ -361,6 +367,12 @@ def test_budget_meets_a_number_or_another_method(budgets: list[Any]) -> None:
     ("options", "message"),
     [
         (["--parameters", "0.5"], "--parameters must be a whole number from 1, got 0.5"),
+        (["--parameters", "inf"], "--parameters must be a whole number from 1, got inf"),
+        (["--parameters", "nan"], "--parameters must be a whole number from 1, got nan"),
+        (
+            ["--parameters", "9e3", "--option", "r=4", "--option", "num_experts=16"],
+            "r and num_experts are both given, so nothing is left to meet the budget with: drop one",
+        ),
         (["--parameters", "5", "--like", "lora:r=1"], "give either --parameters or --like"),
         (["--solve", "r"], "--solve r needs a budget"),
         (["--solve", "r", "--parameters", "5", "--option", "r=4"], "so --option r=4 must go"),

@@ -56,6 +56,7 @@ def write_run(
     recipe = recipe_of(name, method=method, seed=seed, **sections)
     folder = RunFolder.create(path, recipe)
     rows: list[ScoreRow] = []
+    predictions: dict[str, list[Prediction]] = {}
     for task, scores in values.items():
         metric = (metrics or {}).get(task, "rouge_l")
         row = ScoreRow(
@@ -70,17 +71,15 @@ def write_run(
             headline=True,
         )
         rows.append(ScoreRow(**{**row, **(changed or {}).get(task, {})}))  # type: ignore[typeddict-item]
-        folder.write_predictions(
-            task,
-            [
-                Prediction(id=f"{task}-{i}", prediction="a", references=["b"], scores={metric: float(s)})
-                for i, s in enumerate(scores)
-            ],
-        )
+        predictions[task] = [
+            Prediction(id=f"{task}-{i}", prediction="a", references=["b"], scores={metric: float(s)})
+            for i, s in enumerate(scores)
+        ]
     for step, loss in losses:
         folder.append_log({"step": step, "loss": loss})
     everything = [s for scores in values.values() for s in scores]
-    folder.write_scores(
+    folder.write_results(
+        predictions,
         Scores(
             schema=1,
             run=name,
@@ -93,7 +92,7 @@ def write_run(
             scores=rows,
             micro={"headline": sum(everything) / len(everything)},
             macro={"headline": sum(r["value"] for r in rows) / len(rows)},
-        )
+        ),
     )
     return folder
 

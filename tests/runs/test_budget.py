@@ -170,7 +170,7 @@ def test_a_budget_beyond_every_adapter_is_refused(llama: Path, monkeypatch: pyte
 
 
 def test_what_a_method_or_model_does_not_have_is_refused(llama: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown option 'num_experts' of method 'lora'"):
+    with pytest.raises(ConfigError, match="lora has no num_experts, so only r can meet a budget: leave r out"):
         solve(str(llama), "lora", {}, free="num_experts", parameters=1000)
     with pytest.raises(ConfigError, match=r"method 'mode' does not fit model '.*': Target modules .*nowhere"):
         count(str(llama), "mode", {"target_modules": ["nowhere"]})

@@ -162,6 +162,7 @@ def test_one_name_means_one_recipe(run: Run, tmp_path: Path) -> None:
         compare([first, second])
     with pytest.raises(RunError, match=r"are the same run: both are 'a' with seed 0"):
         compare([first, first])
+    assert compare([first, run("a", {"t": [1]}, seed=3, evaluate={"limit": 1})]).columns[0].seeds == (0, 3)
     third = run("a", {"t": [1]}, seed=2, parameters=7)
     with pytest.raises(RunError, match="1,000 and 7 parameters"):
         compare([first, third])

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dyads.errors import ConfigError, RoutingError, RunError, TaskError
+from dyads.errors import ConfigError, RunError, TaskError
+from dyads.runs.compare import compare
 from dyads.runs.config import Recipe
-from dyads.runs.evaluate import Answerer, evaluate, generate
+from dyads.runs.evaluate import Answerer, _Majority, evaluate, generate
 from dyads.runs.folder import RunFolder
+from dyads.runs.model import same_model
 from dyads.runs.train import train
-from dyads.tasks import Suite, load_suite
+from dyads.tasks import Suite, Task, load_suite
 from dyads.tuner.routing import Routing
 
 Tiny = Callable[..., Recipe]
@@ -101,10 +103,40 @@ def test_another_split_and_a_limit_replace_the_recipes_own(trained: Trained) -> 
     assert scores["split"] == "validation"
     assert {row["n"] for row in scores["scores"]} == {2}
     assert len(folder.predictions("first_word")) == 2
-    with pytest.raises(ConfigError, match="cannot evaluate with"):
+    with pytest.raises(ConfigError, match=r"^cannot evaluate on split 'tset' – did you mean 'test'\?$"):
         evaluate(folder, split="tset")
-    with pytest.raises(ConfigError, match="cannot evaluate with"):
+    with pytest.raises(ConfigError, match=r"^cannot evaluate 0 instances of each task: limit is a whole number"):
         evaluate(folder, limit=0)
+
+
+def test_an_evaluation_that_is_cut_off_leaves_the_earlier_results(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, answer = trained("majority"), _Majority.answer
+    before = files(folder)
+
+    def cut_off(self: _Majority, task: Task, number: int, *asked: Any) -> list[str]:
+        if number == 1:
+            raise KeyboardInterrupt
+        return answer(self, task, number, *asked)
+
+    monkeypatch.setattr(_Majority, "answer", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(folder, split="validation")
+    assert files(folder) == before
+
+
+def test_other_validation_questions_are_not_compared(tiny: Tiny, tmp_path: Path) -> None:
+    splits = ("train", "validation", "test")
+    rows = [{"task": "a", "input": f"river {split}", "output": "lamp", "split": split} for split in splits]
+    path, runs = tmp_path / "tasks.jsonl", []
+    for name, question in (("a", "stone"), ("b", "apple")):
+        rows[1]["input"] = question
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        recipe = tiny("majority", tasks={"family": "files", "path": str(path)}, evaluate={"split": "validation"})
+        runs.append(train(recipe.model_copy(update={"name": name}), tmp_path / name))
+    with pytest.raises(RunError, match="task 'a' differs in fingerprint"):
+        compare(runs)
 
 
 def test_micro_is_over_instances_and_macro_over_tasks(tiny: Tiny, tmp_path: Path) -> None:
@@ -139,6 +171,8 @@ def test_gates_are_told_the_names_of_tasks(trained: Trained, monkeypatch: pytest
 def test_gates_that_know_tasks_by_number_are_told_the_number(tiny: Tiny, tmp_path: Path) -> None:
     folder = train(tiny("more", options={"num_tasks": 3}), tmp_path / "run")
     assert Answerer(folder).task_names == ("0", "1", "2")
+    first, same = (generate(folder, ["Words: river stone"], [task], max_new_tokens=3) for task in (0, "0"))
+    assert first == same
     assert folder.is_scored
 
 
@@ -166,12 +200,18 @@ def test_generating_needs_a_task_only_where_gates_look_at_it(trained: Trained) -
     more = trained("more")
     with pytest.raises(ConfigError, match=r"prompt 2 has no task, and the gates of 'more' look at the task: name one"):
         generate(more, prompts, ["first_word", None])
-    with pytest.raises(RoutingError, match="does not know task 'first_wrd' – did you mean 'first_word'"):
-        generate(more, prompts, ["first_word", "first_wrd"])
+    for folder in (more, trained("lora")):
+        with pytest.raises(ConfigError, match=r"prompt 2: the run does not know task 'first_wrd' – did you mean 'fir"):
+            generate(folder, prompts, ["first_word", "first_wrd"])
+        with pytest.raises(ConfigError, match=r"prompt 1: the run does not know task '3' – known: first_word, count"):
+            generate(folder, prompts, [3, "first_word"])
+    with pytest.raises(ConfigError, match="prompt 2 is empty: there is nothing to answer"):
+        generate(more, ["a", "\n"], ["first_word"] * 2)
     with pytest.raises(ConfigError, match="2 prompts, but 1 tasks"):
         generate(more, prompts, ["first_word"])
     mixed = generate(more, prompts, ["first_word", "has_animal"], max_new_tokens=3)
     assert mixed == [generate(more, prompts[:1], [task], max_new_tokens=3)[0] for task in ("first_word", "has_animal")]
+    assert mixed == generate(more, prompts, [0, 2], max_new_tokens=3)
 
 
 # --- what does not belong together ------------------------------------------------------------------------------------
@@ -218,6 +258,42 @@ def test_an_adapter_of_another_model_is_refused(
     with pytest.raises(RunError, match=rf"does not fit model '.*' – it was trained on another one \(.*{reason}"):
         evaluate(folder)
     assert files(folder) == before
+
+
+def test_an_adapter_of_another_model_of_the_same_shape_is_refused(
+    trained: Trained, other_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, other = trained("lora"), other_llama()
+    there = folder.recipe().model.name
+    change_model(folder, other)
+    before = files(folder)
+    with pytest.raises(RunError, match=rf"was trained on '{there}', but config\.yaml names '{other}'; .*base_model_"):
+        evaluate(folder)
+    assert files(folder) == before
+    config = folder.adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace(there, str(other)))
+    evaluate(folder)  # the way out that the message names
+    text = (folder.path / "config.yaml").read_text()
+    (folder.path / "config.yaml").write_text(text.replace("revision: null", "revision: v2"))
+    with pytest.raises(RunError, match=rf"on '{other}', but config\.yaml names '{other}' at revision 'v2'"):
+        evaluate(folder)
+
+
+def test_a_model_is_the_same_by_any_path_and_from_a_moved_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b", "cache/smollm2-135m-1.0"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "cache" / "smollm2-135m-1.0" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert same_model(str(tmp_path / "a"), "a")
+    assert not same_model("a", "b")
+    assert same_model("org/model", "org/model")
+    assert not same_model("org/model", "org/other")
+    monkeypatch.setenv("DYADS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("importlib.metadata.version", lambda _: "1.0")
+    assert same_model("/gone/smollm2-135m-1.0", "packaged:smollm2-135m")
+    assert not same_model("/gone/smollm2-135m-0.9", "packaged:smollm2-135m")
 
 
 def test_an_adapter_of_another_kind_of_model_is_refused(trained: Trained, t5: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dyads.errors import RunError
+from dyads.runs import folder as folder_module
 from dyads.runs.config import Recipe
 from dyads.runs.folder import Prediction, RunFolder, environment
 
@@ -84,10 +86,17 @@ def test_the_log_survives_a_line_that_was_cut_off(tmp_path: Path, recipe: Make) 
     assert folder.log() == [{"step": 1, "loss": 2.0}, {"step": 3, "loss": None, "by_task": {"rte": None}}]
 
 
-def test_predictions_keep_any_text_and_any_task_name(tmp_path: Path, recipe: Make) -> None:
+def test_the_tasks_a_run_began_with_are_kept(tmp_path: Path, recipe: Make) -> None:
     folder = RunFolder.create(tmp_path / "a", recipe("a"))
+    assert folder.task_names() == ()
+    folder.write_environment(tasks=["rte", "cola"])
+    assert folder.task_names() == ("rte", "cola")
+
+
+def test_predictions_keep_any_text_and_any_task_name(run: Run) -> None:
+    folder = RunFolder(run("a", {"t": [1, 2]}))
     row = Prediction(id="1", prediction="zwei\u2028Zeilen\n…", references=["ü"], scores={"rouge_l": 50.0})
-    folder.write_predictions("qa/hard: ü", [row])
+    folder.write_results({"qa/hard: ü": [row]}, folder.scores())
     assert folder.predictions("qa/hard: ü") == [row]
     assert [p.name for p in (folder.path / "predictions").iterdir()] == ["qa%2Fhard%3A %C3%BC.jsonl"]
 
@@ -131,17 +140,49 @@ def test_scores_that_are_not_numbers_are_not_written_and_nothing_is_lost(run: Ru
     scores = folder.scores()
     scores["micro"]["headline"] = float("nan")
     with pytest.raises(RunError, match="not a finite number"):
-        folder.write_scores(scores)
+        folder.write_results({"u": []}, scores)
     assert (folder.path / "scores.json").read_text() == before
     assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "predictions", "scores.json"]
 
 
-def test_discarding_scores_makes_a_run_unscored(run: Run) -> None:
+def test_results_replace_earlier_ones_whole(run: Run) -> None:
+    folder = RunFolder(run("a", {"t": [1, 2], "u": [3]}))
+    rows, scores = folder.predictions("u"), folder.scores()
+    folder.write_results({"v": rows}, {**scores, "seed": 7})
+    assert sorted(p.name for p in folder.path.rglob("*")) == ["config.yaml", "predictions", "scores.json", "v.jsonl"]
+    assert (folder.predictions("v"), folder.scores()["seed"]) == (rows, 7)
+
+
+@pytest.mark.parametrize("crash", ["write", "rmtree", "rename", "last write"])
+def test_scores_never_stand_beside_other_predictions(run: Run, crash: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = RunFolder(run("a", {"t": [1, 2]}))
-    folder.discard_scores()
-    assert not folder.is_scored
-    with pytest.raises(RunError, match=r"has no scores\.json: it was not evaluated, or not to the end"):
-        folder.scores()
+    before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
+    scores, write, remove = folder.scores(), folder_module._write, shutil.rmtree
+
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def broken_write(path: Path, text: str) -> None:
+        if crash == "write" or path.name == "scores.json":
+            raise KeyboardInterrupt
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        if crash in ("write", "last write"):
+            patch.setattr(folder_module, "_write", broken_write)
+        elif crash == "rmtree":
+            patch.setattr(shutil, "rmtree", lambda path, **how: remove(path, **how) if how else broken())
+        else:
+            patch.setattr(Path, "rename", broken)
+        with pytest.raises(KeyboardInterrupt):
+            folder.write_results({"v": []}, {**scores, "seed": 7})
+    if crash == "write":
+        assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
+    else:
+        with pytest.raises(RunError, match=r"has no scores\.json: it was not evaluated, or not to the end"):
+            folder.scores()
+    folder.write_results({"v": []}, scores)
+    assert sorted(p.name for p in folder.path.rglob("*")) == ["config.yaml", "predictions", "scores.json", "v.jsonl"]
 
 
 def test_a_damaged_config_is_refused_with_its_line(run: Run) -> None:

@@ -136,6 +136,24 @@ def test_a_conversion_that_fails_leaves_nothing_behind(
     assert list(packaged.parent.iterdir()) == []
 
 
+def test_a_converted_model_is_as_readable_as_others(
+    packaged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: Path
+) -> None:
+    class Found:
+        submodule_search_locations = (str(tmp_path),)
+
+    def of_llama(auto: Any) -> Any:
+        load = auto.from_pretrained
+        return lambda source, gguf_file, **options: load(llama, **options)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: Found)
+    for auto in (model_module.AutoModelForCausalLM, model_module.AutoTokenizer):
+        monkeypatch.setattr(auto, "from_pretrained", of_llama(auto))
+    (tmp_path / "plain").mkdir()
+    assert resolve("packaged:smollm2-135m") == str(packaged)
+    assert packaged.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_converted_model_is_used_again(packaged: Path, llama: Path) -> None:
     shutil.copytree(llama, packaged)
     assert resolve("packaged:smollm2-135m") == str(packaged)

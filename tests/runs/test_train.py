@@ -403,6 +403,42 @@ def test_a_validation_loss_that_is_not_finite_costs_no_adapter(
     assert [line["validation_loss"] for line in folder.log() if line.get("event") == "validated"] == [None]
 
 
+def test_a_validation_that_fails_costs_no_adapter(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: Any) -> None:
+        raise MemoryError("the batch does not fit")
+
+    recipe = tiny("lora", train={"validation_limit": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "validation_loss", too_large)
+        with pytest.raises(MemoryError, match="the batch does not fit"):
+            train(recipe, tmp_path / "a")
+    kept = adapter_of(RunFolder(tmp_path / "a"))
+    folder = train(recipe, tmp_path / "a", resume=True)
+    assert folder.is_scored
+    assert_close(adapter_of(folder), kept, rtol=0, atol=0)
+
+
+def test_the_validation_loss_is_computed_in_parts_of_a_batch(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    loss = training_module.label_loss
+
+    def counted(unwrapped: Any, model: Any, inputs: Any, *args: Any) -> Any:
+        if not model.training:
+            sizes.append(len(inputs["input_ids"]))
+        return loss(unwrapped, model, inputs, *args)
+
+    monkeypatch.setattr(training_module, "label_loss", counted)
+    logged = []
+    for parts in (1, 4):
+        spec = {"steps": 1, "learning_rate": 1e-9, "validation_limit": 3, "gradient_accumulation": parts}
+        folder = train(tiny("lora", train=spec), tmp_path / str(parts), evaluate=False)
+        logged += [line["validation_loss"] for line in folder.log() if line.get("event") == "validated"]
+    assert sizes == [3] * 3 + [2, 1] * 3
+    assert logged[1] == pytest.approx(logged[0], rel=1e-5)
+
+
 def test_without_a_checkpoint_the_stop_says_so(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_module, "label_loss", lambda *args: (torch.tensor(float("inf")), torch.tensor(1)))
     with pytest.raises(RunError, match=r"is not finite at step 1, .*no checkpoint was saved before it"):
@@ -489,14 +525,17 @@ def test_fields_of_the_trainer_are_passed_on_and_win(tiny: Tiny, tmp_path: Path)
     assert (arguments.adam_beta1, arguments.save_total_limit, arguments.run_name) == (0.5, 1, "mine")
 
 
-def test_a_batch_that_devices_cannot_share_is_refused(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["processes", "GPUs"])
+def test_more_than_one_process_or_gpu_is_refused_before_the_folder_is_touched(
+    what: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tiny("lora")
-    training = Training(recipe, load_suite(recipe.tasks))
-    monkeypatch.setattr(training_module.TrainingArguments, "world_size", 3)
-    with pytest.raises(ConfigError, match=r"train\.batch_size 8 cannot be cut into 3 equal parts"):
-        training.arguments(RunFolder(tmp_path / "a"))
+    if what == "processes":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    else:
+        monkeypatch.setattr(training_module.TrainingArguments, "n_gpu", 2)
+    with pytest.raises(ConfigError, match=rf"training on 2 {what} at once is not supported .*CUDA_VISIBLE_DEVICES=0"):
+        train(tiny("lora"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_tensorboard_gets_the_log(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -39,13 +40,16 @@ def command(
 
     if parameters is not None and like is not None:
         raise click.UsageError("give either --parameters or --like")
-    if parameters is not None and not (parameters >= 1 and parameters == int(parameters)):
+    if parameters is not None and not (math.isfinite(parameters) and parameters >= 1 and parameters.is_integer()):
         raise ConfigError(f"--parameters must be a whole number from 1, got {parameters:g}")
     if solve is not None and parameters is None and like is None:
         raise click.UsageError(f"--solve {solve} needs a budget: --parameters or --like")
     given = of_overrides(options, "--option").data
     if solve in given:
         raise ConfigError(f"--solve {solve} looks for {solve}, so --option {solve}={given[solve]} must go")
+    free: Any = solve or ("num_experts" if "r" in given else "r")
+    if free in given and (parameters is not None or like is not None):
+        raise ConfigError("r and num_experts are both given, so nothing is left to meet the budget with: drop one")
     from dyads.runs import budget
 
     if parameters is None and like is None:
@@ -61,7 +65,6 @@ def command(
     else:
         assert parameters is not None
         target = int(parameters)
-    free: Any = solve or ("num_experts" if "r" in given else "r")
     value, count = budget.solve(model, method, given, free=free, parameters=target, task_names=())
     off = 100 * (count.trainable - target) / target
     click.echo(

@@ -13,7 +13,7 @@ import click
 @click.command(
     short_help="Answer prompts with the adapter of a run.",
     epilog="""\b
-A file holds one JSON object a line with a "prompt" and, where lines differ in it, a "task":
+A file holds one JSON object a line with a "prompt" and, where lines differ in it, a "task" (name or id):
   {"prompt": "Words: fox lake\\nReverse them.\\nAnswer:", "task": "reverse_words"}
 The answers are the same objects with a "prediction".
 \b
@@ -52,7 +52,7 @@ def command(
     answers = generate(
         folder,
         [row["prompt"] for row in rows],
-        [row.get("task", task) for row in rows],
+        [task if row.get("task") is None else row["task"] for row in rows],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
@@ -91,4 +91,8 @@ def _row(line: str, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ConfigError(f'{where}: no object with a text under "prompt": {line[:60]}')
+    if not row["prompt"].strip():
+        raise ConfigError(f"{where}: the prompt is empty")
+    if isinstance(row.get("task"), bool) or not isinstance(row.get("task"), str | int | None):
+        raise ConfigError(f"{where}: a task is a name or an id, got {json.dumps(row['task'])}")
     return row

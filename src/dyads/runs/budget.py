@@ -91,6 +91,8 @@ def solve(
     Sizes grow with both r and num_experts. With a group_size only its multiples are tried for r. Refused where even
     the smallest value is more than twice the budget.
     """
+    if free == "num_experts" and not hasattr(build_config(method, options, tuple(task_names) or None), free):
+        raise ConfigError(f"{method} has no num_experts, so only r can meet a budget: leave r out")
     step = int(options.get("group_size", 1)) if free == "r" else 1
 
     @cache

@@ -234,6 +234,16 @@ _TRAINER_OURS = {
     "report_to": "set 'train.report_to'",
     "remove_unused_columns": "batches carry their task, and must keep it",
     "resume_from_checkpoint": "use `dyads train --resume`",
+    "label_smoothing_factor": "the loss is computed here and smooths no labels, so it would have no effect",
+    "auto_find_batch_size": "all methods read the same batches; 'train.gradient_accumulation' saves memory",
+    "train_sampling_strategy": "examples are drawn by 'mixture' and sorted by 'train.bucket_window'",
+    "group_by_length": "examples are sorted by length by 'train.bucket_window'",
+    "length_column_name": "examples are sorted by length by 'train.bucket_window'",
+    "ignore_data_skip": "a resumed run goes on where its schedule of batches was cut off",
+    "dataloader_drop_last": "every batch of the schedule is whole, so it would have no effect",
+    "dataloader_in_order": "batches are read in the order of the schedule",
+    "eval_strategy": "set 'train.validation_limit'; there is no evaluation during training",
+    "load_best_model_at_end": "there is no evaluation during training, so no best model",
 }
 
 

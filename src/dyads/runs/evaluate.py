@@ -20,8 +20,8 @@ from dyads.data.batches import Encoder, PromptBatch, prompt_batches, restore_ord
 from dyads.errors import ConfigError, RunError, TaskError, did_you_mean
 from dyads.runs.config import EvaluateSpec, Recipe
 from dyads.runs.folder import SCHEMA, Prediction, RunFolder, ScoreRow, Scores
-from dyads.runs.model import load_model, load_tokenizer
-from dyads.tasks import Example, Suite, Task, load_suite
+from dyads.runs.model import load_model, load_tokenizer, same_model
+from dyads.tasks import SPLITS, Example, Suite, Task, load_suite
 from dyads.tuner.routing import find_routing
 
 __all__ = ["Answerer", "evaluate", "generate"]
@@ -31,12 +31,13 @@ def evaluate(
     folder: RunFolder, *, split: str | None = None, limit: int | None = None, suite: Suite | None = None
 ) -> Scores:
     """Score a run and keep predictions and scores in its folder. `split` and `limit` replace the recipe's own."""
+    if split is not None and split not in SPLITS:
+        raise ConfigError(f"cannot evaluate on split '{split}'{did_you_mean(split, SPLITS)}")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ConfigError(f"cannot evaluate {limit} instances of each task: limit is a whole number from 1")
     recipe = folder.recipe()
     changes = {k: v for k, v in (("split", split), ("limit", limit)) if v is not None}
-    try:
-        spec = EvaluateSpec.model_validate({**recipe.evaluate.model_dump(), **changes})
-    except ValueError as error:
-        raise ConfigError(f"cannot evaluate with {changes}: {error}") from error
+    spec = recipe.evaluate.model_copy(update=changes)
     suite = suite or load_suite(recipe.tasks)
     asked = {
         task.name: [task.split(spec.split)[i] for i in spec.pick(len(task.split(spec.split)))] for task in suite.tasks
@@ -49,7 +50,7 @@ def evaluate(
     else:
         answerer = Answerer(folder)
     answerer.check(suite.tasks)
-    folder.discard_scores()
+    answered: dict[str, list[Prediction]] = {}
     rows: list[ScoreRow] = []
     values: dict[str, list[tuple[float, int]]] = {}
     begin = time.perf_counter()
@@ -57,24 +58,22 @@ def evaluate(
         examples = asked[task.name]
         predictions = answerer.answer(task, number, examples, spec)
         scores = task.score(predictions, examples)
-        folder.write_predictions(
-            task.name,
-            (
-                Prediction(
-                    id=example.id,
-                    prediction=prediction,
-                    references=list(example.references),
-                    scores={score.metric: score.values[i] for score in scores if score.values},
-                )
-                for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True))
-            ),
-        )
+        answered[task.name] = [
+            Prediction(
+                id=example.id,
+                prediction=prediction,
+                references=list(example.references),
+                scores={score.metric: score.values[i] for score in scores if score.values},
+            )
+            for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True))
+        ]
+        fingerprint = task.fingerprint(spec.split)
         for place, score in enumerate(scores):
             rows.append(
                 ScoreRow(
                     task=task.name,
                     version=score.version,
-                    fingerprint=task.fingerprint,
+                    fingerprint=fingerprint,
                     category=task.category,
                     metric=score.metric,
                     value=score.value,
@@ -102,31 +101,40 @@ def evaluate(
         micro={key: sum(v * n for v, n in pairs) / sum(n for _, n in pairs) for key, pairs in values.items()},
         macro={key: sum(v for v, _ in pairs) / len(pairs) for key, pairs in values.items()},
     )
-    folder.write_scores(result)
+    folder.write_results(answered, result)
     return result
 
 
 def generate(
     folder: RunFolder,
     prompts: Sequence[str],
-    tasks: Sequence[str | None],
+    tasks: Sequence[str | int | None],
     *,
     max_new_tokens: int = 128,
     batch_size: int = 16,
 ) -> list[str]:
-    """Answers to prompts as they stand; every prompt with its task, or None for a method that looks at no task."""
+    """Answers to prompts as they stand; every prompt with the name or id of its task, or None where no gate looks."""
     if len(prompts) != len(tasks):
         raise ConfigError(f"{len(prompts)} prompts, but {len(tasks)} tasks: give one task for every prompt")
+    if empty := [i for i, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
+        raise ConfigError(f"prompt {empty[0]} is empty: there is nothing to answer")
     answerer = Answerer(folder)
-    names = list(tasks)
-    if missing := [i for i, name in enumerate(names) if name is None and answerer.needs_task]:
-        raise ConfigError(
-            f"prompt {missing[0] + 1} has no task, and the gates of '{folder.recipe().method.name}' look at the task:"
-            f" name one{did_you_mean('', answerer.task_names)}"
-        )
+    known = answerer.task_names or folder.task_names()
+    for i, task in enumerate(tasks, start=1):
+        if task is None and answerer.needs_task:
+            raise ConfigError(
+                f"prompt {i} has no task, and the gates of '{folder.recipe().method.name}' look at the task:"
+                f" name one{did_you_mean('', known)}"
+            )
+        if known and task is not None and not _is_known(task, known):
+            raise ConfigError(f"prompt {i}: the run does not know task '{task}'{did_you_mean(str(task), known)}")
     examples = [Example(id=str(i), prompt=prompt, references=("",)) for i, prompt in enumerate(prompts)]
     spec = EvaluateSpec(batch_size=batch_size, max_new_tokens=max_new_tokens)
-    return answerer.answers(examples, [n or "" for n in names], spec, max_new_tokens, None)
+    return answerer.answers(examples, tasks, spec, max_new_tokens, None)
+
+
+def _is_known(task: str | int, known: Sequence[str]) -> bool:
+    return task in known if isinstance(task, str) else 0 <= task < len(known)
 
 
 class _Majority:
@@ -198,7 +206,7 @@ class Answerer:
     def answers(
         self,
         examples: Sequence[Example],
-        tasks: Sequence[str],
+        tasks: Sequence[str | int | None],
         spec: EvaluateSpec,
         max_new_tokens: int,
         max_prompt_tokens: int | None,
@@ -213,7 +221,9 @@ class Answerer:
             answers.append(self._generate(batch, [tasks[i] for i in at], spec, max_new_tokens))
         return restore_order(positions, answers)
 
-    def _generate(self, batch: PromptBatch, tasks: list[str], spec: EvaluateSpec, max_new_tokens: int) -> list[str]:
+    def _generate(
+        self, batch: PromptBatch, tasks: list[str | int | None], spec: EvaluateSpec, max_new_tokens: int
+    ) -> list[str]:
         inputs: dict[str, Any] = {k: batch[k].to(self.device) for k in ("input_ids", "attention_mask")}  # type: ignore[literal-required]
         if self.needs_task:
             inputs["task"] = tasks
@@ -239,10 +249,11 @@ def load_adapter(base: nn.Module, folder: RunFolder) -> PeftModel:
         raise RunError(f"'{path}' has no adapter_model.safetensors; adapters are read from safetensors only")
     import dyads.tuner  # noqa: F401  # PEFT has to know the methods
 
+    spec = folder.recipe().model
+
     def misfit(reason: str) -> RunError:
-        name = folder.recipe().model.name
         return RunError(
-            f"the adapter in '{path}' does not fit model '{name}' – it was trained on another one ({reason})"
+            f"the adapter in '{path}' does not fit model '{spec.name}' – it was trained on another one ({reason})"
         )
 
     try:
@@ -262,4 +273,15 @@ def load_adapter(base: nn.Module, folder: RunFolder) -> PeftModel:
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if strange := sorted({key for key in kept - wanted if model.base_model.prefix in key} | (wanted - kept)):
         raise misfit(f"{len(strange)} weights are in one of them only, such as {strange[0]}")
+    trained_on = config.base_model_name_or_path
+    if trained_on and not (same_model(trained_on, spec.name) and config.revision == spec.revision):
+        raise RunError(
+            f"the adapter in '{path}' was trained on {_called(trained_on, config.revision)}, but config.yaml names"
+            f" {_called(spec.name, spec.revision)}; if that is the same model in another place, write it into"
+            " adapter/adapter_config.json too (base_model_name_or_path, revision)"
+        )
     return model
+
+
+def _called(model: str, revision: str | None) -> str:
+    return f"'{model}'" + (f" at revision '{revision}'" if revision else "")

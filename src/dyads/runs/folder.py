@@ -2,14 +2,15 @@
 """What is in a run's folder, and where?
 
     config.yaml              the resolved recipe
-    env.json                 versions, git hash, device, threads, command, date (and the same of every resumption)
+    env.json                 versions, git hash, device, threads, command, date, tasks (and again by every resumption)
     log.jsonl                one line per logged step
     adapter/                 the trained adapter, as PEFT saves it
     checkpoints/             what training can be resumed from
     predictions/<task>.jsonl one line per instance: id, prediction, references, scores (0 to 100) by metric
     scores.json              every score with its task's version, written last: a folder that has it is complete
 
-These names are written here and nowhere else. Files appear whole or not at all (written beside, then renamed).
+These names are written here and nowhere else. Files appear whole or not at all (written beside, then renamed), and
+predictions together with their scores: those of an earlier evaluation stay until the new ones are all there.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -84,7 +86,7 @@ class Scores(TypedDict):
 
 
 _CONFIG, _ENV, _LOG, _SCORES = "config.yaml", "env.json", "log.jsonl", "scores.json"
-_ADAPTER, _CHECKPOINTS, _PREDICTIONS = "adapter", "checkpoints", "predictions"
+_ADAPTER, _CHECKPOINTS, _PREDICTIONS, _UNFINISHED = "adapter", "checkpoints", "predictions", ".predictions-unfinished"
 
 
 class RunFolder:
@@ -180,6 +182,10 @@ class RunFolder:
         """What `write_environment` kept."""
         return _read_object(self.path / _ENV, f"'{self.path}'")
 
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks that the run began with, in the order of their ids; none where the environment was not kept."""
+        return tuple(self.environment().get("tasks", ())) if (self.path / _ENV).is_file() else ()
+
     # log
 
     def append_log(self, line: Mapping[str, Any]) -> None:
@@ -199,13 +205,7 @@ class RunFolder:
 
     def predictions_path(self, task: str) -> Path:
         """Where a task's predictions lie; characters that file systems refuse are written as %XX."""
-        return self.path / _PREDICTIONS / f"{quote(task, safe=' ()+,;=@!~')}.jsonl"
-
-    def write_predictions(self, task: str, rows: Iterable[Prediction]) -> None:
-        """Keep a task's predictions, replacing earlier ones."""
-        path = self.predictions_path(task)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+        return self.path / _PREDICTIONS / _predictions_file(task)
 
     def predictions(self, task: str) -> list[Prediction]:
         """A task's predictions, in the order they were written."""
@@ -218,17 +218,27 @@ class RunFolder:
                 rows.append(_prediction(line, f"{path}:{number}", f"run `dyads evaluate {self.path}` again"))
         return rows
 
-    def write_scores(self, scores: Scores) -> None:
-        """Keep the scores; write them last, because a folder that has them counts as complete."""
+    def write_results(self, predictions: Mapping[str, Iterable[Prediction]], scores: Scores) -> None:
+        """Keep an evaluation, by task and in all, in the place of an earlier one.
+
+        The scores go first and come last, so that those there are never belong to other predictions.
+        """
         if scores["schema"] != SCHEMA:
             raise RunError(f"{_SCORES} is written with schema {SCHEMA}, got {scores['schema']}")
-        _write(self.path / _SCORES, _json(scores))
-
-    def discard_scores(self) -> None:
-        """Forget an earlier evaluation before a new one overwrites its predictions one by one."""
-        (self.path / _SCORES).unlink(missing_ok=True)
-        for path in (self.path / _PREDICTIONS).glob("*.jsonl"):
-            path.unlink()
+        text, kept, unfinished = _json(scores), self.path / _PREDICTIONS, self.path / _UNFINISHED
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        try:
+            for task, rows in predictions.items():
+                lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+                _write(unfinished / _predictions_file(task), "".join(lines))
+            (self.path / _SCORES).unlink(missing_ok=True)
+            if kept.exists():
+                shutil.rmtree(kept)
+            unfinished.rename(kept)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        _write(self.path / _SCORES, text)
 
     def scores(self) -> Scores:
         """The scores of the last finished evaluation."""
@@ -296,6 +306,10 @@ def _git_hash() -> str | None:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "..") else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _predictions_file(task: str) -> str:
+    return f"{quote(task, safe=' ()+,;=@!~')}.jsonl"
 
 
 def _prediction(line: str, where: str, way_out: str) -> Prediction:

@@ -12,10 +12,10 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -33,7 +33,7 @@ from transformers.utils import logging
 from dyads.errors import ConfigError, RunError, did_you_mean
 from dyads.runs.config import ModelSpec
 
-__all__ = ["PACKAGED", "load_model", "load_tokenizer", "model_config", "resolve"]
+__all__ = ["PACKAGED", "load_model", "load_tokenizer", "model_config", "resolve", "same_model"]
 
 PREFIX = "packaged:"
 
@@ -74,6 +74,17 @@ def resolve(name: str) -> str:
     return str(_convert(key, PACKAGED[key]))
 
 
+def same_model(loaded: str, name: str) -> bool:
+    """Whether what was once loaded (a hub id or a folder) is what a model's name stands for now.
+
+    A converted model is told by its folder's name, which holds its version: its cache may have moved.
+    """
+    now = resolve(name)
+    if name.startswith(PREFIX):
+        return Path(loaded).name == Path(now).name
+    return loaded == now or (Path(loaded).exists() and Path(now).exists() and Path(loaded).samefile(now))
+
+
 def _convert(key: str, packaged: Packaged) -> Path:
     """The folder of a packaged model, converted on first use."""
     try:
@@ -92,9 +103,9 @@ def _convert(key: str, packaged: Packaged) -> Path:
     assert spec is not None
     assert spec.submodule_search_locations
     source = str(Path(spec.submodule_search_locations[0]))
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # Into a folder of its own first: a conversion that is cut off must not leave half a model behind.
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    partial = folder.parent / f".{folder.name}-{uuid4().hex}"
+    partial.mkdir(parents=True)  # not by mkdtemp: others who share the cache must be able to read it
     try:
         model = AutoModelForCausalLM.from_pretrained(source, gguf_file=packaged.file, dtype=torch.float32)
         # A model that was loaded from GGUF refuses to be saved as long as its config says that it is quantised.

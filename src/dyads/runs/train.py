@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,12 +44,13 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, evaluate: bo
     """
     if resume and RunFolder(out).is_scored:
         return RunFolder.create(out, recipe, resume=True)  # nothing to do, unless its recipe is another one
+    _refuse_processes(int(os.environ.get("WORLD_SIZE", "1")), "processes")
     suite = load_suite(recipe.tasks)
     training = Training(recipe, suite) if recipe.method.trains else None
     if training is not None:
         training.arguments(RunFolder(out))
     folder = RunFolder.create(out, recipe, resume=resume)
-    folder.write_environment(seed=recipe.seed)
+    folder.write_environment(seed=recipe.seed, tasks=[task.name for task in suite.tasks])
     if training is not None and not (folder.adapter / "adapter_config.json").is_file():
         training.run(folder, resume=resume)
     if evaluate:
@@ -56,6 +58,14 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, evaluate: bo
         gc.collect()  # the trained model makes room for the one that is scored
         evaluate_run(folder, suite=suite)
     return folder
+
+
+def _refuse_processes(number: int, of_what: str) -> None:
+    if number > 1:
+        raise ConfigError(
+            f"training on {number} {of_what} at once is not supported yet: start one process that sees one device"
+            " (`CUDA_VISIBLE_DEVICES=0 dyads train …`, without torchrun or accelerate launch)"
+        )
 
 
 class Training:
@@ -72,6 +82,7 @@ class Training:
         base = load_model(recipe.model)
         self.encoder_decoder = bool(base.config.is_encoder_decoder)
         config.task_type = "SEQ_2_SEQ_LM" if self.encoder_decoder else "CAUSAL_LM"
+        config.revision = recipe.model.revision
         self.tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
         set_seed(recipe.seed)  # again: the adapter's start must not depend on how the base was loaded
         try:
@@ -135,23 +146,26 @@ class Training:
                 "parameters": self.parameters,
             }
         )
+        self.model.save_pretrained(folder.adapter)  # first of all: whatever fails below must not cost the adapter
         if self.recipe.train.validation_limit:
             loss = self.validation_loss(trainer, self.recipe.train.validation_limit)
             folder.append_log({"event": "validated", "step": trainer.state.global_step, "validation_loss": loss})
-        self.model.save_pretrained(folder.adapter)
 
     @torch.no_grad()
     def validation_loss(self, trainer: _Trainer, limit: int) -> float:
         """Mean over tasks of the cross-entropy per label, on the first `limit` validation instances of each."""
         self.model.eval()
         dataset = TaskDataset(self.suite.tasks, self.encoder, split="validation")
+        size = trainer.args.per_device_train_batch_size
         losses = []
         for number, task in enumerate(self.suite.tasks):
-            batch = cast(Any, trainer.data_collator)(
-                [dataset[number, i] for i in range(min(limit, len(task.validation)))]
-            )
-            loss, count = trainer.label_loss(self.model, {k: v.to(trainer.args.device) for k, v in batch.items()})
-            losses.append(float(loss / count))
+            examples = [dataset[number, i] for i in range(min(limit, len(task.validation)))]
+            total, labels = 0.0, 0
+            for start in range(0, len(examples), size):
+                batch = cast(Any, trainer.data_collator)(examples[start : start + size])
+                loss, count = trainer.label_loss(self.model, {k: v.to(trainer.args.device) for k, v in batch.items()})
+                total, labels = total + float(loss), labels + int(count)
+            losses.append(total / labels)
         return sum(losses) / len(losses)
 
     def arguments(self, folder: RunFolder) -> TrainingArguments:
@@ -188,11 +202,8 @@ class Training:
             arguments = TrainingArguments(**{**ours, **spec.trainer})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"transformers refuses the training arguments: {error}; see 'train.trainer'") from error
-        parts = arguments.gradient_accumulation_steps * arguments.world_size
-        if spec.batch_size % parts:
-            raise ConfigError(
-                f"train.batch_size {spec.batch_size} cannot be cut into {parts} equal parts for all devices"
-            )
+        _refuse_processes(arguments.world_size, "processes")
+        _refuse_processes(arguments.n_gpu, "GPUs")  # the Trainer would use all it sees, by DataParallel
         return arguments
 
 
@@ -200,7 +211,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
     def __init__(self, training: Training, folder: RunFolder, arguments: TrainingArguments) -> None:
         self.tasks: Sequence[Task] = training.suite.tasks
         self.folder = folder
-        size = arguments.per_device_train_batch_size // arguments.world_size
+        size = arguments.per_device_train_batch_size
         self.batches = [batch[i : i + size] for batch in training.batches for i in range(0, len(batch), size)]
         self.routed = find_routing(training.model) is not None
         self.encoder_decoder = training.encoder_decoder
@@ -239,8 +250,6 @@ class _Trainer(Trainer):  # type: ignore[misc]
         loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
         if not torch.isfinite(loss):
             self._stop("loss", inputs["task"])
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
         return loss
 
     def label_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
