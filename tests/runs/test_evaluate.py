@@ -226,7 +226,9 @@ def test_a_run_without_an_adapter_says_how_to_go_on(trained: Trained) -> None:
     ):
         evaluate(folder)
     shutil.rmtree(folder.adapter)
-    with pytest.raises(RunError, match=r"has no adapter: its training did not end; go on with `dyads train --resume`"):
+    with pytest.raises(
+        RunError, match=r"has no adapter: its training did not end; go on with `dyads train RECIPE --out .* --resume`"
+    ):
         evaluate(folder)
     assert predictions(folder) == before
 

@@ -58,9 +58,9 @@ class _Verbs(click.Group):
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 From nothing to a comparison:
-  dyads train recipes/lora.yaml
-  dyads train recipes/mode.yaml --set train.steps=200
-  dyads compare runs/lora-seed0 runs/mode-seed0
+  dyads train recipes/demo/lora.yaml --out runs/demo/lora
+  dyads train recipes/demo/mode.yaml --out runs/demo/mode
+  dyads compare runs/demo/lora runs/demo/mode
 `dyads VERB --help` has examples for each verb.""",
 )
 @click.version_option(__version__, prog_name="dyads")

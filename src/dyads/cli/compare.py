@@ -14,7 +14,7 @@ import click
     epilog="""\b
 Examples:
   dyads compare runs/*-seed0
-  dyads compare runs/lora-seed? runs/mode-seed? --baseline lora
+  dyads compare runs/demo/* --baseline "LoRA 9"
   dyads compare runs/* --format markdown --out results.md""",
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))

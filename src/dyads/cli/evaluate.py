@@ -12,8 +12,8 @@ import click
     short_help="Score the adapter of a run.",
     epilog="""\b
 Examples:
-  dyads evaluate runs/mode-seed0
-  dyads evaluate runs/mode-seed0 --split validation --limit 50""",
+  dyads evaluate runs/demo/mode
+  dyads evaluate runs/demo/mode --split validation --limit 50""",
 )
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--split", help="test, validation or train. Default: the recipe's.")

@@ -18,8 +18,8 @@ A file holds one JSON object a line with a "prompt" and, where lines differ in i
 The answers are the same objects with a "prediction".
 \b
 Examples:
-  dyads generate runs/mode-seed0 --prompt "Words: fox lake ..." --task reverse_words
-  dyads generate runs/mode-seed0 --file questions.jsonl --out answers.jsonl""",
+  dyads generate runs/demo/mode --prompt "Words: fox lake ..." --task reverse_words
+  dyads generate runs/demo/mode --file questions.jsonl --out answers.jsonl""",
 )
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What the model reads; repeatable.")

@@ -15,7 +15,7 @@ import click
 Examples:
   dyads tasks --family starter
   dyads tasks --family sni --path natural-instructions --option protocol=official
-  dyads tasks --recipe recipes/mode.yaml --show reverse_words""",
+  dyads tasks --recipe recipes/demo/mode.yaml --show reverse_words""",
 )
 @click.option("--family", help="A family of tasks: starter, sni, files, …")
 @click.option("--path", help="Where the family's files lie.")

@@ -30,9 +30,9 @@ The smallest recipe:
   tasks: {family: starter}
 \b
 Examples:
-  dyads train recipes/mode.yaml
-  dyads train recipes/mode.yaml --set seed=1 --set train.learning_rate=2e-3
-  dyads train recipes/mode.yaml --resume            # go on after an interruption
+  dyads train recipes/demo/mode.yaml
+  dyads train recipes/demo/mode.yaml --set seed=1 --set train.learning_rate=2e-3
+  dyads train recipes/demo/mode.yaml --resume            # go on after an interruption
   dyads train --keys                                # what a recipe can hold
   dyads methods                                     # what `method:` can hold
   dyads tasks --family starter                      # what `tasks:` gives""",

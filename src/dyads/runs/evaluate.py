@@ -244,7 +244,9 @@ def load_adapter(base: nn.Module, folder: RunFolder) -> PeftModel:
     """The run's adapter on its base model; RunError where there is none, or where it was made for another model."""
     path, weights = folder.adapter, folder.adapter / "adapter_model.safetensors"
     if not (path / "adapter_config.json").is_file():
-        raise RunError(f"'{folder.path}' has no adapter: its training did not end; go on with `dyads train --resume`")
+        raise RunError(
+            f"'{folder.path}' has no adapter: its training did not end; go on with `dyads train RECIPE --out {folder.path} --resume`"
+        )
     if not weights.is_file():
         raise RunError(f"'{path}' has no adapter_model.safetensors; adapters are read from safetensors only")
     import dyads.tuner  # noqa: F401  # PEFT has to know the methods
