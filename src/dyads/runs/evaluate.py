@@ -245,7 +245,8 @@ def load_adapter(base: nn.Module, folder: RunFolder) -> PeftModel:
     path, weights = folder.adapter, folder.adapter / "adapter_model.safetensors"
     if not (path / "adapter_config.json").is_file():
         raise RunError(
-            f"'{folder.path}' has no adapter: its training did not end; go on with `dyads train RECIPE --out {folder.path} --resume`"
+            f"'{folder.path}' has no adapter: its training did not end; go on with"
+            f" `dyads train RECIPE --out {folder.path} --resume`"
         )
     if not weights.is_file():
         raise RunError(f"'{path}' has no adapter_model.safetensors; adapters are read from safetensors only")
