@@ -12,11 +12,14 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyads.methods import Core
-from dyads.ops import dyadic, dyadic_sum
+from dyads.ops import dyadic, dyadic_sum, fused, operands, plain
 from tiny import TASKS, Variant
 
 # Ones and primes on purpose: an axis that is confused with another must show.
 SHAPES = [(1, 1, 3, 2), (2, 7, 12, 5), (3, 2, 1, 1), (5, 1, 8, 8)]
+
+
+OPERATORS = pytest.mark.parametrize("operator", [dyadic, fused])
 
 
 def tiny(variant: Variant, b: int, t: int, d: int, o: int) -> tuple[Core, Tensor, Tensor, Tensor, Tensor]:
@@ -28,13 +31,14 @@ def tiny(variant: Variant, b: int, t: int, d: int, o: int) -> tuple[Core, Tensor
     return core, x, A, B, torch.arange(b) % len(TASKS)
 
 
+@OPERATORS
 @pytest.mark.parametrize(("b", "t", "d", "o"), SHAPES)
 def test_operator_equals_the_double_sum_in_outputs_and_gradients(
-    variant: Variant, b: int, t: int, d: int, o: int
+    variant: Variant, b: int, t: int, d: int, o: int, operator: Any
 ) -> None:
     core, x, A, B, task = tiny(variant, b, t, d, o)
     leaves = [x.requires_grad_(), A.requires_grad_(), B.requires_grad_()]
-    fast = dyadic(x, A, B, core, task, scale=0.7)
+    fast = operator(x, A, B, core, task, scale=0.7)
     g = core.route(x @ A.T, x, task)
     slow = dyadic_sum(x, A, B, core.matrix(g), scale=0.7)
     assert fast.shape == (b, t, o)
@@ -46,50 +50,113 @@ def test_operator_equals_the_double_sum_in_outputs_and_gradients(
         assert_close(ours, torch.zeros_like(ours) if theirs is None else theirs)
 
 
-def test_adding_onto_a_result_equals_adding_afterwards(variant: Variant) -> None:
+@OPERATORS
+def test_adding_onto_a_result_equals_adding_afterwards(variant: Variant, operator: Any) -> None:
     core, x, A, B, task = tiny(variant, 2, 3, 4, 5)
     onto = torch.randn(2, 3, 5).double()
-    assert_close(dyadic(x, A, B, core, task, onto=onto), onto + dyadic(x, A, B, core, task))
+    assert_close(operator(x, A, B, core, task, scale=3, onto=onto), onto + operator(x, A, B, core, task, scale=3))
 
 
-def test_gradients_agree_with_finite_differences(variant: Variant) -> None:
-    core, x, A, B, task = tiny(variant, 2, 2, 3, 2)
-    if "task" in core.looks_at:
-        # A straight-through choice has, on purpose, another gradient than its value; with the gate held it has not.
-        g = core.route(x @ A.T, x, task).detach()
-        gates = {"route": lambda h, x, task: g, "mix": core.mix}
-        core = type("Held", (), {k: staticmethod(v) for k, v in gates.items()})()  # type: ignore[assignment]
-        inputs = (x, A, B)
-        assert torch.autograd.gradcheck(
-            lambda x, A, B: dyadic(x, A, B, core, task), tuple(i.requires_grad_() for i in inputs)
-        )
-        return
-    names = [name for name, _ in core.named_parameters()]
-    parameters = [p.detach().clone().requires_grad_() for p in core.parameters()]
+class _Layer(torch.nn.Module):
+    """The operator of a core, with everything that can get a gradient as a parameter."""
 
-    def run(x: Tensor, A: Tensor, B: Tensor, *values: Tensor) -> Tensor:
-        held = dict(zip(names, values, strict=True))
-
-        class Bound:
-            def route(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
-                return torch.func.functional_call(_Route(core), {f"core.{k}": v for k, v in held.items()}, (h, x, task))
-
-            def mix(self, h: Tensor, g: Tensor) -> Tensor:
-                return core.mix(h, g)
-
-        return dyadic(x, A, B, Bound(), task)
-
-    leaves = [t.detach().requires_grad_() for t in (x, A, B)]
-    assert torch.autograd.gradcheck(run, (*leaves, *parameters))
-
-
-class _Route(torch.nn.Module):
-    def __init__(self, core: Core) -> None:
+    def __init__(self, operator: Any, core: Core, A: Tensor, B: Tensor, onto: Tensor, task: Tensor) -> None:
         super().__init__()
-        self.core = core
+        self.operator, self.core, self.task = operator, core, task
+        self.A, self.B, self.onto = torch.nn.Parameter(A), torch.nn.Parameter(B), torch.nn.Parameter(onto)
 
-    def forward(self, *args: Any) -> Tensor:
-        return self.core.route(*args)
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.operator(x, self.A, self.B, self.core, self.task, scale=0.7, onto=self.onto)
+        return result
+
+
+@OPERATORS
+def test_gradients_agree_with_finite_differences(variant: Variant, operator: Any) -> None:
+    core, x, A, B, task = tiny(variant, 2, 2, 3, 2)
+    layer = _Layer(operator, core, A, B, torch.randn(2, 2, 2).double(), task)
+    # A straight-through choice has, on purpose, another gradient than its value: it stays out.
+    names = [n for n, _ in layer.named_parameters() if "task" not in core.looks_at or not n.startswith("core")]
+    values = [layer.get_parameter(name).detach().clone().requires_grad_() for name in names]
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(run, (x.requires_grad_(), *values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1, 3, 2), (5, 7, 13, 11), (8, 16, 32, 24)])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_fused_equals_plain_in_every_dtype(
+    variant: Variant, shape: tuple[int, int, int, int], dtype: torch.dtype, scale: float
+) -> None:
+    core, x, A, B, task = tiny(variant, *shape)
+    x, A, B, onto = x.to(dtype), A.float(), B.float(), torch.randn(*shape[:2], shape[3]).to(dtype)
+    core = core.float()
+
+    def run(operator: Any) -> list[Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in (x, A, B, onto)]
+        core.zero_grad()
+        y = operator(*leaves[:3], core, task, scale=scale, onto=leaves[3])
+        y.backward(torch.ones_like(y))
+        with torch.no_grad():
+            z = operator(x, A, B, core, task, scale=scale, onto=onto)
+        grads = [t.grad for t in (*leaves, *core.parameters())]
+        assert all(g is not None for g in grads)
+        return [y.detach(), z, *grads]  # type: ignore[list-item]
+
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    for ours, theirs in zip(run(fused), run(dyadic), strict=True):
+        assert ours.dtype == theirs.dtype
+        scale_of = theirs.abs().max().clamp(min=1)
+        assert_close(ours / scale_of, theirs / scale_of, atol=tolerance, rtol=0)
+
+
+def test_fused_follows_autocast_as_plain_does(variant: Variant) -> None:
+    core, x, A, B, task = tiny(variant, 3, 5, 8, 6)
+    core, leaves = core.float(), [t.float().requires_grad_() for t in (x, A, B)]
+    results = []
+    for operator in (dyadic, fused):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = operator(*leaves, core, task)
+        results.append([y.detach(), *torch.autograd.grad(y.sum(), leaves)])
+    for theirs, ours in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert_close(ours.float(), theirs.float(), atol=0.05 * float(theirs.abs().max()), rtol=0)
+
+
+def test_matrices_made_before_serve_without_gradients(variant: Variant) -> None:
+    core, x, A, B, task = tiny(variant, 2, 3, 4, 5)
+    with torch.no_grad():
+        held = operands(A, B, core, x.dtype)
+        assert torch.equal(fused(x, A, B, core, task, held=held), fused(x, A, B, core, task))
+    stale = tuple(torch.full_like(t, torch.nan) for t in held)
+    with_gradients = fused(x, A.requires_grad_(), B, core, task, held=stale)
+    assert torch.isfinite(with_gradients).all()
+
+
+def test_fused_can_be_switched_off(variant: Variant) -> None:
+    core, x, A, B, task = tiny(variant, 2, 3, 4, 5)
+    A.requires_grad_()
+    assert "Fused" in type(fused(x, A, B, core, task).grad_fn).__name__
+    with plain():
+        y = fused(x, A, B, core, task)
+        assert "Fused" not in type(y.grad_fn).__name__
+        (first,) = torch.autograd.grad(y.square().sum(), A, create_graph=True)
+        torch.autograd.grad(first.sum(), A)  # gradients of gradients
+
+
+def test_fused_keeps_for_backward_the_input_and_a_few_numbers_per_token(variant: Variant) -> None:
+    core, x, A, B, task = tiny(variant, 2, 140, 64, 64)
+    A.requires_grad_()
+    own = {t.untyped_storage().data_ptr() for t in (x, A, B, *core.parameters())}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        fused(x, A, B, core, task, onto=torch.zeros(2, 140, 64).double())
+    rows = core.router_rows()
+    per_token = core.p + (0 if rows is None else len(rows))
+    wide = [t for t in kept if t.untyped_storage().data_ptr() not in own and t.numel() > 2 * 140 * per_token]
+    assert not wide
 
 
 def test_mix_is_linear_in_the_inner_coefficients(variant: Variant) -> None:
@@ -115,12 +182,13 @@ def test_gates_depend_on_what_looks_at_names_and_on_nothing_else(variant: Varian
         assert seen == core.looks_at
 
 
-def test_inputs_of_any_rank_give_the_same_rows(variant: Variant) -> None:
+@OPERATORS
+def test_inputs_of_any_rank_give_the_same_rows(variant: Variant, operator: Any) -> None:
     core, x, A, B, task = tiny(variant, 3, 5, 4, 2)
-    whole = dyadic(x, A, B, core, task)
-    assert_close(dyadic(x[1, 2], A, B, core, task[1:2]), whole[1, 2])
-    assert_close(dyadic(x[:, 2], A, B, core, task), whole[:, 2])
-    assert_close(dyadic(x.unsqueeze(1), A, B, core, task), whole.unsqueeze(1))
+    whole = operator(x, A, B, core, task)
+    assert_close(operator(x[1, 2], A, B, core, task[1:2]), whole[1, 2])
+    assert_close(operator(x[:, 2], A, B, core, task), whole[:, 2])
+    assert_close(operator(x.unsqueeze(1), A, B, core, task), whole.unsqueeze(1))
 
 
 class _Operations(TorchDispatchMode):
@@ -133,7 +201,10 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_forward_path_has_no_loop_over_experts_or_samples_and_never_synchronises(variant: Variant) -> None:
+@OPERATORS
+def test_forward_path_has_no_loop_over_experts_or_samples_and_never_synchronises(
+    variant: Variant, operator: Any
+) -> None:
     def operations(factor: int) -> list[str]:
         larger = {"r": 4 * factor}
         if "num_experts" in variant.config().__dataclass_fields__ and dict(variant.options).get("num_experts") != 1:
@@ -143,7 +214,7 @@ def test_forward_path_has_no_loop_over_experts_or_samples_and_never_synchronises
         x, A, B = torch.randn(3 * factor, 2, 6), torch.randn(core.p, 6), torch.randn(core.q, 5)
         task = torch.arange(3 * factor) % len(TASKS)
         with _Operations() as seen:
-            dyadic(x, A, B, core, task)
+            operator(x, A, B, core, task)
         assert not any("_local_scalar_dense" in name for name in seen.names), "a value was read from the device"
         return seen.names
 

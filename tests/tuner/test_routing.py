@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from dyads import MoREConfig, use_task
 from dyads.errors import MergeError, RoutingError
 from dyads.methods import methods
+from dyads.ops import plain
 from dyads.tuner import DyadsLayer
 from tiny import TARGETS, TASKS, Variant, batch, task_of, tiny_model
 
@@ -416,3 +417,29 @@ def test_one_adapted_module_compiles_as_one_graph(variant: Variant, mlp: Callabl
     traced = gradients(model)
     model(x, **task).pow(2).sum().backward()
     assert_same(traced, gradients(model))
+
+
+def test_generate_joins_weights_once_and_sees_every_change_before_it(variant: Variant) -> None:
+    model = get_peft_model(tiny_model("llama"), variant.config(target_modules=["q_proj"], init_weights=False)).eval()
+    layer = next(m for m in model.modules() if isinstance(m, DyadsLayer))
+    inputs = {**batch("llama"), **task_of(variant.config(), "rte", "cola", "sst2")}
+    seen: list[dict[Any, Any] | None] = []
+    layer.register_forward_hook(lambda *_: seen.append(layer.routing.operands))
+
+    def logits() -> Tensor:
+        out = model.generate(
+            **inputs, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        return torch.stack(out.logits)
+
+    first = logits()
+    assert len(seen) == 3
+    assert all(kept is seen[0] for kept in seen)
+    assert len(seen[0] or ()) == 2  # one adapter in each of two layers
+    assert layer.routing.operands is None
+    for parameter in (layer.dyads_A["default"], layer.dyads_B["default"]):
+        parameter.data.mul_(-3)  # past autograd, which would not count it as a change
+    second = logits()
+    assert not torch.equal(first, second)
+    with plain():
+        assert_close(logits(), second)

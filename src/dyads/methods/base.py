@@ -16,6 +16,7 @@ from pkgutil import iter_modules
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from peft import PeftConfig
 from torch import Tensor, nn
 
@@ -44,7 +45,13 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 class DyadsConfig(PeftConfig):  # type: ignore[misc]
     """The fields every method has. Names are PEFT's wherever PEFT has one."""
 
-    r: int = dataclasses.field(default=8, metadata={"help": "Rank of one expert."})
+    r: int = dataclasses.field(
+        default=8,
+        metadata={
+            "help": "The rank (mode: rows of the shared A, each or each group with its own router; molora: rank of each"
+            " expert; more: the largest rank that a task can use)."
+        },
+    )
     lora_alpha: float | None = dataclasses.field(
         default=None, metadata={"help": "The update is scaled by lora_alpha / r. Not set: the scale is 1."}
     )
@@ -157,9 +164,32 @@ class Core(nn.Module):
     gate_axes: ClassVar[int] = 1
     """How many trailing axes of the gates belong to one token."""
     looks_at: frozenset[str] = frozenset()
+    splits: ClassVar[bool] = True
+    """Whether `route` is the one below, made of three parts that the fused operator can take apart."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.splits = cls.route is Core.route
+
+    def router_rows(self) -> Tensor | None:
+        """Weights W (s d) of scores that are linear in x; None where the gates do not look at x."""
+        return None
+
+    def of_task(self, task: Tensor | None) -> Tensor | None:
+        """What the gates need from the tasks (b), with b as its first axis; None where they look at none."""
+        return None
+
+    def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
+        """Gates from h = A x (… p), scores W x (… s), and what the tasks gave."""
+        raise NotImplementedError
 
     def route(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """Gates from h (… p), the layer's input x (… d) and the tasks (b): select(h, W x, of_task(task)).
+
+        A method whose scores are not linear in x writes its own.
+        """
+        W = self.router_rows()
+        return self.select(h, None if W is None else F.linear(x, W.to(x.dtype)), self.of_task(task))
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         raise NotImplementedError

@@ -8,16 +8,9 @@ coefficients a weight multiplies). Each function here is one stage of one kind.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["combine_experts", "combine_groups", "per_token", "score_linear", "select_prefix", "select_softmax"]
-
-
-def score_linear(x: Tensor, router: Tensor, experts: int) -> Tensor:
-    """Scores W x of every expert in every group: x (… d), router (K·n d) → (… K n). No bias, as in the MoDE paper."""
-    scores = F.linear(x, router.to(x.dtype))
-    return scores.view(*scores.shape[:-1], router.shape[0] // experts, experts)
+__all__ = ["combine_experts", "combine_groups", "per_token", "select_prefix", "select_softmax"]
 
 
 def select_softmax(scores: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dyads.methods.base import Core, DyadsConfig, register
-from dyads.methods.gates import combine_groups, score_linear, select_softmax
+from dyads.methods.gates import combine_groups, select_softmax
 
 __all__ = ["MoDE", "MoDEConfig"]
 
@@ -72,10 +72,13 @@ class MoDE(Core):
         if self.num_experts > 1:
             nn.init.normal_(self.router, std=self.router_std)
 
-    def route(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
-        if self.num_experts == 1:
+    def router_rows(self) -> Tensor | None:
+        return self.router if self.num_experts > 1 else None
+
+    def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
+        if scores is None:
             return h.new_ones(self.groups, 1)
-        return select_softmax(score_linear(x, self.router, self.num_experts))  # (… K n)
+        return select_softmax(scores.view(*scores.shape[:-1], self.groups, self.num_experts))  # (… K n)
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return combine_groups(h, g)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dyads.methods.base import Core, DyadsConfig, register
-from dyads.methods.gates import combine_experts, score_linear, select_softmax
+from dyads.methods.gates import combine_experts, select_softmax
 from dyads.methods.mode import MoDE
 
 __all__ = ["MoLoRA", "MoLoRAConfig"]
@@ -68,10 +68,11 @@ class MoLoRA(Core):
         if self.num_experts > 1:
             nn.init.normal_(self.router, std=self.router_std)
 
-    def route(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
-        if self.num_experts == 1:
-            return h.new_ones(1)
-        return select_softmax(score_linear(x, self.router, self.num_experts)).squeeze(-2)  # (… n)
+    def router_rows(self) -> Tensor | None:
+        return self.router if self.num_experts > 1 else None
+
+    def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
+        return h.new_ones(1) if scores is None else select_softmax(scores)  # (… n)
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return combine_experts(h, g)

@@ -98,9 +98,13 @@ class MoRE(Core):
         """The rank every task uses in this layer: (T), from 1 to r."""
         return self.scores(torch.arange(len(self.embedding), device=self.embedding.device)).argmax(-1) + 1
 
-    def route(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
+    def of_task(self, task: Tensor | None) -> Tensor:
         assert task is not None, "the layer resolves the task before it routes"
-        return per_token(select_prefix(self.scores(task)).to(h.dtype), h)  # (b 1… r)
+        return self.scores(task)  # (b r)
+
+    def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
+        assert of_task is not None
+        return per_token(select_prefix(of_task).to(h.dtype), h)  # (b 1… r)
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return h * g

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is computed? The operator `dyadic`, and the slow double sum it must equal."""
+"""What is computed? The operator `dyadic`, the slow double sum it must equal, and its fast path `fused`."""
 
 from dyads.ops.dyadic import Gating, dyadic
+from dyads.ops.fused import Operands, Splits, fused, operands, plain
 from dyads.ops.oracle import dyadic_sum
 
-__all__ = ["Gating", "dyadic", "dyadic_sum"]
+__all__ = ["Gating", "Operands", "Splits", "dyadic", "dyadic_sum", "fused", "operands", "plain"]

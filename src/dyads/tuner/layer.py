@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dyads.errors import ConfigError, MergeError
 from dyads.methods.base import Core, DyadsConfig
-from dyads.ops import dyadic
+from dyads.ops import Operands, fused, operands
 from dyads.tuner.routing import Routing
 
 __all__ = ["DyadsLayer"]
@@ -96,6 +96,18 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return None
         return self.routing.ids(adapter, x)
 
+    def _operands(self, adapter: str, x: Tensor) -> Operands | None:
+        """The adapter's matrices in the dtype of x, made once while the weights are known to stay as they are."""
+        kept = self.routing.operands
+        if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            return None  # the products have the dtype of autocast then
+        key = (id(self), adapter, x.dtype)
+        if key not in kept:
+            kept[key] = operands(self.dyads_A[adapter], self.dyads_B[adapter], self.core(adapter), x.dtype)
+        return kept[key]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
             if self.merged:
@@ -112,7 +124,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if adapter not in self.dyads_A:
                 continue
             dropout = self.dyads_dropout[adapter]
-            result = dyadic(
+            result = fused(
                 x,
                 self.dyads_A[adapter],
                 self.dyads_B[adapter],
@@ -120,7 +132,8 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 self._task(adapter, x),
                 scale=self.scaling[adapter],
                 onto=result,
-                inner=None if isinstance(dropout, nn.Identity) else dropout(x),
+                inner=dropout(x) if dropout.training and not isinstance(dropout, nn.Identity) else None,
+                held=self._operands(adapter, x),
             )
         return result.to(dtype)
 

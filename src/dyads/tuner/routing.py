@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dyads.errors import RoutingError, did_you_mean
+from dyads.ops import Operands
 
 __all__ = ["Routing", "RoutingState", "TaskLike", "use_task"]
 
@@ -129,6 +130,8 @@ class Routing:
         self.state: RoutingState | None = None
         self.ambient: RoutingState | None = None
         """What holds where no `task=` is given: set inside `using`, for instance while generating."""
+        self.operands: dict[tuple[int, str, torch.dtype], Operands] | None = None
+        """The layers' matrices by layer, adapter and dtype, while weights do not change (`frozen_weights`)."""
         self._outer: list[RoutingState | None] = []
         self._undo: list[Callable[[], None]] = []
 
@@ -141,6 +144,19 @@ class Routing:
             yield
         finally:
             self.state, self.ambient = before
+
+    @contextmanager
+    def frozen_weights(self) -> Iterator[None]:
+        """A promise that adapters do not change within this context: layers join and cast their weights only once.
+
+        For the many small forward passes of decoding; it holds without gradients only.
+        """
+        before = self.operands
+        self.operands = {} if before is None else before
+        try:
+            yield
+        finally:
+            self.operands = before
 
     def ids(self, adapter: str, x: Tensor) -> Tensor:
         """The task of every row (first axis) of a layer's input, on its device; a single row for a vector.
@@ -294,9 +310,10 @@ class _Generate:
 
     def __call__(self, *args: Any, task: TaskLike | None = None, **kwargs: Any) -> Any:
         if task is None or not self.routing.names:
-            return self.inner(*args, **kwargs)
+            with self.routing.frozen_weights():
+                return self.inner(*args, **kwargs)
         RoutingState(task).for_call(args, kwargs, repeated=False)  # a wrong number of tasks is told at once
-        with self.routing.using(task):
+        with self.routing.using(task), self.routing.frozen_weights():
             return self.inner(*args, **kwargs)
 
 

@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How is the same operator computed with less traffic?
+
+Two things differ from `dyadic`, and neither changes the result beyond rounding:
+
+- A and the router see the same input, so [A; W] x is one product;
+- backward forms gates and coefficients again from the few numbers per token that this product gave: kept for it are x
+  and those numbers.
+
+`fused` has the signature of `dyadic` and hands over to it where it cannot serve: inside `torch.compile` (which fuses
+by itself) and torch.func, with adapter dropout (A and the router then see different inputs), and for gates that are
+more than a choice among scores that are linear in x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dyads.ops.dyadic import Gating, dyadic
+
+__all__ = ["Operands", "Splits", "fused", "operands", "plain"]
+
+Operands = tuple[Tensor, Tensor]
+"""[A; W] and B in the dtype of the product."""
+
+_ENABLED = True  # see `plain`
+
+
+class Splits(Gating, Protocol):
+    """Gates chosen from scores that are linear in x: route(h, x, task) = select(h, W x, of_task(task))."""
+
+    splits: bool
+    """Whether the equation above holds."""
+
+    def router_rows(self) -> Tensor | None:
+        """W (s d); None where the gates do not look at x."""
+        ...
+
+    def of_task(self, task: Tensor | None) -> Tensor | None:
+        """What the gates need from the tasks (b …), small; None where they look at none."""
+        ...
+
+    def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
+        """Gates from h = A x (… p), scores W x (… s), and what the tasks gave."""
+        ...
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Within this context `fused` is `dyadic`: to compare the two, or to take gradients of gradients."""
+    global _ENABLED
+    before, _ENABLED = _ENABLED, False
+    try:
+        yield
+    finally:
+        _ENABLED = before
+
+
+def operands(A: Tensor, B: Tensor, gating: Gating, dtype: torch.dtype) -> Operands:
+    """The two matrices of the fused operator, to be kept while the weights stay as they are."""
+    W = cast(Splits, gating).router_rows() if getattr(gating, "splits", False) else None
+    return _down(A, W, dtype), B.to(dtype)
+
+
+def _down(A: Tensor, W: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if W is None:
+        return A.to(dtype)
+    out = torch.empty(A.shape[0] + W.shape[0], A.shape[1], dtype=dtype, device=A.device)
+    out[: A.shape[0]] = A  # joined and cast in one pass
+    out[A.shape[0] :] = W
+    return out
+
+
+def fused(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gating: Gating,
+    task: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    onto: Tensor | None = None,
+    inner: Tensor | None = None,
+    held: Operands | None = None,
+) -> Tensor:
+    """As `dyadic`, with the same shapes.
+
+    `held` are `operands` in the dtype of x, made once for many calls without gradients; with gradients they are not
+    used. Gradients of gradients are refused by PyTorch: take them inside `plain()`.
+    """
+    if (
+        not _ENABLED
+        or inner is not None
+        or not getattr(gating, "splits", False)
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return dyadic(x, A, B, gating, task, scale=scale, onto=onto, inner=inner)
+    gating = cast(Splits, gating)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):
+            x = x.to(torch.get_autocast_dtype(kind))
+            return _fused(x, A, B, gating, task, scale, onto, held)
+    return _fused(x, A, B, gating, task, scale, onto, held)
+
+
+def _fused(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    gating: Splits,
+    task: Tensor | None,
+    scale: float,
+    onto: Tensor | None,
+    held: Operands | None,
+) -> Tensor:
+    of_task = gating.of_task(task)
+    if torch.is_grad_enabled():
+        W = gating.router_rows()
+        return cast(Tensor, _Fused.apply(x, A, W, B, of_task, onto, gating, scale))  # type: ignore[no-untyped-call]
+    down, up = held or operands(A, B, gating, x.dtype)
+    u = _coefficients(F.linear(x, down), A.shape[0], of_task, gating)
+    return _up(u, up, scale, onto)
+
+
+def _coefficients(z: Tensor, p: int, of_task: Tensor | None, gating: Splits) -> Tensor:
+    """u = mix(h; select(h, s, t)) from z = [h; s] (… p + s)."""
+    h, scores = (z, None) if z.shape[-1] == p else (z[..., :p], z[..., p:])
+    return gating.mix(h, gating.select(h, scores, of_task))
+
+
+def _up(u: Tensor, up: Tensor, scale: float, onto: Tensor | None) -> Tensor:
+    if onto is None:
+        return (u if scale == 1.0 else u * scale) @ up
+    if onto.dtype != up.dtype:  # a quantised base layer may answer in another dtype than it was asked in
+        u, up = u.to(onto.dtype), up.to(onto.dtype)
+    q, o = up.shape
+    return torch.addmm(onto.reshape(-1, o), u.reshape(-1, q), up, alpha=scale).view(onto.shape)
+
+
+class _Fused(torch.autograd.Function):
+    """Keeps x, z = [A; W] x, and references to the weights; forms everything else again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, W: Tensor | None, B: Tensor, of_task: Tensor | None,
+                onto: Tensor | None, gating: Splits, scale: float) -> Tensor:  # fmt: skip
+        z = F.linear(x, _down(A, W, x.dtype))
+        y = _up(_coefficients(z, A.shape[0], of_task, gating), B.to(x.dtype), scale, onto)
+        ctx.save_for_backward(x, z, A, W, B, of_task)
+        ctx.gating, ctx.scale = gating, scale
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, A, W, B, of_task = ctx.saved_tensors
+        need_x, need_A, need_W, need_B, need_task, need_onto = ctx.needs_input_grad[:6]
+        p, (q, o), dtype = A.shape[0], B.shape, x.dtype
+        flat = dy.to(dtype).reshape(-1, o)
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            if of_task is not None:
+                of_task = of_task.detach().requires_grad_(need_task)
+            u = _coefficients(z, p, of_task, ctx.gating)
+        inputs = [z, of_task] if need_task else [z]
+        du = (flat @ B.to(dtype).t()).view(u.shape)
+        if ctx.scale != 1.0:
+            du *= ctx.scale
+        # A gate that looks at nothing leaves no path from some inputs to u; their gradient is zero, not missing.
+        dz, *rest = torch.autograd.grad(u, inputs, du, allow_unused=True, materialize_grads=True)
+        dz = dz.reshape(-1, z.shape[-1])
+        dx = dA = dW = dB = None
+        if need_B:
+            dB = u.detach().reshape(-1, q).t() @ flat
+            if ctx.scale != 1.0:
+                dB *= ctx.scale
+            dB = dB.to(B.dtype)
+        if need_A or need_W:
+            down = dz.t() @ x.reshape(-1, x.shape[-1])
+            dA = down[:p].to(A.dtype) if need_A else None
+            dW = down[p:].to(W.dtype) if need_W else None
+        if need_x:
+            dx = (dz @ _down(A, W, dtype)).view(x.shape)
+        return dx, dA, dW, dB, rest[0] if rest else None, dy if need_onto else None, None, None
