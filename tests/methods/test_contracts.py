@@ -105,7 +105,7 @@ def test_fused_equals_plain_in_every_dtype(
         assert all(g is not None for g in grads)
         return [y.detach(), z, *grads]  # type: ignore[list-item]
 
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}[dtype]
     for ours, theirs in zip(run(fused), run(dyadic), strict=True):
         assert ours.dtype == theirs.dtype
         scale_of = theirs.abs().max().clamp(min=1)

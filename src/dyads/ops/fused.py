@@ -24,12 +24,16 @@ from torch import Tensor
 
 from dyads.ops.dyadic import Gating, dyadic
 
-__all__ = ["Operands", "Splits", "fused", "operands", "plain"]
+__all__ = ["Operands", "Splits", "fused", "operands", "plain", "product_dtype"]
 
 Operands = tuple[Tensor, Tensor]
 """[A; W] and B in the dtype of the product."""
 
 _ENABLED = True  # see `plain`
+
+# On a CPU a product in half precision costs about 40 µs before it starts; in that time fp32 does about this many
+# multiplications. Decoding is made of such products (LOG.md, 2026-11-22).
+_SMALL_PRODUCT = 2**21
 
 
 class Splits(Gating, Protocol):
@@ -62,6 +66,14 @@ def plain() -> Iterator[None]:
         _ENABLED = before
 
 
+def product_dtype(x: Tensor, A: Tensor) -> torch.dtype:
+    """The dtype of products without gradients: that of x, but fp32 for a few rows in half precision on a CPU."""
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    if half and x.device.type == "cpu" and x.numel() * A.shape[0] <= _SMALL_PRODUCT:
+        return torch.float32
+    return x.dtype
+
+
 def operands(A: Tensor, B: Tensor, gating: Gating, dtype: torch.dtype) -> Operands:
     """The two matrices of the fused operator, to be kept while the weights stay as they are."""
     W = cast(Splits, gating).router_rows() if getattr(gating, "splits", False) else None
@@ -91,8 +103,8 @@ def fused(
 ) -> Tensor:
     """As `dyadic`, with the same shapes.
 
-    `held` are `operands` in the dtype of x, made once for many calls without gradients; with gradients they are not
-    used. Gradients of gradients are refused by PyTorch: take them inside `plain()`.
+    `held` are `operands` in the `product_dtype`, made once for many calls without gradients; with gradients they are
+    not used. Gradients of gradients are refused by PyTorch: take them inside `plain()`.
     """
     if (
         not _ENABLED
@@ -125,24 +137,25 @@ def _fused(
     if torch.is_grad_enabled():
         W = gating.router_rows()
         return cast(Tensor, _Fused.apply(x, A, W, B, of_task, onto, gating, scale))  # type: ignore[no-untyped-call]
-    down, up = held or operands(A, B, gating, x.dtype)
-    u = _coefficients(F.linear(x, down), A.shape[0], of_task, gating)
-    return _up(u, up, scale, onto)
+    down, up = held or operands(A, B, gating, product_dtype(x, A))
+    h, scores = _split(F.linear(x.to(down.dtype), down), A.shape[0])
+    u = gating.mix(h, gating.select(h, scores, of_task))
+    return _up(u, up, scale, onto, x.dtype)
 
 
-def _coefficients(z: Tensor, p: int, of_task: Tensor | None, gating: Splits) -> Tensor:
-    """u = mix(h; select(h, s, t)) from z = [h; s] (… p + s)."""
-    h, scores = (z, None) if z.shape[-1] == p else (z[..., :p], z[..., p:])
-    return gating.mix(h, gating.select(h, scores, of_task))
+def _split(z: Tensor, p: int) -> tuple[Tensor, Tensor | None]:
+    """h and the scores, from z = [A; W] x (… p + s)."""
+    return (z, None) if z.shape[-1] == p else (z[..., :p], z[..., p:])
 
 
-def _up(u: Tensor, up: Tensor, scale: float, onto: Tensor | None) -> Tensor:
-    if onto is None:
-        return (u if scale == 1.0 else u * scale) @ up
-    if onto.dtype != up.dtype:  # a quantised base layer may answer in another dtype than it was asked in
-        u, up = u.to(onto.dtype), up.to(onto.dtype)
+def _up(u: Tensor, up: Tensor, scale: float, onto: Tensor | None, dtype: torch.dtype) -> Tensor:
     q, o = up.shape
-    return torch.addmm(onto.reshape(-1, o), u.reshape(-1, q), up, alpha=scale).view(onto.shape)
+    if onto is None:
+        return ((u if scale == 1.0 else u * scale) @ up).to(dtype)
+    if onto.dtype == up.dtype:
+        # One product both projects up and adds: the sum needs no memory of its own.
+        return torch.addmm(onto.reshape(-1, o), u.reshape(-1, q), up, alpha=scale).view(onto.shape)
+    return torch.add(onto, u @ up, alpha=scale).to(onto.dtype)
 
 
 class _Fused(torch.autograd.Function):
@@ -152,7 +165,9 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, A: Tensor, W: Tensor | None, B: Tensor, of_task: Tensor | None,
                 onto: Tensor | None, gating: Splits, scale: float) -> Tensor:  # fmt: skip
         z = F.linear(x, _down(A, W, x.dtype))
-        y = _up(_coefficients(z, A.shape[0], of_task, gating), B.to(x.dtype), scale, onto)
+        h, scores = _split(z, A.shape[0])
+        u = gating.mix(h, gating.select(h, scores, of_task))
+        y = _up(u, B.to(x.dtype), scale, onto, x.dtype)
         ctx.save_for_backward(x, z, A, W, B, of_task)
         ctx.gating, ctx.scale = gating, scale
         return y
@@ -164,28 +179,26 @@ class _Fused(torch.autograd.Function):
         need_x, need_A, need_W, need_B, need_task, need_onto = ctx.needs_input_grad[:6]
         p, (q, o), dtype = A.shape[0], B.shape, x.dtype
         flat = dy.to(dtype).reshape(-1, o)
+        if ctx.scale != 1.0:
+            flat = flat * ctx.scale
         with torch.enable_grad():
-            z = z.detach().requires_grad_()
+            h, scores = (None if t is None else t.detach().requires_grad_() for t in _split(z, p))
             if of_task is not None:
                 of_task = of_task.detach().requires_grad_(need_task)
-            u = _coefficients(z, p, of_task, ctx.gating)
-        inputs = [z, of_task] if need_task else [z]
+            u = ctx.gating.mix(h, ctx.gating.select(h, scores, of_task))
+        inputs = [h, *([scores] if W is not None else []), *([of_task] if need_task else [])]
         du = (flat @ B.to(dtype).t()).view(u.shape)
-        if ctx.scale != 1.0:
-            du *= ctx.scale
-        # A gate that looks at nothing leaves no path from some inputs to u; their gradient is zero, not missing.
-        dz, *rest = torch.autograd.grad(u, inputs, du, allow_unused=True, materialize_grads=True)
-        dz = dz.reshape(-1, z.shape[-1])
+        # A gate that does not depend on one of them has the gradient zero there, not none.
+        grads = list(torch.autograd.grad(u, inputs, du, allow_unused=True, materialize_grads=True))
+        d_task = grads.pop() if need_task else None
+        dz = (grads[0] if W is None else torch.cat(grads, -1)).reshape(-1, z.shape[-1])
         dx = dA = dW = dB = None
         if need_B:
-            dB = u.detach().reshape(-1, q).t() @ flat
-            if ctx.scale != 1.0:
-                dB *= ctx.scale
-            dB = dB.to(B.dtype)
+            dB = (u.detach().reshape(-1, q).t() @ flat).to(B.dtype)
         if need_A or need_W:
             down = dz.t() @ x.reshape(-1, x.shape[-1])
             dA = down[:p].to(A.dtype) if need_A else None
             dW = down[p:].to(W.dtype) if need_W else None
         if need_x:
             dx = (dz @ _down(A, W, dtype)).view(x.shape)
-        return dx, dA, dW, dB, rest[0] if rest else None, dy if need_onto else None, None, None
+        return dx, dA, dW, dB, d_task, dy if need_onto else None, None, None

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dyads.errors import ConfigError, MergeError
 from dyads.methods.base import Core, DyadsConfig
-from dyads.ops import Operands, fused, operands
+from dyads.ops import Operands, fused, operands, product_dtype
 from dyads.tuner.routing import Routing
 
 __all__ = ["DyadsLayer"]
@@ -97,15 +97,16 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return self.routing.ids(adapter, x)
 
     def _operands(self, adapter: str, x: Tensor) -> Operands | None:
-        """The adapter's matrices in the dtype of x, made once while the weights are known to stay as they are."""
+        """The adapter's matrices for a product with x, made once while the weights are known to stay as they are."""
         kept = self.routing.operands
         if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if torch.is_autocast_enabled(x.device.type):
             return None  # the products have the dtype of autocast then
-        key = (id(self), adapter, x.dtype)
+        A = self.dyads_A[adapter]
+        key = (id(self), adapter, product_dtype(x, A))
         if key not in kept:
-            kept[key] = operands(self.dyads_A[adapter], self.dyads_B[adapter], self.core(adapter), x.dtype)
+            kept[key] = operands(A, self.dyads_B[adapter], self.core(adapter), key[2])
         return kept[key]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
