@@ -14,9 +14,15 @@ __all__ = ["combine_experts", "combine_groups", "per_token", "select_prefix", "s
 
 
 def select_softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last axis; in fp32 where the scores are half precision, returned in their dtype."""
-    half = scores.dtype in (torch.float16, torch.bfloat16)
-    return scores.softmax(-1, dtype=torch.float32 if half else None).to(scores.dtype)
+    """Softmax over the last axis; computed in fp32 where the scores are half precision, returned in their dtype."""
+    if scores.stride(-1) == 1:
+        half = scores.dtype in (torch.float16, torch.bfloat16)
+        return scores.softmax(-1, dtype=torch.float32 if half else None).to(scores.dtype)
+    # The fused operator lays tokens innermost. PyTorch would first copy that; here it is left as it lies. Along an axis
+    # that is not the last its kernels compute in fp32 by themselves.
+    order = sorted(range(scores.ndim), key=scores.stride, reverse=True)
+    back = sorted(range(scores.ndim), key=order.__getitem__)
+    return scores.permute(order).softmax(order.index(scores.ndim - 1)).permute(back)
 
 
 def select_prefix(scores: Tensor) -> Tensor:
