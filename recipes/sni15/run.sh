@@ -11,4 +11,4 @@ for seed in ${SEEDS:-0}; do
     dyads train "$here/$method.yaml" --set seed=$seed --out "$out/$method-seed$seed" --resume || exit 1
   done
 done
-dyads compare "$out"/*-seed* --baseline "LoRA 34"
+dyads compare "$out" --baseline "LoRA 34"

@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dyads.runs.compare import Column, Comparison, Curve, Interval, Pair
+from dyads.runs.comparable import Curve
+from dyads.runs.compare import Column, Comparison, Pair
+from dyads.runs.intervals import Interval
 
 __all__ = ["FORMATS", "to_csv", "to_json", "to_markdown", "to_terminal"]
 

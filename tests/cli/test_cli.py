@@ -108,6 +108,12 @@ def test_the_help_of_a_verb_has_an_example_of_it(verb: str) -> None:
     assert f"  dyads {verb}" in result.output.split("Example")[1]
 
 
+@pytest.mark.parametrize("verb", [[], *([v] for v in VERBS)])
+def test_help_fits_a_terminal_of_80_columns(verb: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, dyads(*verb, "--help").output.splitlines())) <= 80
+
+
 def test_version_is_the_packages() -> None:
     assert dyads("--version").output == f"dyads, version {__version__}\n"
 
@@ -126,7 +132,7 @@ def test_a_refusal_is_one_message_without_a_traceback(tmp_path: Path) -> None:
     done = process("compare", str(tmp_path))
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith(f"Error: '{tmp_path}' is no run: it has no config.yaml")
+    assert done.stderr.startswith(f"Error: '{tmp_path}' is no run and holds none; `dyads train` makes")
     assert "Traceback" not in done.stderr
     debugged = process("--debug", "compare", str(tmp_path))
     assert debugged.returncode == 1
@@ -187,6 +193,12 @@ def test_train_lists_the_keys_of_a_recipe() -> None:
     result = dyads("train", "--keys")
     assert result.exit_code == 0
     assert "train.learning_rate = 0.001\n    Peak learning rate" in result.output
+    assert result.output.startswith("extends\n    Another recipe")
+    assert "tasks.family\n    One of: files, sni, starter\n    What is learned" in result.output
+    assert "tasks.family: starter\n    Twelve small text tasks" in result.output
+    assert "model.dtype = bfloat16\n    One of: float32, bfloat16, float16\n" in result.output
+    assert "evaluate.split = test\n    One of: test, validation, train\n" in result.output
+    assert max(map(len, result.output.splitlines())) <= 80
 
 
 # --- evaluate, compare ------------------------------------------------------------------------------------------------
@@ -224,6 +236,18 @@ def test_compare_prints_no_colours_into_a_pipe(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_compare_takes_a_folder_of_runs_and_says_what_it_left_out(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    scored(runs / "a")
+    scored(runs / "b", "b", 60.0)
+    RunFolder.create(runs / "c", parse_recipe(RECIPE, "x"))
+    (runs / "notes").mkdir()
+    scored(tmp_path / "elsewhere", "d", 70.0)
+    result = dyads("compare", runs, tmp_path / "elsewhere", "--resamples", "10", "--format", "markdown")
+    assert result.output.startswith("3 runs of tiny")
+    assert f"- left out of {runs}, as they have no scores: c, notes\n" in result.output
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------
@@ -268,21 +292,76 @@ def test_generate_refuses_lines_it_cannot_read_and_no_or_two_sources(
 ) -> None:
     run, _ = echo
     file = tmp_path / "in.jsonl"
+    example = '{"prompt": "…", "task": "…"}'
     for text, message in [
-        ('{"prompt": "a"}\n{"prompt": \n', "in.jsonl:2: not JSON"),
-        ('{"input": "a"}\n', 'in.jsonl:1: no object with a text under "prompt"'),
-        ('{"prompt": "a"}\n{"prompt": " "}\n', "in.jsonl:2: the prompt is empty"),
-        ('{"prompt": "a", "task": 1.5}\n', "in.jsonl:1: a task is a name or an id, got 1.5"),
-        ('{"prompt": "a", "task": true}\n', "in.jsonl:1: a task is a name or an id, got true"),
-        ("\n", "has no lines"),
+        (
+            '{"prompt": "a"}\n{"prompt": \n',
+            f":2: not valid JSON: Expecting value (column 12); a line is one object, such as {example}",
+        ),
+        ('[{"prompt": "a"}]\n', f':1: a line must be one object, such as {example}, got [{{"prompt": "a"}}]'),
+        ('{"input": "a"}\n', f':1: "prompt" is missing (there is only input); write {example}'),
+        ("{}\n", f':1: "prompt" is missing (the object is empty); write {example}'),
+        ('{"prompt": 3}\n', ':1: "prompt" must be text, got 3; put it in quotes'),
+        (
+            '{"prompt": "a"}\n\n{"prompt": " "}\n',
+            ':3: "prompt" is empty; write what the model is to read, or drop the line',
+        ),
+        ('{"prompt": "a", "task": 1.5}\n', ':1: "task" must be a name or an id, got 1.5'),
+        ('{"prompt": "a", "task": true}\n', ':1: "task" must be a name or an id, got true'),
     ]:
         file.write_text(text)
         result = dyads("generate", run, "--file", file)
-        assert result.exit_code == 2
-        assert message in result.output
-    assert "cannot read" in dyads("generate", run, "--file", tmp_path / "none.jsonl").output
+        assert (result.exit_code, result.output) == (2, f"Error: {file}{message}\n")
+    for content in (b"", b"\n \n"):
+        file.write_bytes(content)
+        assert dyads("generate", run, "--file", file).output == (
+            f"Error: '{file}' is empty; write one line {example} for every prompt\n"
+        )
+    file.write_bytes(b"\xff")
+    assert "in.jsonl' is not UTF-8 text (byte 0); save it as UTF-8" in dyads("generate", run, "--file", file).output
+    missing = dyads("generate", run, "--file", tmp_path / "none.jsonl").output
+    assert (
+        missing
+        == f"Error: there is no file '{tmp_path / 'none.jsonl'}'; it is to hold one line {example} for every prompt\n"
+    )
     assert "give either --prompt or --file" in dyads("generate", run).output
     assert "give either --prompt or --file" in dyads("generate", run, "--file", file, "--prompt", "a").output
+
+
+@pytest.fixture
+def per_task(tmp_path: Path, fake: Callable[..., None]) -> Path:
+    """A run of a method whose gates look at the task."""
+    fake("dyads.runs.evaluate", generate=None)
+    recipe = parse_recipe(RECIPE.replace("{name: zero-shot}", "{name: more, r: 4}"), "x")
+    folder = RunFolder.create(tmp_path / "more", recipe)
+    folder.write_environment(tasks=["initials", "last_word"])
+    return folder.path
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", """no task, and the gates of 'more' look at the task; add "task": "NAME" to the line, or --task NAME"""),
+        (', "task": "initial"', "the run does not know task 'initial' – did you mean 'initials'?"),
+        (', "task": 2', "the run does not know task '2' – known: initials, last_word"),
+    ],
+)
+def test_a_missing_or_unknown_task_is_told_with_its_line_and_without_a_model(
+    per_task: Path, tmp_path: Path, line: str, message: str
+) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text(f'{{"prompt": "a", "task": 1}}\n\n{{"prompt": "b"{line}}}\n')
+    result = dyads("generate", per_task, "--file", file)
+    assert result.exit_code == 2
+    assert f"in.jsonl:3: {message}" in result.output
+
+
+def test_a_prompt_without_its_task_is_told_to_name_one(per_task: Path) -> None:
+    output = dyads("generate", per_task, "--prompt", "a\nb").output
+    assert output.startswith(
+        r"Error: --prompt 'a\nb': no task, and the gates of 'more' look at the task; add --task NAME"
+    )
+    assert "does not know task 'x'" in dyads("generate", per_task, "--prompt", "a", "--task", "x").output
 
 
 # --- methods, tasks, budget -------------------------------------------------------------------------------------------
@@ -298,6 +377,10 @@ def test_methods_lists_every_method_with_its_own_options() -> None:
     assert "num_experts = " in result.output
     shared = dyads("methods", "mode")
     assert "lora_dropout = 0.0" in shared.output
+    assert shared.output.count("init_std = ") == 1
+    assert "init_std = 0.01\n" in shared.output
+    assert "Rows of the shared A" in shared.output
+    assert max(map(len, (result.output + shared.output).splitlines())) <= 80
     assert "unknown method 'moed' – did you mean" in dyads("methods", "moed").output
 
 
@@ -313,9 +396,49 @@ def test_tasks_lists_a_family_or_a_recipe_and_shows_a_prompt(recipe: Path) -> No
         in dyads("tasks", "--family", "starter", "--show", "initial").output
     )
     assert "give either --family or --recipe" in dyads("tasks").output
-    wrong = dyads("tasks", "--family", "strter")
-    assert wrong.exit_code == 2
-    assert "did you mean 'starter'" in wrong.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--family", "strter"], "--family strter: unknown task family 'strter' – did you mean 'starter'?"),
+        (
+            ["--family", "sni"],
+            "--family sni: 'tasks.path' is missing (The folder that holds `tasks/` and `splits/`): add --path",
+        ),
+        (
+            ["--family", "starter", "--option", "seed=x"],
+            "--option seed=x: 'tasks.seed' must be a whole number, got 'x'",
+        ),
+        (
+            ["--family", "starter", "--option", "sead=1"],
+            "--option sead=1: unknown key 'sead' for tasks of family 'starter' – did you mean 'seed'?",
+        ),
+        (
+            ["--family", "starter", "--option", "names=[initial]"],
+            "--option names=[initial]: 'tasks.names': unknown starter task 'initial' – did you mean 'initials'?",
+        ),
+        (
+            ["--family", "starter", "--option", "seed=x", "--option", "test_per_task=0"],
+            (
+                "--family starter: 2 mistakes\n  --option seed=x: 'tasks.seed' must be a whole number, got 'x'\n"
+                "  --option test_per_task=0: 'tasks.test_per_task' must be at least 1, got 0"
+            ),
+        ),
+        (
+            ["--family", "starter", "--option", "family=sni"],
+            "--family starter and --option family=sni are both given: drop one",
+        ),
+        (
+            ["--family", "sni", "--path", "a", "--option", "path=b"],
+            "--path a and --option path=b are both given: drop one",
+        ),
+        (["--recipe", "RECIPE", "--option", "seed=x"], "--option seed=x: 'tasks.seed' must be a whole number, got 'x'"),
+    ],
+)
+def test_tasks_says_what_is_wrong_in_its_own_words(recipe: Path, options: list[str], message: str) -> None:
+    result = dyads("tasks", *(recipe if option == "RECIPE" else option for option in options))
+    assert (result.exit_code, result.output) == (2, f"Error: {message}\n")
 
 
 @dataclass
@@ -347,20 +470,29 @@ def budgets(fake: Callable[..., None]) -> list[Any]:
 
 def test_budget_counts(budgets: list[Any]) -> None:
     result = dyads("budget", "--model", "m", "--method", "lora", "--option", "r=34")
-    assert result.output == "lora (r=34) on m: 3,400 parameters, 3.40 % of the model's 100,000\n"
+    assert result.output == "lora (r=34) on m\n  3,400 parameters, 3.40 % of the model's 100,000\n"
 
 
 def test_budget_meets_a_number_or_another_method(budgets: list[Any]) -> None:
     result = dyads("budget", "--model", "m", "--method", "mode", "--option", "r=4", "--parameters", "2e3")
     assert budgets[-1] == ("m", "mode", {"r": 4}, "num_experts", 2000)
     assert result.output == (
-        "mode (r=4, num_experts=20) on m: 2,000 parameters, 2.00 % of the model's 100,000, +0.0 % of the budget 2,000\n"
+        "mode (r=4, num_experts=20) on m\n"
+        "  2,000 parameters, 2.00 % of the model's 100,000\n"
+        "  +0.0 % of the budget 2,000\n"
     )
     options = ["--option", "target_modules=[q_proj, v_proj]"]
     dyads("budget", "--model", "m", "--method", "mode", *options, "--like", "lora:r=5,modules_to_save=[a,b]")
     modules = ["q_proj", "v_proj"]
     assert budgets[-2][:3] == ("m", "lora", {"target_modules": modules, "r": 5, "modules_to_save": ["a", "b"]})
     assert budgets[-1] == ("m", "mode", {"target_modules": modules}, "r", 500)
+
+
+def test_budget_fits_80_columns_however_many_options_there_are(budgets: list[Any]) -> None:
+    options = [f"--option=target_modules={[f'layer{i}_proj' for i in range(9)]}", "--option=r=3"]
+    result = dyads("budget", "--model", "packaged:smollm2-135m", "--method", "mode", *options, "--parameters", "1e12")
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.output.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,12 @@ def _size(llama: Path, options: dict[str, Any], r: int) -> int:
     return count(str(llama), "mode", {**options, "r": r}).trainable
 
 
+@pytest.mark.parametrize("size", [0, -2, 1.5, "x", None])
+def test_a_group_size_that_is_no_step_is_blamed_itself(size: object, llama: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"^mode: group_size must be a whole number, 1 or more, got {size!r}$"):
+        solve(str(llama), "mode", {"group_size": size}, free="r", parameters=5_000)
+
+
 def test_a_budget_below_the_smallest_adapter_is_refused(llama: Path) -> None:
     with pytest.raises(ConfigError, match=r"no r meets a budget of 10: lora with r=1 already has [\d,]+ parameters"):
         solve(str(llama), "lora", {"target_modules": ["q_proj"]}, free="r", parameters=10)

@@ -207,6 +207,48 @@ def test_a_loss_that_still_falls_is_told_and_one_that_is_flat_is_not(run: Run) -
     assert told == ["a: training loss still fell in the last tenth of the steps, 5.725 → 5.225"]
 
 
+NO_FORM = "bare: an untrained model rarely answers in the expected form, so a low score says little about what it knows"
+
+
+@pytest.mark.parametrize(
+    ("bare", "common", "told"),
+    [
+        ({"t": [0, 0], "u": [50, 50]}, None, True),  # no answer of a task had the form
+        ({"t": [20, 20], "u": [20, 20]}, {"t": [30, 30], "u": [30, 30]}, True),  # below always the same answer
+        ({"t": [40, 40], "u": [20, 30]}, {"t": [30, 30], "u": [30, 30]}, False),
+        ({"t": [1, 0], "u": [20, 30]}, None, False),
+    ],
+)
+def test_a_bare_model_that_misses_the_form_is_noted(
+    run: Run, bare: dict[str, list[float]], common: dict[str, list[float]] | None, told: bool
+) -> None:
+    folders = [run("bare", bare, method="zero-shot"), run("mode", {"t": [0, 0], "u": [0, 0]})]
+    folders += [run("common", common, method="majority")] if common else []
+    assert [note for note in compare(folders).notes if "untrained" in note] == [NO_FORM] * told
+
+
+def test_a_folder_of_runs_stands_for_the_scored_ones_in_it(run: Run, tmp_path: Path) -> None:
+    run("a", {"t": [1]})
+    (run("b", {"t": [1]}) / "scores.json").unlink()
+    found = compare([tmp_path], resamples=10)
+    assert [column.runs for column in found.columns] == [(str(tmp_path / "a-seed0"),)]
+    assert found.notes[0] == f"left out of {tmp_path}, as they have no scores: b-seed0"
+
+
+def test_a_folder_without_a_scored_run_is_refused_with_where_to_look(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"is no run and holds none; `dyads train` makes such folders"):
+        compare([tmp_path])
+    folder = run("b", {"t": [1]})
+    (folder / "scores.json").unlink()
+    with pytest.raises(RunError, match=r"^no run in '.*' has scores \(b-seed0\); `dyads evaluate .*b-seed0` scores"):
+        compare([tmp_path])
+    deep = tmp_path / "deep"
+    deep.mkdir()
+    folder.rename(deep / "b")
+    with pytest.raises(RunError, match=rf"holds no run itself; name the folders that do: {re.escape(str(deep))}$"):
+        compare([tmp_path])
+
+
 def columns(run: Run, count: int, tasks: int = 3) -> list[Path]:
     values = {f"task{i}00_{'long_' * i}name": [float(i), 50.0, 100.0] for i in range(tasks)}
     return [run(f"method-{i}-of-many", {t: [x - i for x in v] for t, v in values.items()}) for i in range(count)]

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 from dyads.errors import ConfigError
-from dyads.runs.config import EvaluateSpec, Recipe, differences, load_recipe, parse_recipe, recipe_keys
+from dyads.runs.config import (
+    EvaluateSpec,
+    Recipe,
+    differences,
+    load_recipe,
+    parse_recipe,
+    parse_tasks,
+    recipe_keys,
+)
+from dyads.runs.keys import Key
+from dyads.runs.layers import of_text
+from dyads.tasks import families
 
 LINES = {
     "name": "a",
@@ -228,5 +239,35 @@ def test_differences_are_dotted_keys_with_both_values(recipe: Callable[..., Reci
 
 def test_every_key_of_a_recipe_is_explained() -> None:
     keys = list(recipe_keys())
-    assert ("train.steps", "1000", "Optimizer steps") in keys
-    assert [key for key, _, text in keys if not text] == []
+    assert Key("train.steps", "Optimizer steps", "1000") in keys
+    assert [key.name for key in keys if not key.help] == []
+
+
+def test_keys_that_allow_a_few_values_list_them() -> None:
+    choices = {key.name: key.choices for key in recipe_keys() if len(key.choices) > 1}
+    assert choices["mixture.kind"] == ("proportional", "temperature", "uniform", "balanced", "round_robin")
+    assert choices["train.lr_scheduler"] == ("linear", "cosine", "constant")
+    assert choices["train.report_to"] == ("tensorboard", "wandb")
+    assert choices["model.attention"][-1] == "null"  # it may be left out
+    assert choices["tasks.family"] == tuple(families())
+    assert choices["tasks.protocol"] == ("mode", "official")
+
+
+def test_extends_is_a_key_of_recipe_files_only(tmp_path: Path) -> None:
+    assert "extends" in [key.name for key in recipe_keys()]
+    path = tmp_path / "r.yaml"
+    path.write_text(text() + "extend: base.yaml\n")
+    with pytest.raises(ConfigError, match="unknown key 'extend' – did you mean 'extends'"):
+        load_recipe(path)
+    path.write_text(text())
+    with pytest.raises(ConfigError, match="--set extends=b: unknown key 'extends' – it is for recipe files only"):
+        load_recipe(path, ["extends=b"])
+
+
+def test_tasks_are_parsed_without_the_rest_of_a_recipe() -> None:
+    layer = of_text("name: 3\ntasks: {family: starter, seed: 4}\n", "x.yaml")
+    assert parse_tasks(layer, "x.yaml", str).model_dump()["seed"] == 4
+    with pytest.raises(ConfigError, match=r"^x\.yaml:1: 'tasks\.path' is missing \(.*\): say path$"):
+        parse_tasks(of_text("tasks: {family: sni}\n", "x.yaml"), "x.yaml", lambda key: f"say {key}")
+    with pytest.raises(ConfigError, match=r"^x\.yaml: 'tasks' is missing"):
+        parse_tasks(of_text("name: a\n", "x.yaml"), "x.yaml", str)

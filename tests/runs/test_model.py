@@ -90,8 +90,11 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_packaged_model_gets_a_suggestion() -> None:
-    with pytest.raises(ConfigError, match="unknown packaged model 'smollm2' – did you mean 'smollm2-135m'"):
+    message = r"^no package carries a model 'packaged:smollm2' – did you mean 'packaged:smollm2-135m'\?$"
+    with pytest.raises(ConfigError, match=message):
         resolve("packaged:smollm2")
+    with pytest.raises(ConfigError, match=message):  # once, not again in the words of a model that does not load
+        load_tokenizer("packaged:smollm2")
 
 
 def test_a_packaged_model_whose_package_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

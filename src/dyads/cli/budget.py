@@ -16,10 +16,12 @@ _WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pa
     short_help="Count a method's parameters, or meet a budget.",
     epilog="""\b
 Examples:
-  dyads budget --model packaged:smollm2-135m --method mode --option r=4 --option num_experts=16
-  dyads budget --model packaged:smollm2-135m --method mode --option r=4 --parameters 2e6
-  dyads budget --model packaged:smollm2-135m --method mode --option r=4 --like lora:r=34
-  dyads budget --model packaged:smollm2-135m --method more --option num_tasks=12 --like lora:r=16 --solve r""",
+  model=packaged:smollm2-135m
+  dyads budget --model $model --method lora --option r=34
+  dyads budget --model $model --method mode --option r=4 --parameters 2e6
+  dyads budget --model $model --method mode --option r=4 --like lora:r=34
+  dyads budget --model $model --method more --option num_tasks=12 \\
+               --like lora:r=16 --solve r""",
 )
 @click.option("--model", required=True, help="A hub id, a folder, or packaged:smollm2-135m. No weights are loaded.")
 @click.option("--method", required=True, help="As `dyads methods` lists them.")
@@ -54,30 +56,26 @@ def command(
 
     if parameters is None and like is None:
         count = budget.count(model, method, given, ())
-        click.echo(f"{_name(method, given)} on {model}: {_size(count)}")
+        _show(model, method, given, count)
         return
     if like is not None:
         name, there = _parsed(like)
         there = {**{key: given[key] for key in _WHERE if key in given}, **there}
         reference = budget.count(model, name, there, ())
-        click.echo(f"{_name(name, there)} on {model}: {_size(reference)}")
+        _show(model, name, there, reference)
         target = reference.trainable
     else:
         assert parameters is not None
         target = int(parameters)
     value, count = budget.solve(model, method, given, free=free, parameters=target, task_names=())
-    off = 100 * (count.trainable - target) / target
-    click.echo(
-        f"{_name(method, {**given, free: value})} on {model}: {_size(count)}, {off:+.1f} % of the budget {target:,}"
-    )
+    _show(model, method, {**given, free: value}, count)
+    click.echo(f"  {100 * (count.trainable - target) / target:+.1f} % of the budget {target:,}")
 
 
-def _size(count: Any) -> str:
-    return f"{count.trainable:,} parameters, {count.percent:.2f} % of the model's {count.base:,}"
-
-
-def _name(method: str, options: dict[str, Any]) -> str:
-    return f"{method} ({', '.join(f'{k}={v}' for k, v in options.items())})" if options else method
+def _show(model: str, method: str, options: dict[str, Any], count: Any) -> None:
+    named = f"{method} ({', '.join(f'{k}={v}' for k, v in options.items())})" if options else method
+    click.echo(click.wrap_text(f"{named} on {model}", subsequent_indent="    "))
+    click.echo(f"  {count.trainable:,} parameters, {count.percent:.2f} % of the model's {count.base:,}")
 
 
 def _parsed(text: str) -> tuple[str, dict[str, Any]]:

@@ -13,9 +13,9 @@ import click
     short_help="Compare runs, task by task and over all.",
     epilog="""\b
 Examples:
-  dyads compare runs/*-seed0
-  dyads compare runs/demo/* --baseline "LoRA 9"
-  dyads compare runs/* --format markdown --out results.md""",
+  dyads compare runs/demo                       # every run in that folder
+  dyads compare runs/demo/lora runs/demo/mode   # these two
+  dyads compare runs/demo --baseline "LoRA 9" --out results.md""",
 )
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @click.option(
@@ -28,8 +28,9 @@ Examples:
 @click.option("--baseline", metavar="LABEL", help="Show differences from this run name only.")
 @click.option("--resamples", type=click.IntRange(min=1), default=10_000, show_default=True, help="Of the bootstrap.")
 def command(runs: tuple[Path, ...], form: str | None, out: Path | None, baseline: str | None, resamples: int) -> None:
-    """Compare the runs in the folders RUN, task by task and over all.
+    """Compare runs, task by task and over all.
 
+    RUN is the folder of a run, or one that holds runs: then all that have scores are taken, and the others named.
     Runs of one name are one column, over their seeds. Runs scored on other tasks, instances or models are refused;
     other differences (budget, learning rate, …) are noted below the tables.
     """

@@ -4,21 +4,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from dyads.runs.folder import RunFolder
+
+_EXAMPLE = '{"prompt": "…", "task": "…"}'
 
 
 @click.command(
     short_help="Answer prompts with the adapter of a run.",
     epilog="""\b
-A file holds one JSON object a line with a "prompt" and, where lines differ in it, a "task" (name or id):
-  {"prompt": "Words: fox lake\\nReverse them.\\nAnswer:", "task": "reverse_words"}
+A file holds one JSON object a line with a "prompt" and, where the lines
+differ in it, a "task" (name or id):
+  {"prompt": "Words: fox lake\\nReverse them.\\nAnswer: ", "task": "sort_words"}
 The answers are the same objects with a "prediction".
 \b
 Examples:
-  dyads generate runs/demo/mode --prompt "Words: fox lake ..." --task reverse_words
+  dyads generate runs/demo/mode --task sort_words --prompt "Words: fox ..."
   dyads generate runs/demo/mode --file questions.jsonl --out answers.jsonl""",
 )
 @click.argument("run", type=click.Path(path_type=Path))
@@ -46,13 +54,17 @@ def command(
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError(f"cannot write '{out}': there is no folder '{out.parent}'")
     folder = RunFolder.open(run)
-    rows = _read(file) if file is not None else [{"prompt": prompt} for prompt in prompts]
+    if file is not None:
+        questions = _read(file, task)
+    else:
+        questions = [_Question(f"--prompt {prompt[:40]!r}", {"prompt": prompt}, task) for prompt in prompts]
+    _check_tasks(folder, questions)
     from dyads.runs.evaluate import generate
 
     answers = generate(
         folder,
-        [row["prompt"] for row in rows],
-        [task if row.get("task") is None else row["task"] for row in rows],
+        [question.row["prompt"] for question in questions],
+        [question.task for question in questions],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
     )
@@ -60,7 +72,7 @@ def command(
         for answer in answers:
             click.echo(answer)
         return
-    lines = [{**row, "prediction": answer} for row, answer in zip(rows, answers, strict=True)]
+    lines = [{**question.row, "prediction": answer} for question, answer in zip(questions, answers, strict=True)]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if out is None:
         click.echo(text, nl=False)
@@ -69,17 +81,30 @@ def command(
         click.echo(f"{len(lines)} answers written to {out}", err=True)
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class _Question:
+    where: str  # file and line, or option
+    row: dict[str, Any]
+    task: str | int | None
+
+
+def _read(file: Path, task: str | None) -> list[_Question]:
+    """The lines of a file; `task` is that of the lines without one."""
     from dyads.errors import ConfigError
 
     try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read '{file}': {error}") from error
-    rows = [_row(line, f"{file}:{i}") for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not rows:
-        raise ConfigError(f"'{file}' has no lines")
-    return rows
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file '{file}'; it is to hold one line {_EXAMPLE} for every prompt") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"'{file}' is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read '{file}': {error.strerror}") from error
+    lines = [(f"{file}:{i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise ConfigError(f"'{file}' is empty; write one line {_EXAMPLE} for every prompt")
+    rows = [(where, _row(line, where)) for where, line in lines]
+    return [_Question(where, row, task if row.get("task") is None else row["task"]) for where, row in rows]
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
@@ -88,11 +113,39 @@ def _row(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise ConfigError(f'{where}: no object with a text under "prompt": {line[:60]}')
+        raise ConfigError(
+            f"{where}: not valid JSON: {error.msg} (column {error.colno}); a line is one object, such as {_EXAMPLE}"
+        ) from error
+    if not isinstance(row, dict):
+        raise ConfigError(f"{where}: a line must be one object, such as {_EXAMPLE}, got {line.strip()[:60]}")
+    if "prompt" not in row:
+        there = f"there is only {', '.join(row)}" if row else "the object is empty"
+        raise ConfigError(f'{where}: "prompt" is missing ({there}); write {_EXAMPLE}')
+    if not isinstance(row["prompt"], str):
+        raise ConfigError(f'{where}: "prompt" must be text, got {json.dumps(row["prompt"])[:60]}; put it in quotes')
     if not row["prompt"].strip():
-        raise ConfigError(f"{where}: the prompt is empty")
+        raise ConfigError(f'{where}: "prompt" is empty; write what the model is to read, or drop the line')
     if isinstance(row.get("task"), bool) or not isinstance(row.get("task"), str | int | None):
-        raise ConfigError(f"{where}: a task is a name or an id, got {json.dumps(row['task'])}")
+        raise ConfigError(f'{where}: "task" must be a name or an id, got {json.dumps(row["task"])[:60]}')
     return row
+
+
+def _check_tasks(folder: RunFolder, questions: Sequence[_Question]) -> None:
+    """Refuse a task that is missing or unknown where it was written, and before a model is loaded."""
+    from dyads.errors import ConfigError, did_you_mean
+
+    method, known = folder.recipe().method, folder.task_names()
+    if not known:
+        return  # an older run: what its adapter knows is only seen once that is loaded
+    gates = getattr(method.peft_config(known), "task_names", None) if method.trains else None
+    for question in questions:
+        task = question.task
+        if task is None and gates is not None:
+            in_file = "" if question.where.startswith("--prompt") else '"task": "NAME" to the line, or '
+            raise ConfigError(
+                f"{question.where}: no task, and the gates of '{method.name}' look at the task; add"
+                f" {in_file}--task NAME{did_you_mean('', gates)}"
+            )
+        names = gates or known
+        if task is not None and not (task in names if isinstance(task, str) else 0 <= task < len(names)):
+            raise ConfigError(f"{question.where}: the run does not know task '{task}'{did_you_mean(str(task), names)}")

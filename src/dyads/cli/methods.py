@@ -39,19 +39,23 @@ def command(names: tuple[str, ...]) -> None:
     for name in names or known:
         if name in family:
             method = family[name]
-            own = [f for f in fields(method.config) if f.name not in hidden and f.name not in {s.name for s in shared}]
-            click.echo(f"{click.style(f'{name:{width}}', bold=True)}{method.summary}")
-            _options([*own, *(shared if names else [])], width)
+            usual = {f.name for f in shared}
+            # Its own: those that only it has, and the shared ones that it declares anew.
+            anew = method.config.__annotations__
+            own = [f for f in fields(method.config) if f.name in anew or f.name not in hidden | usual]
+            own.sort(key=lambda f: f.name in usual and f.name != "r")
+            _head(name, method.summary, width)
+            _options([*own, *(f for f in shared if names and f.name not in {o.name for o in own})], width)
         elif name == "lora":
             about = "PEFT's LoRA, the baseline; its scale is 1 here too where lora_alpha is not set"
-            click.echo(f"{click.style(f'{name:{width}}', bold=True)}{about}")
+            _head(name, about, width)
             if names:
                 has = {f.name for f in fields(LoraConfig)}
                 _options([f for f in shared if f.name in has], width)
                 click.echo(" " * width + "… and every other field of peft.LoraConfig")
         else:
             what = {"zero-shot": "the bare model", "majority": "always the most frequent answer of the training split"}
-            click.echo(f"{click.style(f'{name:{width}}', bold=True)}trains nothing: {what[name]}")
+            _head(name, f"trains nothing: {what[name]}", width)
     if not names:
         click.echo("\nOptions that all trained methods share (`dyads methods NAME` explains them):")
         click.echo(
@@ -59,6 +63,11 @@ def command(names: tuple[str, ...]) -> None:
                 ", ".join(f"{f.name}={_default(f)}" for f in shared), initial_indent="  ", subsequent_indent="  "
             )
         )
+
+
+def _head(name: str, text: str, width: int) -> None:
+    indented = click.wrap_text(text, initial_indent=" " * width, subsequent_indent=" " * width)
+    click.echo(click.style(name, bold=True) + indented[len(name) :])
 
 
 def _options(options: list[Field[Any]], width: int) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -14,11 +13,12 @@ import click
     epilog="""\b
 Examples:
   dyads tasks --family starter
-  dyads tasks --family sni --path natural-instructions --option protocol=official
+  dyads tasks --family sni --path natural-instructions
+  dyads tasks --family sni --path natural-instructions --option track=xlingual
   dyads tasks --recipe recipes/demo/mode.yaml --show reverse_words""",
 )
 @click.option("--family", help="A family of tasks: starter, sni, files, …")
-@click.option("--path", help="Where the family's files lie.")
+@click.option("--path", help="Where the tasks' files lie.")
 @click.option(
     "--option", "options", multiple=True, metavar="KEY=VALUE", help="Another option of the family; repeatable."
 )
@@ -28,18 +28,24 @@ def command(
     family: str | None, path: str | None, options: tuple[str, ...], recipe: Path | None, show: str | None
 ) -> None:
     """List the tasks of a family or recipe: id, name, sizes, metric, version and fingerprint."""
-    from dyads.errors import TaskError, did_you_mean
-    from dyads.runs.config import load_recipe
-    from dyads.runs.layers import of_overrides
-    from dyads.tasks import load_suite
+    from dyads.errors import ConfigError, TaskError, did_you_mean
+    from dyads.runs.config import parse_tasks
+    from dyads.runs.layers import Layer, of_file, of_overrides
 
     if (family is None) == (recipe is None):
         raise click.UsageError("give either --family or --recipe")
-    if recipe is not None:
-        suite = load_suite(load_recipe(recipe, [f"tasks.{o}" for o in options], check=False).tasks)
-    else:
-        spec: dict[str, Any] = {"family": family, **of_overrides(options, "--option").data}
-        suite = load_suite(spec if path is None else {**spec, "path": path})
+    layer = Layer({}, {}) if recipe is None else of_file(recipe)
+    given = of_overrides(options, "--option")
+    for key, value in (("family", family), ("path", path)):
+        if value is not None and key in given.data:
+            raise ConfigError(f"--{key} {value} and --option {key}={given.data[key]} are both given: drop one")
+        if value is not None:
+            layer = Layer({"tasks": {key: value}}, {("tasks", key): f"--{key} {value}"}).over(layer)
+    if options:
+        origins = {("tasks", *place): origin for place, origin in given.origins.items()}
+        layer = Layer({"tasks": given.data}, origins).over(layer)
+    source = f"--family {family}" if recipe is None else str(recipe)
+    suite = parse_tasks(layer, source, _how_to_give).load()
     if show is not None:
         found = [task for task in suite.tasks if task.name == show]
         if not found:
@@ -56,3 +62,8 @@ def command(
         click.echo(f"{i:4}  {task.name:{width}}  {sizes}  {task.metric:11}  {task.version} ({task.fingerprint()})")
     for note in suite.notes:
         click.echo(f"· {note}")
+
+
+def _how_to_give(key: str) -> str:
+    known = {"path": "add --path", "tasks": "add it to the recipe, or use --family"}
+    return known.get(key, f"add --option {key}=…")

@@ -13,9 +13,12 @@ def _show_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         return
     from dyads.runs.config import recipe_keys
 
-    for key, default, text in recipe_keys():
-        click.echo(f"{key}{f' = {default}' if default else ''}")
-        if text:
+    for key in recipe_keys():
+        variant = len(key.choices) == 1
+        told = f": {key.choices[0]}" if variant else f" = {key.default}" if key.default else ""
+        click.echo(click.wrap_text(f"{key.name}{told}", subsequent_indent="        "))
+        choices = [f"One of: {', '.join(key.choices)}"] if key.choices and not variant else []
+        for text in (*choices, key.help):
             click.echo(click.wrap_text(text, initial_indent="    ", subsequent_indent="    "))
     ctx.exit()
 
@@ -31,11 +34,11 @@ The smallest recipe:
 \b
 Examples:
   dyads train recipes/demo/mode.yaml
-  dyads train recipes/demo/mode.yaml --set seed=1 --set train.learning_rate=2e-3
-  dyads train recipes/demo/mode.yaml --resume            # go on after an interruption
-  dyads train --keys                                # what a recipe can hold
-  dyads methods                                     # what `method:` can hold
-  dyads tasks --family starter                      # what `tasks:` gives""",
+  dyads train recipes/demo/mode.yaml --set seed=1 --set train.steps=200
+  dyads train recipes/demo/mode.yaml --resume    # go on after an interruption
+  dyads train --keys                             # what a recipe can hold
+  dyads methods                                  # what `method:` can hold
+  dyads tasks --family starter                   # what `tasks:` gives""",
 )
 @click.argument("recipe", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a key of the recipe; repeatable.")

@@ -45,13 +45,7 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 class DyadsConfig(PeftConfig):  # type: ignore[misc]
     """The fields every method has. Names are PEFT's wherever PEFT has one."""
 
-    r: int = dataclasses.field(
-        default=8,
-        metadata={
-            "help": "The rank (mode: rows of the shared A, each or each group with its own router; molora: rank of each"
-            " expert; more: the largest rank that a task can use)."
-        },
-    )
+    r: int = dataclasses.field(default=8, metadata={"help": "The rank."})
     lora_alpha: float | None = dataclasses.field(
         default=None, metadata={"help": "The update is scaled by lora_alpha / r. Not set: the scale is 1."}
     )

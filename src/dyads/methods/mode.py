@@ -32,6 +32,9 @@ __all__ = ["MoDE", "MoDEConfig"]
 class MoDEConfig(DyadsConfig):
     """Config of MoDE and of its generalisation m×r×p (num_experts × r × group_size)."""
 
+    r: int = field(
+        default=8, metadata={"help": "Rows of the shared A; each rank, or group of them, has its own router."}
+    )
     num_experts: int = field(default=4, metadata={"help": "Experts per rank (the paper's m). 1 is LoRA."})
     group_size: int = field(default=1, metadata={"help": "Ranks that share a router (the paper's p); divides r."})
     init_std: float | None = field(

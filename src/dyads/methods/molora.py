@@ -29,6 +29,7 @@ __all__ = ["MoLoRA", "MoLoRAConfig"]
 class MoLoRAConfig(DyadsConfig):
     """Config of MoLORA and, with `shared_down`, of MoLORA-SD."""
 
+    r: int = field(default=8, metadata={"help": "Rank of each expert."})
     num_experts: int = field(default=4, metadata={"help": "Experts, each of rank r (the paper's m). 1 is LoRA."})
     shared_down: bool = field(default=False, metadata={"help": "One A for all experts: MoLORA-SD, HydraLoRA."})
     init_std: float | None = field(

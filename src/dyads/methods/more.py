@@ -34,6 +34,7 @@ __all__ = ["MoRE", "MoREConfig"]
 class MoREConfig(DyadsConfig):
     """Config of MoRE. Name the tasks, or say how many there are."""
 
+    r: int = field(default=8, metadata={"help": "Largest rank that a task can use."})
     tasks: list[str] | None = field(default=None, metadata={"help": "Names of the tasks, in the order of their ids."})
     num_tasks: int | None = field(default=None, metadata={"help": "Number of tasks, where they have no names."})
     task_dim: int | None = field(

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dyads.ops.dyadic import Gating, dyadic
@@ -32,8 +33,8 @@ Operands = tuple[Tensor, Tensor]
 
 _ENABLED = True  # see `plain`
 
-# On a CPU a product in half precision costs about 40 µs before it starts; in that time fp32 does about this many
-# multiplications. Decoding is made of such products (LOG.md, 2026-11-22).
+# Decoding is made of products with few rows. On a CPU, half precision costs about 40 µs before it starts; in that time
+# fp32 does about this many multiplications (LOG.md, 2026-11-22).
 _SMALL_PRODUCT = 2**21
 
 
@@ -69,10 +70,13 @@ def plain() -> Iterator[None]:
 
 def product_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     """The dtype of products without gradients: that of x, but fp32 for a few rows in half precision on a CPU."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    if half and x.device.type == "cpu" and x.numel() * A.shape[0] <= _SMALL_PRODUCT:
+    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu" and _is_small(x, A.shape[0]):
         return torch.float32
     return x.dtype
+
+
+def _is_small(x: Tensor, rows: int) -> bool:
+    return x.numel() * rows <= _SMALL_PRODUCT
 
 
 def operands(A: Tensor, B: Tensor, gating: Gating, dtype: torch.dtype) -> Operands:
@@ -145,7 +149,9 @@ def _fused(
 
 
 def _product(x: Tensor, down: Tensor) -> Tensor:
-    """[A; W] x (… p + s), a view of a matrix that has the tokens innermost."""
+    """[A; W] x (… p + s), a view of a matrix that has the tokens innermost where they are many."""
+    if _is_small(x, down.shape[0]):
+        return F.linear(x, down)
     tokens: Tensor = (down @ x.reshape(-1, x.shape[-1]).t()).t()
     return tokens.view(*x.shape[:-1], down.shape[0])
 
@@ -162,7 +168,8 @@ def _up(u: Tensor, up: Tensor, scale: float, onto: Tensor | None, dtype: torch.d
     if onto.dtype == up.dtype:
         # One product both projects up and adds: the sum needs no memory of its own.
         return torch.addmm(onto.reshape(-1, o), u.reshape(-1, q), up, alpha=scale).view(onto.shape)
-    return torch.add(onto, u @ up, alpha=scale).to(onto.dtype)
+    delta = u.reshape(-1, q) @ up
+    return torch.add(onto, delta.view(onto.shape), alpha=scale).to(onto.dtype)
 
 
 class _Fused(torch.autograd.Function):
@@ -199,7 +206,7 @@ class _Fused(torch.autograd.Function):
         grads = list(torch.autograd.grad(u, inputs, du, allow_unused=True, materialize_grads=True))
         d_task = grads.pop() if need_task else None
         rows = [grad.reshape(-1, grad.shape[-1]).t() for grad in grads]
-        dz = (rows[0] if W is None else torch.cat(rows)).t()  # tokens innermost, too
+        dz = (rows[0] if W is None else torch.cat(rows)).t()  # tokens innermost, as in z
         dx = dA = dW = dB = None
         if need_B:
             dB = (u.detach().reshape(-1, q).t() @ flat).to(B.dtype)

@@ -93,7 +93,10 @@ def solve(
     """
     if free == "num_experts" and not hasattr(build_config(method, options, tuple(task_names) or None), free):
         raise ConfigError(f"{method} has no num_experts, so only r can meet a budget: leave r out")
-    step = int(options.get("group_size", 1)) if free == "r" else 1
+    step = options.get("group_size", 1) if free == "r" else 1
+    whole = isinstance(step, int) and step >= 1
+    # Refuses what is wrong with the other options, a group_size that is no step among them, before r can be blamed.
+    build_config(method, {**options, free: step if whole else 1}, tuple(task_names) or None)
 
     @cache
     def at(n: int) -> Count:

@@ -8,34 +8,30 @@ A recipe file holds only its difference from the defaults below, and may name an
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import random
 import re
-import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
 )
-from pydantic.fields import FieldInfo
 
 from dyads.data.mixture import MixtureSpec
 from dyads.errors import ConfigError, did_you_mean
-from dyads.runs.layers import KeyPath, Layer, of_file, of_overrides, of_text, to_yaml
-from dyads.tasks import FamilySpec, TasksSpec, families
+from dyads.runs.keys import Key, keys_of, validated
+from dyads.runs.layers import Layer, of_file, of_overrides, of_text, to_yaml
+from dyads.tasks import FamilySpec, TasksSpec
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-    from pydantic_core import ErrorDetails
 
 __all__ = [
     "UNTRAINED",
@@ -47,6 +43,7 @@ __all__ = [
     "differences",
     "load_recipe",
     "parse_recipe",
+    "parse_tasks",
     "recipe_keys",
 ]
 
@@ -336,7 +333,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check: bool 
     layer = of_file(path)
     if overrides:
         layer = of_overrides(overrides).over(layer)
-    recipe = _validated(layer, str(path))
+    recipe = validated(Recipe, layer, str(path), recipe_keys)
     try:
         if check:
             recipe.check()
@@ -347,12 +344,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check: bool 
 
 def parse_recipe(text: str, source: str) -> Recipe:
     """The recipe in a text, checked in form only (no methods, no torch). `source` names it in errors."""
-    return _validated(of_text(text, source), source)
+    return validated(Recipe, of_text(text, source), source, recipe_keys)
 
 
-def recipe_keys() -> Iterator[tuple[str, str, str]]:
-    """Every key of a recipe as (dotted path, default, help). A section with variants lists those after its own key."""
-    yield from _keys(Recipe, "")
+class _TasksAlone(_Section):
+    tasks: TasksSpec
+    """What is learned and scored: a family of tasks and its options"""
+
+
+def parse_tasks(layer: Layer, source: str, ask: Callable[[str], str]) -> FamilySpec:
+    """The section `tasks` of a layer, whatever else is there; `ask` says how to give a key that is missing."""
+    alone = Layer({key: value for key, value in layer.data.items() if key == "tasks"}, layer.origins)
+    return validated(_TasksAlone, alone, source, recipe_keys, ask=ask).tasks
+
+
+def recipe_keys() -> Iterator[Key]:
+    """Every key of a recipe. A section with variants, as `tasks`, lists the keys of each after its own."""
+    yield Key("extends", "Another recipe, by its path from this file; what this one says lies on top of it")
+    yield from keys_of(Recipe)
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -365,144 +374,3 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") ->
         elif left != right:
             found[f"{prefix}{key}"] = (left, right)
     return found
-
-
-def _validated(layer: Layer, source: str) -> Recipe:
-    try:
-        return Recipe.model_validate(layer.data)
-    except ValidationError as error:
-        mistakes = [_explained(details, layer) for details in error.errors(include_url=False)]
-    placed = [f"{origin or source}: {message}" for origin, message in mistakes]
-    if len(placed) == 1:
-        raise ConfigError(placed[0])
-    raise ConfigError("\n  ".join([f"{source}: {len(placed)} mistakes", *placed]))
-
-
-def _explained(error: ErrorDetails, layer: Layer) -> tuple[str | None, str]:
-    """Where (file and line, or override) and what, in a sentence that names the key, the value and the way out."""
-    path, model = _place(error["loc"], layer.data)
-    dotted = ".".join(map(str, path))
-    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
-    origin = next((layer.origins[path[:i]] for i in range(len(path), 0, -1) if path[:i] in layer.origins), None)
-    if kind == "extra_forbidden":
-        return origin, f"unknown key '{dotted}'{_hint(str(path[-1]), path, model)}"
-    if kind == "missing":
-        field = model.model_fields.get(str(path[-1])) if model else None
-        what = f" ({field.description})" if field is not None and field.description else ""
-        return origin, f"'{dotted}' is missing{what}"
-    if kind == "union_tag_not_found":
-        return origin, f"'{dotted}.{context['discriminator'].strip(chr(39))}' is missing"
-    if kind == "union_tag_invalid":
-        tags = re.findall(r"'([^']*)'", context["expected_tags"])
-        key = f"{dotted}.{context['discriminator'].strip(chr(39))}"
-        place = layer.origins.get((*path, context["discriminator"].strip(chr(39))), origin)
-        return place, f"unknown '{key}' '{context['tag']}'{did_you_mean(str(context['tag']), tags)}"
-    if kind == "value_error":
-        message = str(context.get("error", error["msg"]))
-        return origin, message if message.startswith(f"{dotted} ") else f"'{dotted}': {message}"
-    if kind == "literal_error":
-        wanted = re.findall(r"'([^']*)'", context["expected"])
-        near = did_you_mean(str(value), wanted)
-        return origin, f"'{dotted}' must be {context['expected']}, got {_short(value)}" + (
-            near if "did you mean" in near else ""
-        )
-    wanted_type = _WANTED.get(kind)
-    wanted_text = wanted_type.format(**context) if wanted_type else None
-    return origin, (f"'{dotted}' must be {wanted_text}" if wanted_text else f"'{dotted}': {error['msg']}") + (
-        f", got {_short(value)}"
-    )
-
-
-_WANTED = {
-    "int_type": "a whole number",
-    "int_parsing": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "string_type": "text (put it in quotes)",
-    "path_type": "a path",
-    "string_too_short": "text, not empty",
-    "greater_than": "greater than {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "less than {lt:g}",
-    "less_than_equal": "at most {le:g}",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "too_short": "a list of at least {min_length}",
-    "dict_type": "a section of `key: value` lines",
-    "model_type": "a section of `key: value` lines",
-    "model_attributes_type": "a section of `key: value` lines",
-    "mapping_type": "a section of `key: value` lines",
-}
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
-
-
-def _hint(name: str, path: KeyPath, model: type[BaseModel] | None) -> str:
-    known = list(model.model_fields) if model else []
-    if not difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.6):
-        here = ".".join(map(str, path))
-        elsewhere = [key for key, _, _ in recipe_keys() if key.rsplit(".", 1)[-1] == name and key != here]
-        if elsewhere:
-            return f" – did you mean '{elsewhere[0]}'?"
-    return did_you_mean(name, known)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that an annotation allows: itself, or the members of a union."""
-    if annotation is FamilySpec:
-        return list(families().values())
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) in (Annotated, Union, types.UnionType):
-        return [model for part in get_args(annotation) for model in _models_in(part)]
-    return []
-
-
-def _place(loc: Iterable[str | int], data: Any) -> tuple[KeyPath, type[BaseModel] | None]:
-    """The key that a pydantic location means, without the tags of unions in it, and the section that holds it."""
-    path: list[str | int] = []
-    models: list[type[BaseModel]] = [Recipe]
-    holder: type[BaseModel] | None = Recipe
-    for step in loc:
-        tagged = [m for m in models if _tagged(m, step)]
-        if len(models) > 1 and tagged and not (isinstance(data, Mapping) and step in data):
-            models = tagged
-            continue
-        path.append(step)
-        data = data.get(step) if isinstance(data, Mapping) else None
-        holder = models[0] if models else None
-        field = holder.model_fields.get(str(step)) if holder else None
-        models = _models_in(field.annotation) if field else []
-    return tuple(path), holder
-
-
-def _tagged(model: type[BaseModel], tag: object) -> bool:
-    return any(
-        get_origin(f.annotation) is Literal and tag in get_args(f.annotation) for f in model.model_fields.values()
-    )
-
-
-def _keys(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
-    for name, field in model.model_fields.items():
-        sections = _models_in(field.annotation)
-        default = "" if sections or field.is_required() else _default(field)
-        if get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1:
-            default = str(get_args(field.annotation)[0])
-        if model is MethodSpec and name == "options":
-            name = "<option>"
-        if len(sections) != 1:
-            yield f"{prefix}{name}", default, field.description or ""
-        for section in sections:
-            yield from _keys(section, f"{prefix}{name}.")
-
-
-def _default(field: FieldInfo) -> str:
-    value = field.get_default(call_default_factory=True)
-    return to_yaml(list(value) if isinstance(value, tuple) else value, one_line=True)

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from dyads.errors import ConfigError, RunError, did_you_mean
+from dyads.errors import ConfigError, DyadsError, RunError, did_you_mean
 from dyads.runs.config import ModelSpec
 
 __all__ = ["PACKAGED", "load_model", "load_tokenizer", "model_config", "resolve", "same_model"]
@@ -70,7 +70,7 @@ def resolve(name: str) -> str:
         return name
     key = name[len(PREFIX) :]
     if key not in PACKAGED:
-        raise ConfigError(f"unknown packaged model '{key}'{did_you_mean(key, PACKAGED)}")
+        raise ConfigError(f"no package carries a model '{name}'{did_you_mean(name, [PREFIX + k for k in PACKAGED])}")
     return str(_convert(key, PACKAGED[key]))
 
 
@@ -158,6 +158,8 @@ def _explain(name: str, load: Any) -> Any:
     logging.disable_progress_bar()  # a bar for every load, most of them under a second, buries what matters
     try:
         return load()
+    except DyadsError:  # says it already
+        raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
