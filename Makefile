@@ -1,13 +1,13 @@
 # The two commands for a fresh machine with Python and git:
 #   make demo    train LoRA and MoDE on the starter suite and compare them
 #   make test    the tests
-# and for those who change the code: make check, make test-all.
+# and for those who change the code: make check, make test-all, make bench.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all check format bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -33,6 +33,11 @@ check: $(VENV)/installed
 format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# About an hour on two quiet cores, a part at a time: see `python -m benchmarks --help`. A cut-off run goes on.
+bench: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-compile 'trl>=1.16,<2'
+	PYTHONPATH=src $(BIN)/python -m benchmarks --resume --write-docs $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -17,7 +17,6 @@ from dyads.data.batches import (
     TaskDataset,
     pad_id_of,
     prompt_batches,
-    restore_order,
 )
 from dyads.data.mixture import MixtureSpec, schedule
 from dyads.errors import ConfigError, TaskError
@@ -108,37 +107,37 @@ def test_an_empty_schedule_is_refused():
         ScheduledBatches([])
 
 
-def test_prompts_come_longest_first_padded_on_the_left_and_answers_go_back_in_order(tasks, byte_tokenizer):
-    examples = tasks[0].test[:11]
-    positions, answers, widths = [], [], []
-    for at, batch in prompt_batches(examples, Encoder(byte_tokenizer), 4, tasks=list(range(11))):
+def test_prompts_come_longest_first_padded_on_the_left_with_their_positions(tasks, byte_tokenizer):
+    encoder = Encoder(byte_tokenizer)
+    prompts = [encoder.prompt(example) for example in tasks[0].test[:11]]
+    positions, widths = [], []
+    for at, batch in prompt_batches(prompts, encoder, 4, tasks=list(range(11))):
         assert batch["task"].tolist() == at
         assert bool(batch["attention_mask"][:, -1].all())
         positions.append(at)
         widths.append(batch["input_ids"].shape[1])
-        rows = zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        answers.append([byte_tokenizer.decode(ids[mask.bool()]) for ids, mask in rows])
+        for i, ids, mask in zip(at, batch["input_ids"], batch["attention_mask"], strict=True):
+            assert ids[mask.bool()].tolist() == prompts[i]
     assert widths == sorted(widths, reverse=True)
     assert [len(at) for at in positions] == [4, 4, 3]
-    assert restore_order(positions, answers) == [e.prompt.rstrip(" ") for e in examples]
+    assert sorted(i for at in positions for i in at) == list(range(11))
 
 
 def test_prompts_of_an_encoder_decoder_are_padded_on_the_right(word_tokenizer):
     examples = [Example("a", "river", ("a",)), Example("b", "river stone", ("a",))]
-    ((_, batch),) = prompt_batches(examples, Encoder(word_tokenizer, encoder_decoder=True), 2, tasks=5)
+    encoder = Encoder(word_tokenizer, encoder_decoder=True)
+    ((_, batch),) = prompt_batches([encoder.prompt(e) for e in examples], encoder, 2, tasks=5)
     assert batch["input_ids"].tolist() == [[1, 7, 8, 2], [1, 7, 2, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch["task"].tolist() == [5, 5]
 
 
 def test_wrong_calls_are_refused(byte_tokenizer):
-    encoder, examples = Encoder(byte_tokenizer), [Example("a", "p", ("r",))]
-    with pytest.raises(TaskError, match="2 task ids for 1 examples"):
-        next(prompt_batches(examples, encoder, 1, tasks=[0, 1]))
+    encoder = Encoder(byte_tokenizer)
+    with pytest.raises(TaskError, match="2 task ids for 1 prompts"):
+        next(prompt_batches([[5]], encoder, 1, tasks=[0, 1]))
     with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
-        next(prompt_batches(examples, encoder, 0))
-    with pytest.raises(TaskError, match="1 answers for 2 positions"):
-        restore_order([[0, 1]], [["x"]])
+        next(prompt_batches([[5]], encoder, 0))
 
 
 def test_nothing_to_pad_with_is_refused(word_tokenizer):

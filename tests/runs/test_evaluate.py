@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -15,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from dyads.errors import ConfigError, RunError, TaskError
 from dyads.runs.compare import compare
 from dyads.runs.config import Recipe
-from dyads.runs.evaluate import Answerer, _Majority, evaluate, generate
+from dyads.runs.evaluate import Answerer, evaluate, generate
 from dyads.runs.folder import RunFolder
 from dyads.runs.model import same_model
 from dyads.runs.train import train
 from dyads.tasks import Suite, Task, load_suite
-from dyads.tuner.routing import Routing
+from dyads.tuner.routing import RoutingState
 
 Tiny = Callable[..., Recipe]
 Trained = Callable[[str], RunFolder]
@@ -79,14 +81,42 @@ def test_training_changed_the_answers(trained: Trained) -> None:
 def test_batches_have_no_influence_on_answers(method: str, trained: Trained) -> None:
     folder = trained(method)
     answerer, suite = Answerer(folder), load_suite(folder.recipe().tasks)
-    spec = folder.recipe().evaluate
-    different = 0
-    for number, task in enumerate(suite.tasks):
-        alone = [answerer.answer(task, number, [example], spec)[0] for example in task.test]
-        for size in (1, 3, 99):
-            assert answerer.answer(task, number, task.test, spec.model_copy(update={"batch_size": size})) == alone
-        different += len(set(alone)) > 1
-    assert different, "answers in a wrong order would be seen"
+    spec, asked = folder.recipe().evaluate, [task.test for task in suite.tasks]
+    alone = [[answerer.answers([e], [task.name], spec, 4, None)[0] for e in task.test] for task in suite.tasks]
+    for size in (1, 3, 99):
+        assert answerer.answer(suite.tasks, asked, spec.model_copy(update={"batch_size": size})) == alone
+    assert any(len(set(answers)) > 1 for answers in alone), "answers in a wrong order would be seen"
+
+
+@pytest.mark.parametrize("method", ["mode", "more"])
+def test_answers_are_those_of_the_models_own_generate(
+    method: str, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = trained(method)
+    before, scores = predictions(folder), folder.scores()
+    monkeypatch.setattr("dyads.runs.evaluate.refusal", lambda model: "it is asked to")
+    evaluate(folder)
+    assert predictions(folder) == before
+    assert folder.scores()["scores"] == scores["scores"]
+
+
+def test_beams_are_left_to_the_models_own_generate(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = trained("more")
+    config = folder.path / "config.yaml"
+    config.write_text(config.read_text().replace("num_beams: 1", "num_beams: 2"))
+    monkeypatch.setattr("dyads.runs.evaluate.decode", None)
+    evaluate(folder)
+    assert any(text for texts in predictions(folder).values() for text in texts)
+
+
+def test_every_task_keeps_its_own_limits(trained: Trained) -> None:
+    folder = trained("mode")
+    answerer, tasks = Answerer(folder), load_suite(folder.recipe().tasks).tasks
+    limited = [replace(task, max_new_tokens=1 + i, max_prompt_tokens=8 + i) for i, task in enumerate(tasks)]
+    spec = folder.recipe().evaluate.model_copy(update={"max_new_tokens": None})
+    expected = [answerer.answers(t.test, [t.name] * 4, spec, 1 + i, 8 + i) for i, t in enumerate(tasks)]
+    assert answerer.answer(limited, [task.test for task in tasks], spec) == expected
+    assert expected != [answerer.answers(task.test, [task.name] * 4, spec, 3, None) for task in tasks]
 
 
 def test_an_encoder_decoder_is_scored_again_alike(tiny: Tiny, t5: Path, tmp_path: Path) -> None:
@@ -112,15 +142,20 @@ def test_another_split_and_a_limit_replace_the_recipes_own(trained: Trained) -> 
 def test_an_evaluation_that_is_cut_off_leaves_the_earlier_results(
     trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, answer = trained("majority"), _Majority.answer
+    folder, score, scored = trained("mode"), Task.score, []
     before = files(folder)
 
-    def cut_off(self: _Majority, task: Task, number: int, *asked: Any) -> list[str]:
-        if number == 1:
+    def cut_off(task: Task, *answers: Any) -> Any:
+        scored.append(task.name)
+        if len(scored) == 2:
             raise KeyboardInterrupt
-        return answer(self, task, number, *asked)
+        return score(task, *answers)
 
-    monkeypatch.setattr(_Majority, "answer", cut_off)
+    monkeypatch.setattr(Task, "score", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(folder, split="validation")
+    assert files(folder) == before
+    monkeypatch.setattr("dyads.runs.evaluate.decode", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         evaluate(folder, split="validation")
     assert files(folder) == before
@@ -161,11 +196,11 @@ def test_micro_is_over_instances_and_macro_over_tasks(tiny: Tiny, tmp_path: Path
 
 def test_gates_are_told_the_names_of_tasks(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Any] = []
-    using = Routing.using
-    monkeypatch.setattr(Routing, "using", lambda self, task: told.append(task) or using(self, task))
+    state = RoutingState.__init__
+    monkeypatch.setattr(RoutingState, "__init__", lambda self, task: told.append(task) or state(self, task))
     folder = trained("more")
     evaluate(folder)
-    assert told == [[name] * 4 for name in folder.recipe().tasks.names]
+    assert {name for tasks in told for name in tasks} == set(folder.recipe().tasks.names)
 
 
 def test_gates_that_know_tasks_by_number_are_told_the_number(tiny: Tiny, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict, TypeVar
+from typing import Literal, TypedDict
 
 import torch
 from torch import LongTensor, Tensor
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dyads.data.tokens import IGNORED, Encoded, Encoder, encode
 from dyads.errors import ConfigError, TaskError
-from dyads.tasks.task import Example, Task
+from dyads.tasks.task import Task
 
 __all__ = [
     "IGNORED",
@@ -32,10 +32,8 @@ __all__ = [
     "encode",
     "pad_id_of",
     "prompt_batches",
-    "restore_order",
 ]
 
-T = TypeVar("T")
 Side = Literal["left", "right"]
 
 
@@ -157,34 +155,19 @@ class ScheduledBatches(Sampler[list[tuple[int, int]]]):
 
 
 def prompt_batches(
-    examples: Sequence[Example],
-    encoder: Encoder,
-    batch_size: int,
-    *,
-    tasks: int | Sequence[int] = 0,
-    max_prompt_tokens: int | None = None,
+    prompts: Sequence[Sequence[int]], encoder: Encoder, batch_size: int, *, tasks: int | Sequence[int] = 0
 ) -> Iterator[tuple[list[int], PromptBatch]]:
-    """(positions in `examples`, their prompts as a batch), longest first: what does not fit in memory fails at once.
+    """(positions in `prompts`, those prompts as a batch), longest first: what does not fit in memory fails at once.
 
-    `tasks` is the id of every example's task, or one for all. `restore_order` puts the answers back.
+    `tasks` is the id of every prompt's task, or one for all.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
-    ids_of = [tasks] * len(examples) if isinstance(tasks, int) else list(tasks)
-    if len(ids_of) != len(examples):
-        raise TaskError(f"{len(ids_of)} task ids for {len(examples)} examples; give one for each, or one for all")
-    prompts = [encoder.prompt(example, max_prompt_tokens) for example in examples]
+    ids_of = [tasks] * len(prompts) if isinstance(tasks, int) else list(tasks)
+    if len(ids_of) != len(prompts):
+        raise TaskError(f"{len(ids_of)} task ids for {len(prompts)} prompts; give one for each, or one for all")
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     collator = Collator(pad_id_of(encoder.tokenizer), side="right" if encoder.encoder_decoder else "left")
     for start in range(0, len(order), batch_size):
         positions = order[start : start + batch_size]
         yield positions, collator.prompts([prompts[i] for i in positions], [ids_of[i] for i in positions])
-
-
-def restore_order(positions: Sequence[Sequence[int]], answers: Sequence[Sequence[T]]) -> list[T]:
-    """Answers given batch by batch, in the order of the examples."""
-    where = [i for batch in positions for i in batch]
-    what = [answer for batch in answers for answer in batch]
-    if sorted(where) != list(range(len(what))):
-        raise TaskError(f"{len(what)} answers for {len(where)} positions: every position needs exactly one answer")
-    return [answer for _, answer in sorted(zip(where, what, strict=True), key=lambda pair: pair[0])]

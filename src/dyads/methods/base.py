@@ -177,6 +177,13 @@ class Core(nn.Module):
         """Gates from h = A x (… p), scores W x (… s), and what the tasks gave."""
         raise NotImplementedError
 
+    keeps_gates: ClassVar[bool] = False
+    """Whether `gradients` is there: it is given the gates, and backward need not select again."""
+
+    def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of u = mix(h; select(h, scores)) for h and the scores, where the gates depend on scores alone."""
+        raise NotImplementedError
+
     def route(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
         """Gates from h (… p), the layer's input x (… d) and the tasks (b): select(h, W x, of_task(task)).
 

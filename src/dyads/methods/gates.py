@@ -10,7 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["combine_experts", "combine_groups", "per_token", "select_prefix", "select_softmax"]
+__all__ = [
+    "combine_experts",
+    "combine_groups",
+    "per_token",
+    "select_prefix",
+    "select_softmax",
+    "softmax_expert_gradients",
+    "softmax_group_gradients",
+]
 
 
 def select_softmax(scores: Tensor) -> Tensor:
@@ -56,3 +64,28 @@ def combine_experts(h: Tensor, g: Tensor) -> Tensor:
     """Every expert's ranks get the expert's gate: h (… n·r), g (… n) → (… n·r), expert by expert."""
     experts = g.shape[-1]
     return (h.reshape(*h.shape[:-1], experts, h.shape[-1] // experts) * g.unsqueeze(-1)).flatten(-2)
+
+
+def softmax_group_gradients(h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of u = combine_groups(h, softmax(s)) for h and s, from g = softmax(s) and that for u; in fp32 or wider.
+
+        t = du ∘ g      dh = Σ_i t      c = Σ_j t ∘ h      ds = c − g Σ_i c
+
+    with i over the experts and j over the ranks of a group: c is g ∘ dg, all that the softmax asks for.
+    """
+    wide = torch.promote_types(g.dtype, torch.float32)
+    h, g, (groups, experts) = h.to(wide), g.to(wide), g.shape[-2:]
+    h = h.reshape(*h.shape[:-1], groups, h.shape[-1] // groups, 1)
+    t = du.to(wide).view(*h.shape[:-1], experts) * g.unsqueeze(-2)
+    c = (t * h).sum(-2) if h.shape[-2] > 1 else (t * h).squeeze(-2)
+    return t.sum(-1).flatten(-2), (c - g * c.sum(-1, keepdim=True)).flatten(-2)
+
+
+def softmax_expert_gradients(h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for combine_experts(h, softmax(s)), with j over the ranks of an expert: dh is t itself."""
+    wide = torch.promote_types(g.dtype, torch.float32)
+    h, g, experts = h.to(wide), g.to(wide), g.shape[-1]
+    h = h.reshape(*h.shape[:-1], experts, h.shape[-1] // experts)
+    t = du.to(wide).view(h.shape) * g.unsqueeze(-1)
+    c = (t * h).sum(-1)
+    return t.flatten(-2), c - g * c.sum(-1, keepdim=True)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dyads.methods.base import Core, DyadsConfig, register
-from dyads.methods.gates import combine_groups, select_softmax
+from dyads.methods.gates import combine_groups, select_softmax, softmax_group_gradients
 
 __all__ = ["MoDE", "MoDEConfig"]
 
@@ -62,6 +62,7 @@ class MoDE(Core):
     """K groups of ranks, each with its own softmax over the experts; gates (… K n)."""
 
     gate_axes = 2
+    keeps_gates = True
 
     def __init__(self, d: int, r: int, num_experts: int, group_size: int, router_std: float = 0.02) -> None:
         super().__init__()
@@ -85,3 +86,6 @@ class MoDE(Core):
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return combine_groups(h, g)
+
+    def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+        return softmax_group_gradients(h, g, du)

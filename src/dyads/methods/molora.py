@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dyads.methods.base import Core, DyadsConfig, register
-from dyads.methods.gates import combine_experts, select_softmax
+from dyads.methods.gates import combine_experts, select_softmax, softmax_expert_gradients
 from dyads.methods.mode import MoDE
 
 __all__ = ["MoLoRA", "MoLoRAConfig"]
@@ -57,6 +57,8 @@ class MoLoRAConfig(DyadsConfig):
 class MoLoRA(Core):
     """One softmax over the experts, each with its own A and B; gates (… n). Rows go expert by expert."""
 
+    keeps_gates = True
+
     def __init__(self, d: int, r: int, num_experts: int, router_std: float = 0.02) -> None:
         super().__init__()
         self.p = self.q = num_experts * r
@@ -77,3 +79,6 @@ class MoLoRA(Core):
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return combine_experts(h, g)
+
+    def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+        return softmax_expert_gradients(h, g, du)

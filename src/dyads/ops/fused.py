@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How is the same operator computed with less traffic?
 
-Three things differ from `dyadic`, and none of them changes the result beyond rounding:
+Four things differ from `dyadic`, and none of them changes the result beyond rounding:
 
 - A and the router see the same input, so [A; W] x is one product;
 - it is stored with the tokens innermost: a gate's softmax goes over a handful of numbers, and along the tokens it is
   one vector operation for many of them (LOG.md, 2026-11-22: up to six times faster on a CPU);
-- backward forms gates and coefficients again from the few numbers per token that this product gave: kept for it are x
-  and those numbers.
+- backward forms coefficients again from a few numbers per token: kept for it are x, h, and the scores or their gates;
+- the sum may be written over `onto`.
 
 `fused` has the signature of `dyadic` and hands over to it where it cannot serve: inside `torch.compile` (which fuses
 by itself) and torch.func, with adapter dropout (A and the router then see different inputs), and for gates that are
@@ -54,6 +54,13 @@ class Splits(Gating, Protocol):
 
     def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
         """Gates from h = A x (… p), scores W x (… s), and what the tasks gave."""
+        ...
+
+    keeps_gates: bool
+    """Whether backward is given the gates in place of the scores, and asks `gradients`; else it asks autograd."""
+
+    def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of u = mix(h; select(h, scores)) for h (… p) and the scores (… s), from that for u (… q)."""
         ...
 
 
@@ -105,11 +112,13 @@ def fused(
     onto: Tensor | None = None,
     inner: Tensor | None = None,
     held: Operands | None = None,
+    in_place: bool = False,
 ) -> Tensor:
     """As `dyadic`, with the same shapes.
 
     `held` are `operands` in the `product_dtype`, made once for many calls without gradients; with gradients they are
-    not used. Gradients of gradients are refused by PyTorch: take them inside `plain()`.
+    not used. `in_place` lets the sum overwrite `onto`, where nobody else reads it. Gradients of gradients are refused
+    by PyTorch: take them inside `plain()`.
     """
     if (
         not _ENABLED
@@ -124,8 +133,8 @@ def fused(
     if torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):
             x = x.to(torch.get_autocast_dtype(kind))
-            return _fused(x, A, B, gating, task, scale, onto, held)
-    return _fused(x, A, B, gating, task, scale, onto, held)
+            return _fused(x, A, B, gating, task, scale, onto, held, in_place)
+    return _fused(x, A, B, gating, task, scale, onto, held, in_place)
 
 
 def _fused(
@@ -137,15 +146,17 @@ def _fused(
     scale: float,
     onto: Tensor | None,
     held: Operands | None,
+    in_place: bool,
 ) -> Tensor:
+    in_place = in_place and onto is not None and onto.is_contiguous() and not onto._is_view()
     of_task = gating.of_task(task)
     if torch.is_grad_enabled():
         W = gating.router_rows()
-        return cast(Tensor, _Fused.apply(x, A, W, B, of_task, onto, gating, scale))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _Fused.apply(x, A, W, B, of_task, onto, gating, scale, in_place))  # type: ignore[no-untyped-call]
     down, up = held or operands(A, B, gating, product_dtype(x, A))
     h, scores = _split(_product(x.to(down.dtype), down), A.shape[0])
     u = gating.mix(h, gating.select(h, scores, of_task))
-    return _up(u, up, scale, onto, x.dtype)
+    return _up(u, up, scale, onto, x.dtype, in_place)
 
 
 def _product(x: Tensor, down: Tensor) -> Tensor:
@@ -161,27 +172,36 @@ def _split(z: Tensor, p: int) -> tuple[Tensor, Tensor | None]:
     return (z, None) if z.shape[-1] == p else (z[..., :p], z[..., p:])
 
 
-def _up(u: Tensor, up: Tensor, scale: float, onto: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _up(u: Tensor, up: Tensor, scale: float, onto: Tensor | None, dtype: torch.dtype, in_place: bool) -> Tensor:
     q, o = up.shape
     if onto is None:
         return ((u if scale == 1.0 else u * scale) @ up).to(dtype)
     if onto.dtype == up.dtype:
         # One product both projects up and adds: the sum needs no memory of its own.
+        if in_place:
+            onto.view(-1, o).addmm_(u.reshape(-1, q), up, alpha=scale)
+            return onto
         return torch.addmm(onto.reshape(-1, o), u.reshape(-1, q), up, alpha=scale).view(onto.shape)
-    delta = u.reshape(-1, q) @ up
-    return torch.add(onto, delta.view(onto.shape), alpha=scale).to(onto.dtype)
+    delta = (u.reshape(-1, q) @ up).view(onto.shape)
+    return onto.add_(delta, alpha=scale) if in_place else torch.add(onto, delta, alpha=scale).to(onto.dtype)
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps x, z = [A; W] x, and references to the weights; forms everything else again."""
+    """Keeps x, h with the scores or gates, and references to the weights; forms everything else again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, W: Tensor | None, B: Tensor, of_task: Tensor | None,
-                onto: Tensor | None, gating: Splits, scale: float) -> Tensor:  # fmt: skip
+                onto: Tensor | None, gating: Splits, scale: float, in_place: bool) -> Tensor:  # fmt: skip
         z = _product(x, _down(A, W, x.dtype))
         h, scores = _split(z, A.shape[0])
-        u = gating.mix(h, gating.select(h, scores, of_task))
-        y = _up(u, B.to(x.dtype), scale, onto, x.dtype)
+        g = gating.select(h, scores, of_task)
+        y = _up(gating.mix(h, g), B.to(x.dtype), scale, onto, x.dtype, in_place)
+        ctx.gates = None
+        if scores is not None and gating.keeps_gates:
+            scores.copy_(g.reshape(scores.shape))
+            ctx.gates = g.shape
+        if in_place:
+            ctx.mark_dirty(onto)
         ctx.save_for_backward(x, z, A, W, B, of_task)
         ctx.gating, ctx.scale = gating, scale
         return y
@@ -195,25 +215,36 @@ class _Fused(torch.autograd.Function):
         flat = dy.to(dtype).reshape(-1, o)
         if ctx.scale != 1.0:
             flat = flat * ctx.scale
-        with torch.enable_grad():
-            h, scores = (None if t is None else t.detach().requires_grad_() for t in _split(z, p))
-            if of_task is not None:
-                of_task = of_task.detach().requires_grad_(need_task)
-            u = ctx.gating.mix(h, ctx.gating.select(h, scores, of_task))
-        inputs = [h, *([scores] if W is not None else []), *([of_task] if need_task else [])]
-        du = (B.to(dtype) @ flat.t()).t().view(u.shape)  # laid out as u is
-        # A gate that does not depend on one of them has the gradient zero there, not none.
-        grads = list(torch.autograd.grad(u, inputs, du, allow_unused=True, materialize_grads=True))
-        d_task = grads.pop() if need_task else None
-        rows = [grad.reshape(-1, grad.shape[-1]).t() for grad in grads]
-        dz = (rows[0] if W is None else torch.cat(rows)).t()  # tokens innermost, as in z
+        du = (B.to(dtype) @ flat.t()).t().view(*z.shape[:-1], q)  # tokens innermost, as in z
+        dz, d_task = torch.empty_like(z), None
+        h, scores = _split(z, p)
+        if ctx.gates is not None:
+            g = cast(Tensor, scores).view(ctx.gates)
+            u = ctx.gating.mix(h, g)
+            dz[..., :p], dz[..., p:] = ctx.gating.gradients(h, g, du)
+        else:
+            with torch.enable_grad():
+                h = h.detach().requires_grad_()
+                scores = None if scores is None else scores.detach().requires_grad_()
+                if of_task is not None:
+                    of_task = of_task.detach().requires_grad_(need_task)
+                u = ctx.gating.mix(h, ctx.gating.select(h, scores, of_task))
+            inputs = [h, *([] if scores is None else [scores]), *([of_task] if need_task else [])]
+            # A gate that does not depend on one of them has the gradient zero there, not none.
+            grads = list(torch.autograd.grad(u, inputs, du, allow_unused=True, materialize_grads=True))
+            d_task = grads.pop() if need_task else None
+            dz[..., :p] = grads[0]
+            if scores is not None:
+                dz[..., p:] = grads[1]
+            u = u.detach()
+        dz = dz.reshape(-1, z.shape[-1])
         dx = dA = dW = dB = None
         if need_B:
-            dB = (u.detach().reshape(-1, q).t() @ flat).to(B.dtype)
+            dB = (u.reshape(-1, q).t() @ flat).to(B.dtype)
         if need_A or need_W:
             down = dz.t() @ x.reshape(-1, x.shape[-1])
             dA = down[:p].to(A.dtype) if need_A else None
             dW = down[p:].to(W.dtype) if need_W else None
         if need_x:
             dx = (dz @ _down(A, W, dtype)).view(x.shape)
-        return dx, dA, dW, dB, d_task, dy if need_onto else None, None, None
+        return dx, dA, dW, dB, d_task, dy if need_onto else None, None, None, None

@@ -6,7 +6,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dyads.data.batches import Encoder, PromptBatch, prompt_batches, restore_order
+from dyads.data.batches import Encoder, pad_id_of, prompt_batches
 from dyads.errors import ConfigError, RunError, TaskError, did_you_mean
 from dyads.runs.config import EvaluateSpec, Recipe
+from dyads.runs.decode import Question, decode, refusal
 from dyads.runs.folder import SCHEMA, Prediction, RunFolder, ScoreRow, Scores
 from dyads.runs.model import load_model, load_tokenizer, same_model
 from dyads.tasks import SPLITS, Example, Suite, Task, load_suite
@@ -39,10 +41,8 @@ def evaluate(
     changes = {k: v for k, v in (("split", split), ("limit", limit)) if v is not None}
     spec = recipe.evaluate.model_copy(update=changes)
     suite = suite or load_suite(recipe.tasks)
-    asked = {
-        task.name: [task.split(spec.split)[i] for i in spec.pick(len(task.split(spec.split)))] for task in suite.tasks
-    }
-    if empty := [name for name, examples in asked.items() if not examples]:
+    asked = [[task.split(spec.split)[i] for i in spec.pick(len(task.split(spec.split)))] for task in suite.tasks]
+    if empty := [task.name for task, examples in zip(suite.tasks, asked, strict=True) if not examples]:
         raise TaskError(f"nothing to score: split '{spec.split}' of {', '.join(empty)} is empty")
 
     if recipe.method.name == "majority":
@@ -54,9 +54,8 @@ def evaluate(
     rows: list[ScoreRow] = []
     values: dict[str, list[tuple[float, int]]] = {}
     begin = time.perf_counter()
-    for number, task in enumerate(tqdm(suite.tasks, desc="scoring", unit="task", disable=None)):
-        examples = asked[task.name]
-        predictions = answerer.answer(task, number, examples, spec)
+    answers = answerer.answer(suite.tasks, asked, spec)
+    for task, examples, predictions in zip(suite.tasks, asked, answers, strict=True):
         scores = task.score(predictions, examples)
         answered[task.name] = [
             Prediction(
@@ -144,9 +143,9 @@ class _Majority:
         if empty := [task.name for task in tasks if not task.train]:
             raise TaskError(f"there is no majority answer without training examples: {', '.join(empty)} has none")
 
-    def answer(self, task: Task, number: int, examples: Sequence[Example], spec: EvaluateSpec) -> list[str]:
-        most = Counter(example.references[0] for example in task.train).most_common(1)[0][0]
-        return [most] * len(examples)
+    def answer(self, tasks: Sequence[Task], asked: Sequence[Sequence[Example]], spec: EvaluateSpec) -> list[list[str]]:
+        most = [Counter(example.references[0] for example in task.train).most_common(1)[0][0] for task in tasks]
+        return [[answer] * len(examples) for answer, examples in zip(most, asked, strict=True)]
 
 
 class Answerer:
@@ -195,14 +194,17 @@ class Answerer:
                 f"{did_you_mean(unknown[0], self.task_names)}; score the tasks that it was trained on"
             )
 
-    def answer(self, task: Task, number: int, examples: Sequence[Example], spec: EvaluateSpec) -> list[str]:
-        """Answers to a task's examples, in their order. `number` stands for the task where the adapter has no names."""
-        limits = [n for n in (task.max_prompt_tokens, self.encoder.max_prompt_tokens) if n is not None]
-        name = self._name(task, number)
-        most = spec.max_new_tokens or task.max_new_tokens
-        return self.answers(examples, [name] * len(examples), spec, most, min(limits) if limits else None)
+    def answer(self, tasks: Sequence[Task], asked: Sequence[Sequence[Example]], spec: EvaluateSpec) -> list[list[str]]:
+        """Answers to the examples asked of every task, in their order. A task's place is its number for the gates."""
+        questions = []
+        for number, (task, examples) in enumerate(zip(tasks, asked, strict=True)):
+            limits = [n for n in (task.max_prompt_tokens, self.encoder.max_prompt_tokens) if n is not None]
+            name, most = self._name(task, number), spec.max_new_tokens or task.max_new_tokens
+            prompts = (self.encoder.prompt(example, min(limits) if limits else None) for example in examples)
+            questions += [Question(prompt, most, name) for prompt in prompts]
+        given = iter(self._ask(questions, spec, "scoring"))
+        return [[next(given) for _ in examples] for examples in asked]
 
-    @torch.inference_mode()
     def answers(
         self,
         examples: Sequence[Example],
@@ -211,33 +213,56 @@ class Answerer:
         max_new_tokens: int,
         max_prompt_tokens: int | None,
     ) -> list[str]:
-        """Answers in the order of the examples; batches hold prompts of similar length, and any mix of tasks."""
-        if not examples:
-            return []
-        positions, answers = [], []
-        batches = prompt_batches(examples, self.encoder, spec.batch_size, max_prompt_tokens=max_prompt_tokens)
-        for at, batch in batches:
-            positions.append(at)
-            answers.append(self._generate(batch, [tasks[i] for i in at], spec, max_new_tokens))
-        return restore_order(positions, answers)
+        """Answers in the order of the examples, whatever their tasks."""
+        prompts = [self.encoder.prompt(example, max_prompt_tokens) for example in examples]
+        return self._ask([Question(p, max_new_tokens, task) for p, task in zip(prompts, tasks, strict=True)], spec)
 
-    def _generate(
-        self, batch: PromptBatch, tasks: list[str | int | None], spec: EvaluateSpec, max_new_tokens: int
-    ) -> list[str]:
-        inputs: dict[str, Any] = {k: batch[k].to(self.device) for k in ("input_ids", "attention_mask")}  # type: ignore[literal-required]
-        if self.needs_task:
-            inputs["task"] = tasks
-        output = self.model.generate(  # type: ignore[operator]
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=spec.num_beams,
-            pad_token_id=self.tokenizer.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
-        )
-        new = output if self.encoder.encoder_decoder else output[:, batch["input_ids"].shape[1] :]
-        texts: list[str] = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+    def _ask(self, questions: Sequence[Question], spec: EvaluateSpec, title: str | None = None) -> list[str]:
+        """Answers in the order of the questions, with a bar over them where there is a title."""
+        held = self.routing.frozen_weights() if self.routing else nullcontext()
+        with held, tqdm(total=len(questions), desc=title, unit="instance", disable=None if title else True) as bar:
+            if spec.num_beams == 1 and refusal(self.model) is None:
+                tokens = decode(
+                    self.model,
+                    questions,
+                    batch_size=spec.batch_size,
+                    eos=self.encoder.eos,
+                    pad=pad_id_of(self.tokenizer),
+                    tasks=self.needs_task,
+                    done=bar.update,
+                )
+            else:
+                tokens = self._generate(questions, spec, bar.update)
+        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    @torch.inference_mode()
+    def _generate(
+        self, questions: Sequence[Question], spec: EvaluateSpec, done: Callable[[int], object]
+    ) -> list[list[int]]:
+        """What the model's own `generate` answers: for beams, encoder-decoders and whatever `decode` does not serve."""
+        answers: list[list[int]] = [[] for _ in questions]
+        for limit in dict.fromkeys(question.limit for question in questions):
+            numbers = [i for i, question in enumerate(questions) if question.limit == limit]
+            prompts = [questions[i].prompt for i in numbers]
+            for at, batch in prompt_batches(prompts, self.encoder, spec.batch_size):
+                rows = [numbers[i] for i in at]
+                task: dict[str, Any] = {"task": [questions[i].task for i in rows]} if self.needs_task else {}
+                output = self.model.generate(  # type: ignore[operator]
+                    input_ids=batch["input_ids"].to(self.device),
+                    attention_mask=batch["attention_mask"].to(self.device),
+                    max_new_tokens=limit,
+                    do_sample=False,
+                    num_beams=spec.num_beams,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                    **task,
+                )
+                new = output if self.encoder.encoder_decoder else output[:, batch["input_ids"].shape[1] :]
+                for i, answer in zip(rows, new.tolist(), strict=True):
+                    answers[i] = answer
+                done(len(rows))
+        return answers
 
 
 def load_adapter(base: nn.Module, folder: RunFolder) -> PeftModel:

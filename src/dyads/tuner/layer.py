@@ -121,6 +121,8 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 self.routing.check_merged(adapter)
             return result
         dtype = result.dtype
+        # A plain linear layer makes a new tensor, which only hooks could have seen; other layers may keep theirs.
+        fresh = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
         for adapter in self.active_adapters:
             if adapter not in self.dyads_A:
                 continue
@@ -135,6 +137,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 onto=result,
                 inner=dropout(x) if dropout.training and not isinstance(dropout, nn.Identity) else None,
                 held=self._operands(adapter, x),
+                in_place=fresh,
             )
         return result.to(dtype)
 

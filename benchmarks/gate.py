@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Is what will be measured also right? Checked before any number is printed.
+
+For every contender of ours, against the double sum in float64, outputs and gradients: the operators, over shapes with
+ones and primes; one adapted layer at the setting's own width and dtype; and a whole small model, also without gradients
+and when it generates. Then MoDE with one expert against PEFT's LoRA.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import dyads.tuner  # noqa: F401  # PEFT has to know the methods
+from benchmarks.contenders import TASKS, Contender
+from dyads.methods import Core, build_config
+from dyads.ops import dyadic, dyadic_sum, fused
+from dyads.tuner.layer import DyadsLayer
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2}
+"""Largest difference, as a share of the largest entry: bf16 keeps 8 bits, and a gradient passes several roundings."""
+
+OPERATORS: dict[str, Callable[..., Tensor]] = {"dyadic": dyadic, "fused": fused}
+"""All have one signature: the plain one, and what layers may call instead."""
+
+SHAPES = [(1, 1, 3, 2), (2, 7, 12, 5), (3, 2, 1, 1)]
+
+
+class GateError(Exception):
+    """A result differs from what defines it."""
+
+
+def check(contenders: dict[str, Contender], *, dtype: str, width: int, say: Callable[[str], None]) -> None:
+    """GateError at the first difference. `contenders` with their resolved sizes; others than ours are skipped."""
+    ours = {name: c for name, c in contenders.items() if c.builder in ("mode", "molora", "more")}
+    seen: set[str] = set()
+    for name, contender in ours.items():
+        options = {k: v for k, v in contender.options.items() if k != "merged"}
+        if (key := f"{contender.builder} {sorted(options.items())}") in seen:
+            continue
+        seen.add(key)
+        for shape in SHAPES:
+            _operator(name, contender.builder, options, *shape)
+        for tokens in (1, 80):  # fast paths may depend on how large a product is
+            _layer(f"{name}, one layer", contender.builder, options, getattr(torch, dtype), width, tokens)
+        _model(f"{name}, whole model", contender.builder, options)
+        say(f"{name}: operator, layer and model agree with the double sum, outputs and gradients")
+    _one_expert_is_lora()
+    say("MoDE with one expert agrees with PEFT's LoRA")
+
+
+def _agree(what: str, ours: Iterable[Tensor], wanted: Iterable[Tensor | None], dtype: torch.dtype) -> None:
+    for number, (mine, theirs) in enumerate(zip(ours, wanted, strict=True)):
+        reference = torch.zeros_like(mine) if theirs is None else theirs
+        difference = (mine.double() - reference.double()).abs().max()
+        scale = reference.double().abs().max().clamp_min(1e-6)
+        if not difference <= TOLERANCE[dtype] * scale:  # also true for NaN
+            part = "the output" if number == 0 else f"gradient {number}"
+            raise GateError(f"{what}: {part} differs by {difference / scale:.1e} of its size, in {dtype}")
+
+
+def _random(core: nn.Module) -> None:
+    for parameter in core.parameters():
+        nn.init.normal_(parameter, std=0.5)
+
+
+def _operator(name: str, method: str, options: dict[str, Any], b: int, t: int, d: int, o: int) -> None:
+    torch.manual_seed(3)
+    core: Core = build_config(method, options).core(d).double()
+    _random(core)
+    task = torch.arange(b) % TASKS
+    x, A, B = (torch.randn(*s).double().requires_grad_() for s in ((b, t, d), (core.p, d), (core.q, o)))
+    leaves = [x, A, B, *core.parameters()]
+    slow = dyadic_sum(x, A, B, core.matrix(core.route(x @ A.T, x, task)), scale=0.7)
+    weight = torch.randn_like(slow)
+    wanted = [slow, *_gradients(slow, weight, leaves)]
+    for called, operator in OPERATORS.items():
+        what = f"{name}, {called} of shape {(b, t, d, o)}"
+        fast = operator(x, A, B, core, task, scale=0.7)
+        _agree(what, [fast, *_gradients(fast, weight, leaves)], wanted, torch.float64)
+        with torch.no_grad():
+            _agree(f"{what} without gradients", [operator(x, A, B, core, task, scale=0.7)], [slow], torch.float64)
+
+
+def _gradients(output: Tensor, weight: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+    loss = (output * weight.to(output.dtype)).sum()
+    found = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+
+
+class _ByTheSum(nn.Module):
+    """An adapted layer written out: the base layer plus the double sum, in float64."""
+
+    def __init__(self, layer: DyadsLayer) -> None:
+        super().__init__()
+        self.base = copy.deepcopy(layer.get_base_layer()).double()
+        self.A = nn.Parameter(layer.dyads_A["default"].detach().double())
+        self.B = nn.Parameter(layer.dyads_B["default"].detach().double())
+        self.core: Any = copy.deepcopy(layer.dyads_core["default"]).double()
+        self.scale = layer.scaling["default"]
+        self.task: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        g = self.core.route(x @ self.A.T, x, self.task)
+        out: Tensor = self.base(x) + dyadic_sum(x, self.A, self.B, self.core.matrix(g), scale=self.scale)
+        return out
+
+    def leaves(self) -> list[Tensor]:
+        return [self.A, self.B, *self.core.parameters()]
+
+
+def _leaves(layer: DyadsLayer) -> list[Tensor]:
+    return [layer.dyads_A["default"], layer.dyads_B["default"], *layer.dyads_core["default"].parameters()]
+
+
+class _One(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lin = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.lin(x)
+        return out
+
+
+def _start(layers: Iterable[DyadsLayer]) -> None:
+    """Up-projections that matter, and routers that choose: as they start, too much would agree."""
+    for layer in layers:
+        A, B = layer.dyads_A["default"], layer.dyads_B["default"]
+        nn.init.normal_(A, std=A.shape[-1] ** -0.5)
+        nn.init.normal_(B, std=B.shape[0] ** -0.5)
+        for parameter in layer.dyads_core["default"].parameters():
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+
+
+def _layer(what: str, method: str, options: dict[str, Any], dtype: torch.dtype, width: int, tokens: int) -> None:
+    """As it is measured: base in the setting's dtype, adapter in fp32."""
+    torch.manual_seed(4)
+    config = build_config(method, {**options, "target_modules": ["lin"]})
+    model = get_peft_model(_One(width).to(dtype), config)
+    layer = next(m for m in model.modules() if isinstance(m, DyadsLayer))
+    _start([layer])
+    slow = _ByTheSum(layer)
+    x = torch.randn(2, tokens, width).to(dtype).requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    task = torch.tensor([0, TASKS - 1])
+    slow.task = task
+    y = model(x, task=task)
+    y64 = slow(x64)
+    weight = torch.randn(y.shape)
+    mine = _gradients(y, weight, [x, *_leaves(layer)])
+    _agree(what, [y, *mine], [y64, *_gradients(y64, weight.double(), [x64, *slow.leaves()])], dtype)
+    with torch.no_grad():
+        _agree(f"{what} without gradients", [model(x, task=task)], [y64], dtype)
+        with layer.routing.frozen_weights():  # as in generate
+            for _ in range(2):
+                _agree(f"{what} with frozen weights", [model(x, task=task)], [y64], dtype)
+
+
+def _tiny_llama() -> nn.Module:
+    torch.manual_seed(5)
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model: nn.Module = LlamaForCausalLM(
+        LlamaConfig(vocab_size=31, num_key_value_heads=1, max_position_embeddings=32, **sizes)
+    )
+    return model
+
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def _model(what: str, method: str, options: dict[str, Any]) -> None:
+    """Logits and gradients of a model: what layers share or fuse among each other is seen only here."""
+    model = get_peft_model(_tiny_llama(), build_config(method, {**options, "target_modules": TARGETS})).double()
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, DyadsLayer)}
+    _start(layers.values())
+    plain: Any = _tiny_llama().double().requires_grad_(False)
+    written = {name: _ByTheSum(layer) for name, layer in layers.items()}
+    task = torch.tensor([1, 3, 0])
+    for name, by_the_sum in written.items():
+        by_the_sum.task = task
+        plain.set_submodule(name.removeprefix("base_model.model."), by_the_sum)
+    ids = torch.randint(3, 31, (3, 4), generator=torch.Generator().manual_seed(6))
+    fast, slow = model(input_ids=ids, task=task).logits, plain(input_ids=ids).logits
+    weight = torch.randn(fast.shape).double()
+    mine = _gradients(fast, weight, [leaf for layer in layers.values() for leaf in _leaves(layer)])
+    theirs = _gradients(slow, weight, [leaf for layer in written.values() for leaf in layer.leaves()])
+    _agree(what, [fast, *mine], [slow, *theirs], torch.float64)
+    with torch.no_grad():
+        _agree(f"{what} without gradients", [model(input_ids=ids, task=task).logits], [slow], torch.float64)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    if not torch.equal(model.generate(input_ids=ids, task=task, **options), plain.generate(ids, **options)):
+        raise GateError(f"{what}: other tokens are generated")
+
+
+def _one_expert_is_lora() -> None:
+    ours = get_peft_model(_tiny_llama(), build_config("mode", {"r": 3, "num_experts": 1, "target_modules": TARGETS}))
+    lora = get_peft_model(_tiny_llama(), LoraConfig(r=3, lora_alpha=3, target_modules=TARGETS))
+    ours, lora = ours.double(), lora.double()
+    mine: list[Tensor] = []
+    theirs: list[Tensor] = []
+    for name, layer in ours.named_modules():
+        if isinstance(layer, DyadsLayer):
+            _start([layer])
+            twin = lora.get_submodule(name)
+            A, B = twin.lora_A["default"].weight, twin.lora_B["default"].weight
+            with torch.no_grad():
+                A.copy_(layer.dyads_A["default"])
+                B.copy_(layer.dyads_B["default"].T)
+            mine += [layer.dyads_A["default"], layer.dyads_B["default"]]
+            theirs += [A, B]
+    ids = torch.randint(3, 31, (3, 4), generator=torch.Generator().manual_seed(6))
+    fast, slow = ours(input_ids=ids).logits, lora(input_ids=ids).logits
+    weight = torch.randn(fast.shape).double()
+    wanted = [g.T if i % 2 else g for i, g in enumerate(_gradients(slow, weight, theirs))]
+    what = "MoDE with one expert against PEFT's LoRA"
+    _agree(what, [fast, *_gradients(fast, weight, mine)], [slow, *wanted], torch.float64)

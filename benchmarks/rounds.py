@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How are contenders measured side by side? Each in its own process, interleaved, over several rounds.
+
+In a round every question goes to all contenders of a group, one after the other, in an order that rotates; only one of
+them works at a time. Ratios are taken within a round, so that what the machine does meanwhile hits both sides.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.contenders import Contender, Setting
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class WorkerError(Exception):
+    """A contender's process ended before it answered."""
+
+
+def child_environment(threads: int) -> dict[str, str]:
+    """Fixed threads that do not spin while they wait, no network, and this checkout first on the path."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    fixed = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return {
+        **os.environ,
+        **fixed,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": path,
+    }
+
+
+class Worker:
+    """A process that answers with lines of JSON."""
+
+    def __init__(self, module: str, job: dict[str, Any], threads: int, log: Path) -> None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        with log.open("w") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, json.dumps(job)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=child_environment(threads),
+            )
+
+    def read(self) -> dict[str, Any]:
+        """The next line; WorkerError with the last line of the log where there is none."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            said = [text.strip() for text in self.log.read_text(errors="replace").splitlines() if text.strip()]
+            raise WorkerError(said[-1][:300] if said else f"ended with {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, question: str) -> dict[str, Any]:
+        """The answer to a line."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write(question + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # read() tells why
+        return self.read()
+
+    def close(self) -> None:
+        """End the process."""
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
+        try:
+            self.process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def measure_group(
+    setting_name: str,
+    setting: Setting,
+    contenders: dict[str, Contender],
+    *,
+    rounds: int,
+    out: Path,
+    logs: Path,
+    attention: str | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """{facts, rounds, errors} of contenders measured together. One that fails is left out, with its reason."""
+    workers: dict[str, Worker] = {}
+    facts: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+    results: list[dict[str, dict[str, float]]] = []
+    try:
+        for name, contender in contenders.items():
+            job = {"setting": setting_name, "contender": asdict(contender), "out": str(out), "attention": attention}
+            workers[name] = Worker("benchmarks.measure", job, setting.threads, logs / f"{name}.log")
+            try:  # one after the other: nobody warms up while another one loads
+                facts[name] = workers[name].read()["facts"]
+                say(f"{name} is ready ({facts[name]['parameters']:,} trainable parameters)")
+            except WorkerError as failed:
+                errors[name] = str(failed)
+                say(f"{name} failed: {failed}")
+                workers.pop(name).close()
+        for number in range(rounds):
+            order = rotated(list(workers), number)
+            answers: dict[str, dict[str, float]] = {}
+            for question in ("step", "forward", "decode"):
+                for name in order:
+                    if name not in workers or question not in contenders[name].questions:
+                        continue
+                    try:
+                        answers.setdefault(question, {})[name] = workers[name].ask(question)["value"]
+                    except WorkerError as failed:
+                        errors[name] = str(failed)
+                        say(f"{name} failed: {failed}")
+                        workers.pop(name).close()
+            results.append(answers)
+            say(f"round {number + 1} of {rounds}")
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return {"facts": facts, "rounds": results, "errors": errors}
+
+
+def rotated(names: Sequence[str], by: int) -> list[str]:
+    """The names, another one first in every round."""
+    by = by % len(names) if names else 0
+    return [*names[by:], *names[:by]]

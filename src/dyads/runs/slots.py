@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where do keys and values lie while many prompts are answered, so that no step copies them?
+
+Every row has a slot in one buffer a layer; a step writes one column into it, and rows that end leave their slots:
+
+    slot 0   ··············░░░░░░░░░░░│···      ░ a token's keys and values, · unused (masked)
+    slot 1   ░░░░░░░░░░░░░░░░░░░░░░░░░│···      │ `end`, where the next column goes
+    slot 2   ·····░░░░░░░░░░░░░░░░░░░░│···
+
+The slots in use come first, so that attention reads the buffer as it lies. Where the buffer is full, its rows move to
+the left by what is unused in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+__all__ = ["Slots"]
+
+SPARE = 16
+"""Columns that a buffer has at least for the steps to come; its width is a multiple of twice that."""
+
+
+@dataclass
+class _View:
+    """What a forward pass sees of the buffers, where it writes, and what its rows go on from."""
+
+    slots: int
+    """Slots in a buffer."""
+    width: int = 0
+    """Columns in a buffer."""
+    rows: slice = field(default_factory=lambda: slice(0))
+    columns: slice = field(default_factory=lambda: slice(0))
+    at: int = 0
+    prefix: Cache | None = None
+    """Keys and values that all rows begin with."""
+    starts: Sequence[int] = ()
+    """The column where every row begins."""
+
+
+class _Layer(DynamicLayer):  # type: ignore[misc]
+    """The buffers of one layer."""
+
+    def __init__(self, view: _View, index: int) -> None:
+        super().__init__()
+        self.view, self.index = view, index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = self._empty(key_states), self._empty(value_states)
+        self.is_initialized = True
+
+    def _empty(self, like: Tensor) -> Tensor:
+        # Zeros, since what is masked is still multiplied (by 0), and memory as it comes may hold NaN.
+        return like.new_zeros(self.view.slots, like.shape[1], self.view.width, like.shape[3])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._put("keys", key_states), self._put("values", value_states)
+
+    def _put(self, name: str, new: Tensor) -> Tensor:
+        view = self.view
+        slots: Tensor = getattr(self, name)[view.rows]
+        slots[:, :, view.at : view.at + new.shape[2]] = new
+        if view.prefix is not None:  # after the new, and so over the padding of shorter rows: no row has a gap
+            shared = getattr(view.prefix.layers[self.index], name)[0]
+            for slot, start in zip(slots, view.starts, strict=True):
+                slot[:, start : start + shared.shape[1]] = shared
+        return slots[:, :, view.columns]
+
+    def get_seq_length(self) -> int:
+        return self.view.at - int(self.view.columns.start)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return int(self.view.columns.stop - self.view.columns.start), 0
+
+    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
+        for buffer in (self.keys, self.values):
+            buffer[target] = buffer[source]
+
+    def move(self, rows: int, source: slice, target: slice) -> None:
+        """Take columns to another place, in a buffer of the view's width."""
+        if self.is_initialized:
+            for name in ("keys", "values"):
+                old = getattr(self, name)
+                live = old[:rows, :, source].clone()
+                new = old if old.shape[2] == self.view.width else self._empty(old)
+                new[:rows, :, target] = live
+                setattr(self, name, new)
+
+
+class Slots(Cache):  # type: ignore[misc]
+    """A cache for a batch whose rows come and go. Before a forward pass call `reading` or `stepping`."""
+
+    def __init__(self, layers: int, slots: int, device: torch.device) -> None:
+        self.view = _View(slots)
+        super().__init__(layers=[_Layer(self.view, i) for i in range(layers)])
+        self.mask = torch.zeros(slots, 0, dtype=torch.long, device=device)
+        self.end = 0
+
+    def reading(self, kept: Sequence[int], lengths: Sequence[int], width: int, prefix: Cache | None) -> Tensor:
+        """The mask for reading the last `width` tokens of new rows of these lengths, after rows with `kept` tokens."""
+        n, longest, view = len(kept), max(lengths), self.view
+        if longest > self.end:
+            self._lay_out(kept, longest)
+        view.rows, view.columns = slice(n, n + len(lengths)), slice(self.end - longest, self.end)
+        view.at, view.prefix, view.starts = self.end - width, prefix, [self.end - length for length in lengths]
+        self.mask[view.rows] = 0
+        for slot, start in enumerate(view.starts, start=n):
+            self.mask[slot, start : self.end] = 1
+        return self.mask[view.rows, view.columns]
+
+    def stepping(self, kept: Sequence[int]) -> Tensor:
+        """The mask for the next token of every row."""
+        n, view = len(kept), self.view
+        if self.end == view.width:
+            self._lay_out(kept, 0)
+        self.mask[:n, self.end] = 1
+        view.rows, view.columns, view.at, view.prefix = slice(n), slice(0, view.width), self.end, None
+        self.end += 1
+        return self.mask[:n]
+
+    def keep(self, slots: Sequence[int]) -> list[int]:
+        """Only these slots (in rising order) go on, as the first ones: which row each of them has from now on."""
+        order = list(range(len(slots)))
+        holes = sorted(set(order) - set(slots))
+        moved = [slot for slot in slots if slot >= len(slots)]
+        if holes:
+            self.mask[holes] = self.mask[moved]
+            for layer in self.layers:
+                layer.copy(moved, holes)
+        for hole, slot in zip(holes, moved, strict=True):
+            order[hole] = slot
+        return order
+
+    def _lay_out(self, kept: Sequence[int], least: int) -> None:
+        """Move rows as far left as the longest allows; there is then room for `least` tokens and for some steps."""
+        n, live = len(kept), max(kept, default=0)
+        end = max(live, least)
+        source, target = slice(self.end - live, self.end), slice(end - live, end)
+        self.view.width = -(-(end + SPARE) // (2 * SPARE)) * 2 * SPARE
+        old, self.mask = self.mask, self.mask.new_zeros(self.view.slots, self.view.width)
+        self.mask[:n, target] = old[:n, source]
+        for layer in self.layers:
+            layer.move(n, source, target)
+        self.end = end

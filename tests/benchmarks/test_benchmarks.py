@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the benchmark measure, refuse wrong results, and say what it found?"""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.__main__ import environment, main
+from benchmarks.bars import BARS, Bar
+from benchmarks.contenders import SETTINGS, TINY
+from benchmarks.gate import OPERATORS, GateError, check
+from benchmarks.measure import Bench
+from benchmarks.rounds import measure_group, rotated
+from click.testing import CliRunner
+
+from benchmarks import page, startup
+from dyads.tuner.layer import DyadsLayer
+
+MODE = {"mode-16x4": TINY.contenders["mode-16x4"]}
+
+
+def silent(text: str) -> None:
+    pass
+
+
+def result(part: str, facts: dict[str, Any], rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    settings: dict[str, Any] = {"attention": None}
+    return {
+        "part": part,
+        "group": "main",
+        "settings": settings,
+        "facts": facts,
+        "rounds": rounds,
+        "errors": {},
+        "environment": environment(),
+    }
+
+
+def test_right_results_pass_the_gate() -> None:
+    check(MODE, dtype="bfloat16", width=16, say=silent)
+
+
+@pytest.mark.parametrize("factor", [1.1, float("nan")])
+@pytest.mark.parametrize("name", ["dyadic", "fused"])
+def test_the_gate_refuses_a_wrong_operator(monkeypatch: pytest.MonkeyPatch, name: str, factor: float) -> None:
+    right = OPERATORS[name]
+    monkeypatch.setitem(OPERATORS, name, lambda *args, **kwargs: right(*args, **kwargs) * factor)
+    with pytest.raises(GateError, match=rf"mode-16x4, {name} of shape .*: the output differs by"):
+        check(MODE, dtype="float32", width=16, say=silent)
+
+
+class Doubled(torch.autograd.Function):
+    """The right value, twice the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return 2 * grad
+
+
+def test_a_wrong_gradient_in_a_layer_leaves_no_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    right = DyadsLayer.forward
+    monkeypatch.setattr(DyadsLayer, "forward", lambda self, x: Doubled.apply(right(self, x)))
+    done = CliRunner().invoke(main, ["--quick", "--setting", "tiny", "--only", "mode-16x4", "--out", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "nothing is measured, because a result is wrong – mode-16x4, one layer: gradient" in done.output
+    assert {path.name for path in tmp_path.rglob("*.json")} <= {"config.json"}
+
+
+def test_a_wrong_path_of_decoding_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = DyadsLayer.forward
+
+    def broken(self: DyadsLayer, x: torch.Tensor) -> torch.Tensor:
+        return right(self, x) if torch.is_grad_enabled() else right(self, x).flip(0)
+
+    monkeypatch.setattr(DyadsLayer, "forward", broken)
+    with pytest.raises(GateError, match="without gradients"):
+        check(MODE, dtype="float32", width=16, say=silent)
+
+
+def test_contenders_and_bars_name_each_other() -> None:
+    for setting in SETTINGS.values():
+        named = {name for names in setting.groups.values() for name in names}
+        assert named == set(setting.contenders)
+        for names in setting.groups.values():
+            assert names[0] == setting.reference
+            assert len(names) <= 6, "more processes than memory"
+    for bar in BARS:
+        if bar.part in SETTINGS:
+            sides = {bar.top, bar.bottom}
+            assert any(sides <= set(names) for names in SETTINGS[bar.part].groups.values()), bar.what
+
+
+def test_kept_bytes_are_counted_once_and_without_parameters(tmp_path: Path) -> None:
+    bench = Bench(TINY, MODE["mode-16x4"], tmp_path)
+    whole = bench.saved_bytes()
+    assert whole == bench.saved_bytes()
+    weights = [torch.randn(4, 3, requires_grad=True), torch.randn(4, 4)]
+    x = torch.randn(5, 4)
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(weights[0].detach())
+
+    bench.model = Model()
+    bench.loss = lambda: ((x.t() @ (x @ bench.model.weight)) ** 2).sum()  # type: ignore[method-assign]
+    # x once although two products keep it, the squared result, and not the weight
+    assert bench.saved_bytes() == 4 * (x.numel() + 4 * 3)
+
+
+def test_every_contender_is_asked_in_a_rotating_order() -> None:
+    assert [rotated("abc", i) for i in range(4)] == [list("abc"), list("bca"), list("cab"), list("abc")]
+
+
+@pytest.mark.slow
+def test_a_quick_run_through_real_processes(tmp_path: Path) -> None:
+    arguments = ["--quick", "--setting", "tiny", "--out", str(tmp_path)]
+    done = CliRunner().invoke(main, [*arguments, "--write-docs"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    written = {path.name: json.loads(path.read_text()) for path in (tmp_path / "quick").glob("*.json")}
+    assert set(written) == {"tiny-main.json", "tiny-rivals.json"}
+    for name, group in written.items():
+        assert group["errors"] == {}, name
+        names = TINY.groups[group["group"]]
+        assert set(group["facts"]) == set(names)
+        for contender in names:
+            asked = TINY.contenders[contender].questions
+            assert all(group["rounds"][0][question][contender] > 0 for question in asked)
+            assert group["facts"][contender]["peak"] > 1e7
+    assert "| MoDE 4×2 |" not in (tmp_path / "quick" / "benchmarks.md").read_text()  # nobody should quote it
+    again = CliRunner().invoke(main, [*arguments, "--resume"], catch_exceptions=False)
+    assert "tiny, group main: kept" in again.output
+
+
+@pytest.mark.slow
+def test_a_contender_that_fails_is_told_and_does_not_stop_the_others(tmp_path: Path) -> None:
+    contenders = {"frozen": TINY.contenders["frozen"], "lora": TINY.contenders["lora"]}  # lora has no size yet
+    found = measure_group("tiny", TINY, contenders, rounds=1, out=tmp_path, logs=tmp_path, attention=None, say=silent)
+    assert "KeyError: 'r'" in found["errors"]["lora"]
+    assert found["rounds"][0]["forward"]["frozen"] > 0
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    rounds = [{"step": {"mode-16x4": 1.0 * slow, "lora": 2.0 * slow}} for slow in (1, 5, 9)]
+    facts = {"mode-16x4": {"saved": 30}, "lora": {"saved": 40}}
+    found = [result("smollm2", facts, rounds)]
+    assert page.spread(found, "smollm2", "step", "mode-16x4", "lora") == page.Spread(0.5, 0.5, 0.5, 3)
+    assert page.spread(found, "smollm2", "saved", "mode-16x4", "lora") == page.Spread(0.75, 0.75, 0.75, 1)
+    assert page.spread(found, "smollm2", "step", "poly", "lora") is None
+    assert page.verdict(Bar("", "smollm2", "step", "mode-16x4", "lora", 0.5), found)[1] == "met"
+    assert page.verdict(Bar("", "smollm2", "step", "mode-16x4", "lora", 0.4), found)[1] == "not met"
+    assert page.verdict(Bar("", "smollm2", "step", "mode-16x4", "lora", 0.6, False), found)[1] == "not met"
+    assert page.verdict(BARS[-1], found)[1] == "not measured"
+
+
+def test_the_page_has_tables_and_verdicts_and_names_no_machine() -> None:
+    facts = {n: {"label": n, "options": {}, "parameters": 9, "saved": 8, "peak": 10**9} for n in ("lora", "mode-16x4")}
+    rounds = [{"step": {"lora": 2.0, "mode-16x4": 1.8}, "decode": {"lora": 100.0, "mode-16x4": 90.0}}]
+    text = page.to_markdown([result("smollm2", facts, rounds)])
+    assert "| training step: MoDE 16×4 ÷ PEFT LoRA, fp32 adapters | ≤ 0.95 | 0.90 | met |" in text
+    assert "| decoding: MoDE 16×4 ÷ PEFT LoRA, tokens/s | ≥ 0.95 | 0.90 | not met |" in text
+    assert "| MoDE 16×4 | 9 | 0.90 | – | 0.90 | 1.00 | – |" in text
+    assert "1.00 is PEFT LoRA, equal parameters: 2.000 s a step, 100 tokens/s" in text
+    assert platform.node() not in text
+
+
+def test_startup_is_measured_in_fresh_processes() -> None:
+    found = startup.measure(1)
+    assert set(found["rounds"][0]["seconds"]) == {"help", "import"}
+    assert found["facts"]["import"]["heavy"] == 0
