@@ -42,6 +42,18 @@ def test_the_way_of_attention_is_passed_on(llama: Path) -> None:
     assert model.config._attn_implementation == "eager"
 
 
+def test_grouped_attention_is_offered_where_it_is_known_to_be_right(llama: Path, t5: Path) -> None:
+    grouped = load_model(ModelSpec(name=str(llama), attention="grouped"))
+    eager = load_model(ModelSpec(name=str(llama), attention="eager"))
+    ids = torch.randint(3, 20, (2, 5))
+    assert grouped.config._attn_implementation == "grouped"
+    torch.testing.assert_close(grouped(input_ids=ids).logits, eager(input_ids=ids).logits)
+    with pytest.raises(
+        ConfigError, match=r"'grouped' is not known to be right for model .* \(t5\): leave it out, or use"
+    ):
+        load_model(ModelSpec(name=str(t5), attention="grouped"))
+
+
 def test_generation_settings_of_a_checkpoint_do_not_leak_into_scoring(
     other_llama: Callable[..., Path],
 ) -> None:

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging
 
 from dyads.errors import ConfigError, DyadsError, RunError, did_you_mean
+from dyads.runs.attention import GROUPED, is_plain
 from dyads.runs.config import ModelSpec
 
 __all__ = ["PACKAGED", "load_model", "load_tokenizer", "model_config", "resolve", "same_model"]
@@ -134,6 +135,11 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     """The base model, in evaluation mode and frozen."""
     path, name = resolve(spec.name), spec.name
     config = model_config(name, spec.revision)
+    if spec.attention == GROUPED and not is_plain(config):
+        raise ConfigError(
+            f"model.attention '{GROUPED}' is not known to be right for model '{name}' ({config.model_type}): leave it"
+            " out, or use eager"
+        )
     seq2seq = bool(config.is_encoder_decoder) if spec.kind == "auto" else spec.kind == "seq2seq"
     auto = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     options = {"dtype": getattr(torch, spec.dtype), "revision": spec.revision, "attn_implementation": spec.attention}
