@@ -87,8 +87,8 @@ class ModelSpec(_Section):
     revision: str | None = None
     """Branch, tag or commit of a hub model; null: its default branch"""
     attention: Literal["eager", "grouped", "sdpa", "flash_attention_2"] | None = None
-    """How attention is computed; null: as transformers chooses. On a CPU in bfloat16 eager can train faster; grouped, which
-    is eager without copies of keys and values that query heads share, a little faster still"""
+    """How attention is computed; null: as transformers chooses. On a CPU in bfloat16 eager can train faster,
+    and grouped (eager without copies of keys and values that query heads share) faster still"""
 
 
 class MethodSpec(_Section):
