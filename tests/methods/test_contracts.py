@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dyads.methods import Core
+from dyads.methods.mode import MoDE
 from dyads.ops import dyadic, dyadic_sum, fused, operands, plain
 from tiny import TASKS, Variant
 
@@ -86,9 +89,9 @@ def test_gradients_agree_with_finite_differences(variant: Variant, operator: Any
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1, 3, 2), (5, 7, 13, 11), (8, 16, 32, 24)])
-@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize(("scale", "in_place"), [(1.0, False), (0.3, False), (0.3, True)])
 def test_fused_equals_plain_in_every_dtype(
-    variant: Variant, shape: tuple[int, int, int, int], dtype: torch.dtype, scale: float
+    variant: Variant, shape: tuple[int, int, int, int], dtype: torch.dtype, scale: float, in_place: bool
 ) -> None:
     core, x, A, B, task = tiny(variant, *shape)
     x, A, B, onto = x.to(dtype), A.float(), B.float(), torch.randn(*shape[:2], shape[3]).to(dtype)
@@ -97,10 +100,13 @@ def test_fused_equals_plain_in_every_dtype(
     def run(operator: Any) -> list[Tensor]:
         leaves = [t.detach().clone().requires_grad_() for t in (x, A, B, onto)]
         core.zero_grad()
-        y = operator(*leaves[:3], core, task, scale=scale, onto=leaves[3])
+        more = {"in_place": in_place} if operator is fused else {}
+        base = leaves[3] * 1
+        y = operator(*leaves[:3], core, task, scale=scale, onto=base, **more)
+        assert (y.data_ptr() == base.data_ptr()) == bool(more.get("in_place"))
         y.backward(torch.ones_like(y))
         with torch.no_grad():
-            z = operator(x, A, B, core, task, scale=scale, onto=onto)
+            z = operator(x, A, B, core, task, scale=scale, onto=onto.clone(), **more)
         grads = [t.grad for t in (*leaves, *core.parameters())]
         assert all(g is not None for g in grads)
         return [y.detach(), z, *grads]  # type: ignore[list-item]
@@ -110,6 +116,42 @@ def test_fused_equals_plain_in_every_dtype(
         assert ours.dtype == theirs.dtype
         scale_of = theirs.abs().max().clamp(min=1)
         assert_close(ours / scale_of, theirs / scale_of, atol=tolerance, rtol=0)
+
+
+def test_an_override_does_not_inherit_the_gradients_of_another_gate() -> None:
+    class Sharp(MoDE):
+        def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
+            assert scores is not None
+            return super().select(h, 2 * scores, of_task)
+
+    class Doubled(MoDE):
+        def mix(self, h: Tensor, g: Tensor) -> Tensor:
+            return 2 * super().mix(h, g)
+
+    for kind in (Sharp, Doubled):
+        core = kind(5, 4, 3, 1).double()
+        torch.nn.init.normal_(core.router)
+        x, A, B = torch.randn(6, 5).double(), torch.randn(4, 5).double(), torch.randn(12, 3).double()
+        leaves = [t.requires_grad_() for t in (x, A, B, core.router)]
+        ours, theirs = (torch.autograd.grad(f(x, A, B, core).square().sum(), leaves) for f in (fused, dyadic))
+        assert_close(ours, theirs)
+
+
+def test_selective_checkpointing_finds_what_it_kept_unchanged(variant: Variant) -> None:
+    core, x, A, B, task = tiny(variant, 2, 3, 5, 4)
+    W = torch.randn(4, 5).double()
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+
+    def run(x: Tensor) -> Tensor:
+        return fused(x, A, B, core, task, onto=torch.nn.functional.linear(x, W), in_place=True)
+
+    def keep_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        product = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if product else CheckpointPolicy.PREFER_RECOMPUTE
+
+    kept = partial(create_selective_checkpoint_contexts, keep_products)
+    ours = torch.autograd.grad(checkpoint(run, x, use_reentrant=False, context_fn=kept).square().sum(), leaves)
+    assert_close(ours, torch.autograd.grad(run(x).square().sum(), leaves))
 
 
 def test_fused_follows_autocast_as_plain_does(variant: Variant) -> None:

@@ -238,3 +238,20 @@ def test_other_kinds_of_models_are_refused() -> None:
     own = tiny_model("llama")
     own.__class__ = Own
     assert refusal(own) == "it generates in its own way"
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_row_that_overflows_harms_no_other(attention: str) -> None:
+    model = model_of("llama", attention=attention)
+    model.get_input_embeddings().weight.data[5] = torch.nan
+    healthy = [
+        Question([token for token in question.prompt if token != 5], question.limit) for question in questions(shared=0)
+    ]
+    asked = [Question([5] * 30, 12), *healthy]  # the longest comes first, and leaves its slot to others
+    assert decode(model, asked, batch_size=2, eos=EOS, pad=PAD)[1:] == alone(model, healthy)
+
+
+def test_attention_that_was_not_tried_is_left_to_generate() -> None:
+    model = tiny_model("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    assert refusal(model) == "flash_attention_2 was not tried with it"

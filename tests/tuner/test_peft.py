@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from dyads.errors import ConfigError, MergeError
 from dyads.tuner import DyadsLayer
-from tiny import TARGETS, TASKS, Variant, batch, task_of, tiny_model
+from tiny import MLP, TARGETS, TASKS, Variant, batch, task_of, tiny_model
 
 KINDS = ["llama", "gpt2", "t5", "bert"]
 Q = ["q_proj", "v_proj"]
@@ -454,3 +454,39 @@ def test_adapter_names_are_refused(variant: Variant) -> None:
     model = adapted(variant)
     with pytest.raises(ConfigError, match="adapter_names is not supported by dyads: one adapter serves many tasks"):
         logits(model, variant, adapter_names=["default"] * 3)
+
+
+@pytest.mark.parametrize("watcher", ["hook", "global hook", "forward"])
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_what_others_hold_of_the_base_layer_stays_as_it_was(
+    variant: Variant, watcher: str, with_gradients: bool
+) -> None:
+    model = adapted(variant)
+    layer = next(m for m in model.modules() if isinstance(m, DyadsLayer))
+    base, held = layer.base_layer, []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if module is base:
+            held.append((output, nn.functional.linear(args[0], base.weight)))
+
+    undo: Any = None
+    if watcher == "hook":
+        base.register_forward_hook(keep)
+    elif watcher == "global hook":
+        undo = nn.modules.module.register_module_forward_hook(keep)
+    else:
+        plain = base.forward
+        base.forward = lambda x: held.append((plain(x), plain(x))) or held[-1][0]
+    try:
+        with torch.set_grad_enabled(with_gradients):
+            model(**batch("llama"), **task_of(variant.config(), "rte", "cola", "sst2"))
+    finally:
+        if undo is not None:
+            undo.remove()
+    (kept, expected), *_ = held
+    assert torch.equal(kept, expected)
+
+
+def test_shapes_can_be_asked_for_without_memory(variant: Variant) -> None:
+    model = get_peft_model(MLP(), variant.config(target_modules=["lin0", "lin1"])).to("meta")
+    assert model(torch.empty(3, 6, device="meta"), **task_of(variant.config(), "rte")).shape == (3, 2)

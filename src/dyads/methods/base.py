@@ -164,6 +164,8 @@ class Core(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.splits = cls.route is Core.route
+        if {"select", "mix"} & vars(cls).keys() and not {"gradients", "keeps_gates"} & vars(cls).keys():
+            cls.keeps_gates = False  # the gradients it inherits are another method's
 
     def router_rows(self) -> Tensor | None:
         """Weights W (s d) of scores that are linear in x; None where the gates do not look at x."""
@@ -174,7 +176,11 @@ class Core(nn.Module):
         return None
 
     def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
-        """Gates from h = A x (… p), scores W x (… s), and what the tasks gave."""
+        """Gates from h = A x (… p), scores W x (… s), and what the tasks gave.
+
+        It may run once more in backward, so it must give the same again and touch nothing: a gate with noise, or one
+        that keeps its scores for a loss, writes `route` instead.
+        """
         raise NotImplementedError
 
     keeps_gates: ClassVar[bool] = False

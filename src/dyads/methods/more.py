@@ -16,6 +16,7 @@ here yet: the linear scaling of low ranks and the contrastive loss.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -92,7 +93,8 @@ class MoRE(Core):
         Also inside autocast: training, evaluation and merging must choose the same rank where two are nearly tied.
         """
         wide = torch.promote_types(self.embedding.dtype, torch.float32)
-        with torch.autocast(self.embedding.device.type, enabled=False):
+        kind = self.embedding.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             return F.linear(self.embedding[task].to(wide), self.gate.weight.to(wide), self.gate.bias.to(wide))
 
     def ranks(self) -> Tensor:

@@ -2,7 +2,18 @@
 """What is computed? The operator `dyadic`, the slow double sum it must equal, and its fast path `fused`."""
 
 from dyads.ops.dyadic import Gating, dyadic
-from dyads.ops.fused import Operands, Splits, fused, operands, plain, product_dtype
+from dyads.ops.fused import Operands, Splits, autocast_dtype, fused, operands, plain, product_dtype
 from dyads.ops.oracle import dyadic_sum
 
-__all__ = ["Gating", "Operands", "Splits", "dyadic", "dyadic_sum", "fused", "operands", "plain", "product_dtype"]
+__all__ = [
+    "Gating",
+    "Operands",
+    "Splits",
+    "autocast_dtype",
+    "dyadic",
+    "dyadic_sum",
+    "fused",
+    "operands",
+    "plain",
+    "product_dtype",
+]

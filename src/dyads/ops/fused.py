@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dyads.ops.dyadic import Gating, dyadic
 
-__all__ = ["Operands", "Splits", "fused", "operands", "plain", "product_dtype"]
+__all__ = ["Operands", "Splits", "autocast_dtype", "fused", "operands", "plain", "product_dtype"]
 
 Operands = tuple[Tensor, Tensor]
 """[A; W] and B in the dtype of the product."""
@@ -75,6 +75,14 @@ def plain() -> Iterator[None]:
         _ENABLED = before
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives to products with x; None where it leaves them alone."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def product_dtype(x: Tensor, A: Tensor) -> torch.dtype:
     """The dtype of products without gradients: that of x, but fp32 for a few rows in half precision on a CPU."""
     if x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu" and _is_small(x, A.shape[0]):
@@ -117,8 +125,9 @@ def fused(
     """As `dyadic`, with the same shapes.
 
     `held` are `operands` in the `product_dtype`, made once for many calls without gradients; with gradients they are
-    not used. `in_place` lets the sum overwrite `onto`, where nobody else reads it. Gradients of gradients are refused
-    by PyTorch: take them inside `plain()`.
+    not used. `in_place` lets the sum overwrite `onto`, where nobody else reads it; a view (such as the output of a
+    biased layer for an input of three axes) is never overwritten. Gradients of gradients are refused by PyTorch: take
+    them inside `plain()`.
     """
     if (
         not _ENABLED
@@ -129,12 +138,11 @@ def fused(
     ):
         return dyadic(x, A, B, gating, task, scale=scale, onto=onto, inner=inner)
     gating = cast(Splits, gating)
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        with torch.autocast(kind, enabled=False):
-            x = x.to(torch.get_autocast_dtype(kind))
-            return _fused(x, A, B, gating, task, scale, onto, held, in_place)
-    return _fused(x, A, B, gating, task, scale, onto, held, in_place)
+    dtype = autocast_dtype(x)
+    if dtype is None:
+        return _fused(x, A, B, gating, task, scale, onto, held, in_place)
+    with torch.autocast(x.device.type, enabled=False):
+        return _fused(x.to(dtype), A, B, gating, task, scale, onto, held, in_place)
 
 
 def _fused(
@@ -148,7 +156,7 @@ def _fused(
     held: Operands | None,
     in_place: bool,
 ) -> Tensor:
-    in_place = in_place and onto is not None and onto.is_contiguous() and not onto._is_view()
+    in_place = in_place and onto is not None and onto.is_contiguous() and not onto._is_view() and _unwatched()
     of_task = gating.of_task(task)
     if torch.is_grad_enabled():
         W = gating.router_rows()
@@ -157,6 +165,11 @@ def _fused(
     h, scores = _split(_product(x.to(down.dtype), down), A.shape[0])
     u = gating.mix(h, gating.select(h, scores, of_task))
     return _up(u, up, scale, onto, x.dtype, in_place)
+
+
+def _unwatched() -> bool:
+    """Whether nobody looks on who may keep what an operation gave, as selective checkpointing does."""
+    return torch._C._len_torch_dispatch_stack() == 0
 
 
 def _product(x: Tensor, down: Tensor) -> Tensor:
@@ -197,7 +210,7 @@ class _Fused(torch.autograd.Function):
         g = gating.select(h, scores, of_task)
         y = _up(gating.mix(h, g), B.to(x.dtype), scale, onto, x.dtype, in_place)
         ctx.gates = None
-        if scores is not None and gating.keeps_gates:
+        if scores is not None and gating.keeps_gates and _unwatched():
             scores.copy_(g.reshape(scores.shape))
             ctx.gates = g.shape
         if in_place:

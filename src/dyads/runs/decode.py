@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How are many prompts answered greedily in the least time, with the answers that `generate` gives to each alone?
+"""How are many prompts answered greedily in the least time, as `generate` answers each alone (up to rounding)?
 
 - Answers end at different times. A row that ends leaves the batch at once, and when enough slots are free, the next
   prompts are read (prefilled) and join: one queue over all questions, so that no task waits for another's stragglers.
@@ -38,6 +38,8 @@ HARMLESS = {
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
 }
 """Generation settings that the call replaces, or that do not touch greedy decoding."""
+TRIED = ("eager", "sdpa", GROUPED)
+"""Ways of attention that are known to leave masked keys alone wherever they lie."""
 NEEDED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
 
 
@@ -68,6 +70,8 @@ def refusal(model: nn.Module) -> str | None:
         return f"its forward pass takes no {lacking[0]}"
     if not kind._supports_attention_backend:
         return "its attention is not transformers' common one"
+    if model.config._attn_implementation not in TRIED:
+        return f"{model.config._attn_implementation} was not tried with it"
     if odd := [type(x).__name__ for x in DynamicCache(config=config).layers if type(x) is not DynamicLayer]:
         return f"it keeps a {odd[0]} in its cache"
     ropes = getattr(config, "rope_parameters", None) or {}

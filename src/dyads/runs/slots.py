@@ -38,6 +38,8 @@ class _View:
     rows: slice = field(default_factory=lambda: slice(0))
     columns: slice = field(default_factory=lambda: slice(0))
     at: int = 0
+    new: bool = False
+    """Whether its rows are new: what the rows before them left in their slots is cleared."""
     prefix: Cache | None = None
     """Keys and values that all rows begin with."""
     starts: Sequence[int] = ()
@@ -67,6 +69,8 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
     def _put(self, name: str, new: Tensor) -> Tensor:
         view = self.view
         slots: Tensor = getattr(self, name)[view.rows]
+        if view.new:
+            slots.zero_()  # the NaN of a row that overflowed would reach the next one through its mask, as 0 · NaN
         slots[:, :, view.at : view.at + new.shape[2]] = new
         if view.prefix is not None:  # after the new, and so over the padding of shorter rows: no row has a gap
             shared = getattr(view.prefix.layers[self.index], name)[0]
@@ -110,7 +114,12 @@ class Slots(Cache):  # type: ignore[misc]
         if longest > self.end:
             self._lay_out(kept, longest)
         view.rows, view.columns = slice(n, n + len(lengths)), slice(self.end - longest, self.end)
-        view.at, view.prefix, view.starts = self.end - width, prefix, [self.end - length for length in lengths]
+        view.new, view.at, view.prefix, view.starts = (
+            True,
+            self.end - width,
+            prefix,
+            [self.end - length for length in lengths],
+        )
         self.mask[view.rows] = 0
         for slot, start in enumerate(view.starts, start=n):
             self.mask[slot, start : self.end] = 1
@@ -122,7 +131,8 @@ class Slots(Cache):  # type: ignore[misc]
         if self.end == view.width:
             self._lay_out(kept, 0)
         self.mask[:n, self.end] = 1
-        view.rows, view.columns, view.at, view.prefix = slice(n), slice(0, view.width), self.end, None
+        view.rows, view.columns, view.at = slice(n), slice(0, view.width), self.end
+        view.new, view.prefix = False, None
         self.end += 1
         return self.mask[:n]
 

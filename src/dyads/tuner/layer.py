@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dyads.errors import ConfigError, MergeError
 from dyads.methods.base import Core, DyadsConfig
-from dyads.ops import Operands, fused, operands, product_dtype
+from dyads.ops import Operands, autocast_dtype, fused, operands, product_dtype
 from dyads.tuner.routing import Routing
 
 __all__ = ["DyadsLayer"]
@@ -101,13 +101,19 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         kept = self.routing.operands
         if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
-        if torch.is_autocast_enabled(x.device.type):
-            return None  # the products have the dtype of autocast then
+        if autocast_dtype(x) is not None:
+            return None  # the products have another dtype then
         A = self.dyads_A[adapter]
         key = (id(self), adapter, product_dtype(x, A))
         if key not in kept:
             kept[key] = operands(A, self.dyads_B[adapter], self.core(adapter), key[2])
         return kept[key]
+
+    def _makes_new_outputs(self) -> bool:
+        """Whether nobody else can hold what the base layer returns: no hook, and no forward put in its place."""
+        base = self.base_layer
+        watched = base._forward_hooks or torch.nn.modules.module._global_forward_hooks or "forward" in vars(base)
+        return type(base) is nn.Linear and not watched
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters:
@@ -121,8 +127,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 self.routing.check_merged(adapter)
             return result
         dtype = result.dtype
-        # A plain linear layer makes a new tensor, which only hooks could have seen; other layers may keep theirs.
-        fresh = type(self.base_layer) is nn.Linear and not self.base_layer._forward_hooks
+        fresh = self._makes_new_outputs()
         for adapter in self.active_adapters:
             if adapter not in self.dyads_A:
                 continue
