@@ -102,8 +102,9 @@ def _locate(node: yaml.Node, path: KeyPath, source: str, origins: dict[KeyPath, 
             dotted = ".".join(map(str, (*path, name)))
             raise ConfigError(f"{source}:{line}: '{dotted}' is given twice (first in line {seen[name]})")
         seen[name] = line
-        origins[(*path, name)] = f"{source}:{line}"
-        _locate(value, (*path, name), source, origins, above)
+        place = (*path, name)
+        origins[place] = f"{source}:{line}"
+        _locate(value, place, source, origins, above)
 
 
 def of_overrides(overrides: Sequence[str], flag: str = "--set") -> Layer:
