@@ -7,6 +7,8 @@ coefficients a weight multiplies). Each function here is one stage of one kind.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,11 +28,27 @@ def select_softmax(scores: Tensor) -> Tensor:
     if scores.stride(-1) == 1:
         half = scores.dtype in (torch.float16, torch.bfloat16)
         return scores.softmax(-1, dtype=torch.float32 if half else None).to(scores.dtype)
-    # The fused operator lays tokens innermost. PyTorch would first copy that; here it is left as it lies. Along an axis
-    # that is not the last its kernels compute in fp32 by themselves.
-    order = sorted(range(scores.ndim), key=scores.stride, reverse=True)
-    back = sorted(range(scores.ndim), key=order.__getitem__)
-    return scores.permute(order).softmax(order.index(scores.ndim - 1)).permute(back)
+    # Along an axis that is not the last in memory PyTorch's kernels compute in fp32 by themselves.
+    return _as_it_lies(scores, Tensor.softmax)
+
+
+def _as_it_lies(t: Tensor, along: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """along(t, last axis), done in the order in which t lies in memory: the same numbers, laid out as t is.
+
+    The fused operator lays tokens innermost. For a softmax PyTorch would first copy that, and what a sum gives would be
+    laid out otherwise, at six times the cost (LOG.md, 2026-11-22).
+    """
+    order = sorted(range(t.ndim), key=t.stride, reverse=True)
+    back = sorted(range(t.ndim), key=order.__getitem__)
+    return along(t.permute(order), order.index(t.ndim - 1)).permute(back)
+
+
+def _sum(t: Tensor, *, keepdim: bool = False) -> Tensor:
+    """Sum over the last axis; where that is not the innermost one in memory, without changing the layout."""
+    if t.stride(-1) != 1:
+        t = _as_it_lies(t, lambda laid, axis: laid.sum(axis, keepdim=True))
+        return t if keepdim else t.squeeze(-1)
+    return t.sum(-1, keepdim=keepdim)
 
 
 def select_prefix(scores: Tensor) -> Tensor:
@@ -69,23 +87,27 @@ def combine_experts(h: Tensor, g: Tensor) -> Tensor:
 def softmax_group_gradients(h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of u = combine_groups(h, softmax(s)) for h and s, from g = softmax(s) and that for u; in fp32 or wider.
 
-        t = du ∘ g      dh = Σ_i t      c = Σ_j t ∘ h      ds = c − g Σ_i c
+        t = du ∘ g      dh = Σ_i t      ds = Σ_j h ∘ t − g Σ_j h ∘ dh
 
-    with i over the experts and j over the ranks of a group: c is g ∘ dg, all that the softmax asks for.
+    with i over the experts and j over the ranks of a group: Σ_j h ∘ t is g ∘ dg, and Σ_j h ∘ dh its sum over i.
     """
     wide = torch.promote_types(g.dtype, torch.float32)
     h, g, (groups, experts) = h.to(wide), g.to(wide), g.shape[-2:]
-    h = h.reshape(*h.shape[:-1], groups, h.shape[-1] // groups, 1)
-    t = du.to(wide).view(*h.shape[:-1], experts) * g.unsqueeze(-2)
-    c = (t * h).sum(-2) if h.shape[-2] > 1 else (t * h).squeeze(-2)
-    return t.sum(-1).flatten(-2), (c - g * c.sum(-1, keepdim=True)).flatten(-2)
+    h = h.reshape(*h.shape[:-1], groups, h.shape[-1] // groups, 1)  # (… K s 1)
+    t = du.to(wide).view(*h.shape[:-1], experts) * g.unsqueeze(-2)  # (… K s n)
+    dh = _sum(t, keepdim=True)
+    if h.shape[-2] == 1:
+        ds = torch.addcmul(t, g.unsqueeze(-2), dh, value=-1).mul_(h).squeeze(-2)
+    else:
+        ds = torch.addcmul(_sum((t * h).transpose(-1, -2)), g, _sum((h * dh).squeeze(-1), keepdim=True), value=-1)
+    return dh.flatten(-3), ds.flatten(-2)
 
 
 def softmax_expert_gradients(h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for combine_experts(h, softmax(s)), with j over the ranks of an expert: dh is t itself."""
+    """The same for combine_experts(h, softmax(s)), with j over the ranks of an expert: dh is t = du ∘ g itself."""
     wide = torch.promote_types(g.dtype, torch.float32)
     h, g, experts = h.to(wide), g.to(wide), g.shape[-1]
     h = h.reshape(*h.shape[:-1], experts, h.shape[-1] // experts)
     t = du.to(wide).view(h.shape) * g.unsqueeze(-1)
-    c = (t * h).sum(-1)
-    return t.flatten(-2), c - g * c.sum(-1, keepdim=True)
+    c = _sum(t * h)
+    return t.flatten(-2), torch.addcmul(c, g, _sum(c, keepdim=True), value=-1)

@@ -200,43 +200,51 @@ def _up(u: Tensor, up: Tensor, scale: float, onto: Tensor | None, dtype: torch.d
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps x, h with the scores or gates, and references to the weights; forms everything else again."""
+    """Keeps x, h with the scores or gates, and the weights; forms everything else again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, W: Tensor | None, B: Tensor, of_task: Tensor | None,
                 onto: Tensor | None, gating: Splits, scale: float, in_place: bool) -> Tensor:  # fmt: skip
-        z = _product(x, _down(A, W, x.dtype))
-        h, scores = _split(z, A.shape[0])
+        down, up = _down(A, W, x.dtype), B.to(x.dtype)
+        kept = _product(x, down)
+        h, scores = _split(kept, A.shape[0])
         g = gating.select(h, scores, of_task)
-        y = _up(gating.mix(h, g), B.to(x.dtype), scale, onto, x.dtype, in_place)
-        ctx.gates = None
+        y = _up(gating.mix(h, g), up, scale, onto, x.dtype, in_place)
+        gates = None
         if scores is not None and gating.keeps_gates and _unwatched():
-            scores.copy_(g.reshape(scores.shape))
-            ctx.gates = g.shape
+            # Kept are h and the gates, not the scores: whichever of h and the gates is smaller is copied.
+            if h.shape[-1] < scores.shape[-1]:
+                kept, gates = h.clone(), g
+            else:
+                gates = scores.copy_(g.reshape(scores.shape)).view(g.shape)
         if in_place:
             ctx.mark_dirty(onto)
-        ctx.save_for_backward(x, z, A, W, B, of_task)
+        # Casts are small beside x, and cost two passes over the weights. In the dtype of x there are none to keep.
+        casts = (None, None) if A.dtype == x.dtype else (down, up)
+        ctx.save_for_backward(x, kept, gates, A, W, B, of_task, *casts)
         ctx.gating, ctx.scale = gating, scale
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, z, A, W, B, of_task = ctx.saved_tensors
+        x, kept, gates, A, W, B, of_task, down, up = ctx.saved_tensors
         need_x, need_A, need_W, need_B, need_task, need_onto = ctx.needs_input_grad[:6]
         p, (q, o), dtype = A.shape[0], B.shape, x.dtype
+        s = 0 if W is None else W.shape[0]
         flat = dy.to(dtype).reshape(-1, o)
         if ctx.scale != 1.0:
             flat = flat * ctx.scale
-        du = (B.to(dtype) @ flat.t()).t().view(*z.shape[:-1], q)  # tokens innermost, as in z
-        dz, d_task = torch.empty_like(z), None
-        h, scores = _split(z, p)
-        if ctx.gates is not None:
-            g = cast(Tensor, scores).view(ctx.gates)
-            u = ctx.gating.mix(h, g)
-            dz[..., :p], dz[..., p:] = ctx.gating.gradients(h, g, du)
+        up = B.to(dtype) if up is None else up
+        du = (up @ flat.t()).t().view(*x.shape[:-1], q)  # tokens innermost
+        dz, d_task = du.new_empty(p + s, flat.shape[0]), None
+        if gates is not None:
+            h = kept[..., :p]
+            u = ctx.gating.mix(h, gates)
+            d_h, d_scores = ctx.gating.gradients(h, gates, du)
         else:
             with torch.enable_grad():
+                h, scores = _split(kept, p)
                 h = h.detach().requires_grad_()
                 scores = None if scores is None else scores.detach().requires_grad_()
                 if of_task is not None:
@@ -246,18 +254,18 @@ class _Fused(torch.autograd.Function):
             # A gate that does not depend on one of them has the gradient zero there, not none.
             grads = list(torch.autograd.grad(u, inputs, du, allow_unused=True, materialize_grads=True))
             d_task = grads.pop() if need_task else None
-            dz[..., :p] = grads[0]
-            if scores is not None:
-                dz[..., p:] = grads[1]
+            d_h, d_scores = grads[0], grads[-1]
             u = u.detach()
-        dz = dz.reshape(-1, z.shape[-1])
+        dz[:p] = d_h.reshape(-1, p).t()
+        if s:
+            dz[p:] = d_scores.reshape(-1, s).t()
         dx = dA = dW = dB = None
         if need_B:
             dB = (u.reshape(-1, q).t() @ flat).to(B.dtype)
         if need_A or need_W:
-            down = dz.t() @ x.reshape(-1, x.shape[-1])
-            dA = down[:p].to(A.dtype) if need_A else None
-            dW = down[p:].to(W.dtype) if need_W else None
+            d_down = dz @ x.reshape(-1, x.shape[-1])
+            dA = d_down[:p].to(A.dtype) if need_A else None
+            dW = d_down[p:].to(W.dtype) if need_W else None
         if need_x:
-            dx = (dz @ _down(A, W, dtype)).view(x.shape)
+            dx = (dz.t() @ (_down(A, W, dtype) if down is None else down)).view(x.shape)
         return dx, dA, dW, dB, d_task, dy if need_onto else None, None, None, None
