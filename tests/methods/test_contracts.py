@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dyads.methods import Core
 from dyads.methods.mode import MoDE
-from dyads.ops import dyadic, dyadic_sum, fused, operands, plain
+from dyads.ops import Held, dyadic, dyadic_sum, fused, plain
 from tiny import TASKS, Variant
 
 # Ones and primes on purpose: an axis that is confused with another must show.
@@ -167,14 +167,18 @@ def test_fused_follows_autocast_as_plain_does(variant: Variant) -> None:
         assert_close(ours.float(), theirs.float(), atol=0.05 * float(theirs.abs().max()), rtol=0)
 
 
-def test_matrices_made_before_serve_without_gradients(variant: Variant) -> None:
+def test_operators_held_for_many_calls_give_what_fused_gives(variant: Variant) -> None:
     core, x, A, B, task = tiny(variant, 2, 3, 4, 5)
     with torch.no_grad():
-        held = operands(A, B, core, x.dtype)
-        assert torch.equal(fused(x, A, B, core, task, held=held), fused(x, A, B, core, task))
-    stale = tuple(torch.full_like(t, torch.nan) for t in held)
-    with_gradients = fused(x, A.requires_grad_(), B, core, task, held=stale)
-    assert torch.isfinite(with_gradients).all()
+        held = Held(A, B, core, scale=0.5)
+        for rows in (x, x.bfloat16(), x.expand(40, *x.shape).reshape(-1, *x.shape[1:])):
+            tasks = task if task is None else task.repeat(len(rows) // len(x))
+            onto = torch.randn(*rows.shape[:-1], 5, dtype=rows.dtype)
+            expected = fused(rows, A, B, core, tasks, scale=0.5, onto=onto)
+            assert_close(held(rows, tasks, onto=onto), expected)
+            with plain():
+                assert_close(held(rows, tasks, onto=onto), dyadic(rows, A, B, core, tasks, scale=0.5, onto=onto))
+            assert_close(held(rows, tasks, onto=onto, in_place=True), expected)
 
 
 def test_fused_can_be_switched_off(variant: Variant) -> None:

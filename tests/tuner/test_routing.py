@@ -424,7 +424,7 @@ def test_generate_joins_weights_once_and_sees_every_change_before_it(variant: Va
     layer = next(m for m in model.modules() if isinstance(m, DyadsLayer))
     inputs = {**batch("llama"), **task_of(variant.config(), "rte", "cola", "sst2")}
     seen: list[dict[Any, Any] | None] = []
-    layer.register_forward_hook(lambda *_: seen.append(layer.routing.operands))
+    layer.register_forward_hook(lambda *_: seen.append(layer.routing.held))
 
     def logits() -> Tensor:
         out = model.generate(
@@ -436,7 +436,7 @@ def test_generate_joins_weights_once_and_sees_every_change_before_it(variant: Va
     assert len(seen) == 3
     assert all(kept is seen[0] for kept in seen)
     assert len(seen[0] or ()) == 2  # one adapter in each of two layers
-    assert layer.routing.operands is None
+    assert layer.routing.held is None
     for parameter in (layer.dyads_A["default"], layer.dyads_B["default"]):
         parameter.data.mul_(-3)  # past autograd, which would not count it as a change
     second = logits()

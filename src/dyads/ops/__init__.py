@@ -2,18 +2,16 @@
 """What is computed? The operator `dyadic`, the slow double sum it must equal, and its fast path `fused`."""
 
 from dyads.ops.dyadic import Gating, dyadic
-from dyads.ops.fused import Operands, Splits, autocast_dtype, fused, operands, plain, product_dtype
+from dyads.ops.fused import Held, Splits, autocast_dtype, fused, plain
 from dyads.ops.oracle import dyadic_sum
 
 __all__ = [
     "Gating",
-    "Operands",
+    "Held",
     "Splits",
     "autocast_dtype",
     "dyadic",
     "dyadic_sum",
     "fused",
-    "operands",
     "plain",
-    "product_dtype",
 ]

@@ -26,16 +26,14 @@ from torch import Tensor
 
 from dyads.ops.dyadic import Gating, dyadic
 
-__all__ = ["Operands", "Splits", "autocast_dtype", "fused", "operands", "plain", "product_dtype"]
-
-Operands = tuple[Tensor, Tensor]
-"""[A; W] and B in the dtype of the product."""
+__all__ = ["Held", "Splits", "fused", "plain"]
 
 _ENABLED = True  # see `plain`
 
 # Decoding is made of products with few rows. On a CPU, half precision costs about 40 µs before it starts; in that time
 # fp32 does about this many multiplications (LOG.md, 2026-11-22).
 _SMALL_PRODUCT = 2**21
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class Splits(Gating, Protocol):
@@ -83,21 +81,8 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
-def product_dtype(x: Tensor, A: Tensor) -> torch.dtype:
-    """The dtype of products without gradients: that of x, but fp32 for a few rows in half precision on a CPU."""
-    if x.dtype in (torch.bfloat16, torch.float16) and x.device.type == "cpu" and _is_small(x, A.shape[0]):
-        return torch.float32
-    return x.dtype
-
-
 def _is_small(x: Tensor, rows: int) -> bool:
     return x.numel() * rows <= _SMALL_PRODUCT
-
-
-def operands(A: Tensor, B: Tensor, gating: Gating, dtype: torch.dtype) -> Operands:
-    """The two matrices of the fused operator, to be kept while the weights stay as they are."""
-    W = cast(Splits, gating).router_rows() if getattr(gating, "splits", False) else None
-    return _down(A, W, dtype), B.to(dtype)
 
 
 def _down(A: Tensor, W: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -119,15 +104,13 @@ def fused(
     scale: float = 1.0,
     onto: Tensor | None = None,
     inner: Tensor | None = None,
-    held: Operands | None = None,
     in_place: bool = False,
 ) -> Tensor:
     """As `dyadic`, with the same shapes.
 
-    `held` are `operands` in the `product_dtype`, made once for many calls without gradients; with gradients they are
-    not used. `in_place` lets the sum overwrite `onto`, where nobody else reads it; a view (such as the output of a
-    biased layer for an input of three axes) is never overwritten. Gradients of gradients are refused by PyTorch: take
-    them inside `plain()`.
+    `in_place` lets the sum overwrite `onto`, where nobody else reads it; a view (such as the output of a biased layer
+    for an input of three axes) is never overwritten. Gradients of gradients are refused by PyTorch: take them inside
+    `plain()`.
     """
     if (
         not _ENABLED
@@ -140,9 +123,9 @@ def fused(
     gating = cast(Splits, gating)
     dtype = autocast_dtype(x)
     if dtype is None:
-        return _fused(x, A, B, gating, task, scale, onto, held, in_place)
+        return _fused(x, A, B, gating, task, scale, onto, in_place)
     with torch.autocast(x.device.type, enabled=False):
-        return _fused(x.to(dtype), A, B, gating, task, scale, onto, held, in_place)
+        return _fused(x.to(dtype), A, B, gating, task, scale, onto, in_place)
 
 
 def _fused(
@@ -153,18 +136,64 @@ def _fused(
     task: Tensor | None,
     scale: float,
     onto: Tensor | None,
-    held: Operands | None,
     in_place: bool,
 ) -> Tensor:
-    in_place = in_place and onto is not None and onto.is_contiguous() and not onto._is_view() and _unwatched()
+    in_place = in_place and _can_be_overwritten(onto)
     of_task = gating.of_task(task)
     if torch.is_grad_enabled():
         W = gating.router_rows()
         return cast(Tensor, _Fused.apply(x, A, W, B, of_task, onto, gating, scale, in_place))  # type: ignore[no-untyped-call]
-    down, up = held or operands(A, B, gating, product_dtype(x, A))
+    down, up = _down(A, gating.router_rows(), _cheap_dtype(x, max(A.shape[0], B.shape[0]))), B
     h, scores = _split(_product(x.to(down.dtype), down), A.shape[0])
     u = gating.mix(h, gating.select(h, scores, of_task))
-    return _up(u, up, scale, onto, x.dtype, in_place)
+    return _up(u, up.to(down.dtype), scale, onto, x.dtype, in_place)
+
+
+def _cheap_dtype(x: Tensor, rows: int) -> torch.dtype:
+    """The dtype of products without gradients: that of x, but fp32 for a few rows in half precision on a CPU."""
+    return torch.float32 if x.device.type == "cpu" and x.dtype in _HALF and _is_small(x, rows) else x.dtype
+
+
+def _can_be_overwritten(onto: Tensor | None) -> bool:
+    return onto is not None and onto.is_contiguous() and not onto._is_view() and _unwatched()
+
+
+class Held:
+    """The operator for weights that stay as they are and ask for no gradients: joined and cast once for many calls.
+
+    Decoding consists of such calls, of few rows each, in which every operation counts. `held(x, task, onto=…)` is
+    `fused(x, A, B, gating, task, scale=…, onto=…)`; it serves while gradients and autocast are off, and it is on its
+    user to drop it when the weights change.
+    """
+
+    __slots__ = ("A", "B", "_made", "_rows", "_splits", "core", "scale")
+
+    def __init__(self, A: Tensor, B: Tensor, gating: Gating, scale: float) -> None:
+        self.A, self.B, self.core, self.scale = A, B, cast(Any, gating), scale
+        self._splits = getattr(gating, "splits", False)
+        self._rows = max(A.shape[0], B.shape[0])
+        self._made: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+
+    def __call__(
+        self, x: Tensor, task: Tensor | None = None, *, onto: Tensor | None = None, in_place: bool = False
+    ) -> Tensor:
+        if not _ENABLED or not self._splits:
+            return dyadic(x, self.A, self.B, self.core, task, scale=self.scale, onto=onto)
+        core = self.core
+        dtype = _cheap_dtype(x, self._rows)
+        down, up = self._made.get(dtype) or self._make(dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        # As in `_product`: the tokens innermost where they are many.
+        z = torch.mm(rows, down) if _is_small(x, self._rows) else torch.mm(down.t(), rows.t()).t()
+        h, scores = _split(z.view(*x.shape[:-1], down.shape[1]), self.A.shape[0])
+        u = core.mix(h, core.select(h, scores, core.of_task(task)))
+        return _up(u, up, 1.0, onto, x.dtype, in_place and _can_be_overwritten(onto))
+
+    def _make(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """[A; W]ᵀ and scale · B."""
+        down = _down(self.A, self.core.router_rows(), dtype).t().contiguous()
+        made = self._made[dtype] = (down, (self.B * self.scale).to(dtype) if self.scale != 1.0 else self.B.to(dtype))
+        return made
 
 
 def _unwatched() -> bool:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dyads.errors import ConfigError, MergeError
 from dyads.methods.base import Core, DyadsConfig
-from dyads.ops import Operands, autocast_dtype, fused, operands, product_dtype
+from dyads.ops import Held, autocast_dtype, fused
 from dyads.tuner.routing import Routing
 
 __all__ = ["DyadsLayer"]
@@ -91,23 +91,25 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def core(self, adapter: str) -> Core:
         return self.dyads_core[adapter]  # type: ignore[return-value]
 
-    def _task(self, adapter: str, x: Tensor) -> Tensor | None:
-        if "task" not in self.core(adapter).looks_at:
-            return None
-        return self.routing.ids(adapter, x)
+    def _task(self, adapter: str, core: Core, x: Tensor) -> Tensor | None:
+        return self.routing.ids(adapter, x) if "task" in core.looks_at else None
 
-    def _operands(self, adapter: str, x: Tensor) -> Operands | None:
-        """The adapter's matrices for a product with x, made once while the weights are known to stay as they are."""
-        kept = self.routing.operands
-        if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def _held(self, x: Tensor) -> list[tuple[str, Held]] | None:
+        """The adapters' operators for as long as weights are known to stay as they are; None where they may change."""
+        kept = self.routing.held
+        if kept is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if autocast_dtype(x) is not None:
             return None  # the products have another dtype then
-        A = self.dyads_A[adapter]
-        key = (id(self), adapter, product_dtype(x, A))
-        if key not in kept:
-            kept[key] = operands(A, self.dyads_B[adapter], self.core(adapter), key[2])
-        return kept[key]
+        held = []
+        for adapter in self.active_adapters:
+            operator = kept.get((id(self), adapter))
+            if operator is None and adapter in self.dyads_A:
+                A, B = self.dyads_A[adapter], self.dyads_B[adapter]
+                operator = kept[id(self), adapter] = Held(A, B, self.core(adapter), self.scaling[adapter])
+            if operator is not None:
+                held.append((adapter, operator))
+        return held
 
     def _makes_new_outputs(self) -> bool:
         """Whether nobody else can hold what the base layer returns: no hook, and no forward put in its place."""
@@ -128,20 +130,25 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             return result
         dtype = result.dtype
         fresh = self._makes_new_outputs()
+        held = self._held(x)
+        if held is not None:
+            for adapter, operator in held:
+                task = self._task(adapter, operator.core, x)
+                result = operator(x, task, onto=result, in_place=fresh)
+            return result
         for adapter in self.active_adapters:
             if adapter not in self.dyads_A:
                 continue
-            dropout = self.dyads_dropout[adapter]
+            core, dropout = self.core(adapter), self.dyads_dropout[adapter]
             result = fused(
                 x,
                 self.dyads_A[adapter],
                 self.dyads_B[adapter],
-                self.core(adapter),
-                self._task(adapter, x),
+                core,
+                self._task(adapter, core, x),
                 scale=self.scaling[adapter],
                 onto=result,
                 inner=dropout(x) if dropout.training and not isinstance(dropout, nn.Identity) else None,
-                held=self._operands(adapter, x),
                 in_place=fresh,
             )
         return result.to(dtype)
@@ -180,7 +187,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         A, B, core = self.dyads_A[adapter], self.dyads_B[adapter], self.core(adapter)
         wide = torch.promote_types(A.dtype, torch.float32)
         probe = torch.zeros(1, self.in_features, dtype=wide, device=A.device)
-        g = core.route(probe @ A.to(wide).T, probe, self._task(adapter, probe))
+        g = core.route(probe @ A.to(wide).T, probe, self._task(adapter, core, probe))
         G = core.matrix(g.to(wide)).reshape(core.q, core.p)
         delta = self.scaling[adapter] * (B.to(wide).T @ G @ A.to(wide))
         oriented: Tensor = delta.T if self.fan_in_fan_out else delta
@@ -198,7 +205,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             weight.data = merged
             self.merged_adapters.append(name)
-            task = self._task(name, weight.data.new_zeros(1, 1))
+            task = self._task(name, self.core(name), weight.data.new_zeros(1, 1))
             self._merged_delta_task[name] = task
             if task is not None:
                 self.routing.merged[name] = int(task)

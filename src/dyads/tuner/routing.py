@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dyads.errors import RoutingError, did_you_mean
-from dyads.ops import Operands
+from dyads.ops import Held
 
 __all__ = ["Routing", "RoutingState", "TaskLike", "use_task"]
 
@@ -130,8 +130,8 @@ class Routing:
         self.state: RoutingState | None = None
         self.ambient: RoutingState | None = None
         """What holds where no `task=` is given: set inside `using`, for instance while generating."""
-        self.operands: dict[tuple[int, str, torch.dtype], Operands] | None = None
-        """The layers' matrices by layer, adapter and dtype, while weights do not change (`frozen_weights`)."""
+        self.held: dict[tuple[int, str], Held] | None = None
+        """The operators by layer and adapter, while weights do not change (`frozen_weights`)."""
         self._outer: list[RoutingState | None] = []
         self._undo: list[Callable[[], None]] = []
 
@@ -151,12 +151,12 @@ class Routing:
 
         For the many small forward passes of decoding; it holds without gradients only.
         """
-        before = self.operands
-        self.operands = {} if before is None else before
+        before = self.held
+        self.held = {} if before is None else before
         try:
             yield
         finally:
-            self.operands = before
+            self.held = before
 
     def ids(self, adapter: str, x: Tensor) -> Tensor:
         """The task of every row (first axis) of a layer's input, on its device; a single row for a vector.
