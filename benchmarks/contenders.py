@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,16 +93,22 @@ SMOLLM2 = Setting(
         "lora-64": Contender("PEFT LoRA r=64", "lora", {"r": 64}),
         "lora-rank": Contender("PEFT LoRA of equal rank", "lora", {"r": 4}),
         **_RIVALS,
+        # Its decoding, some two tokens a second, would take longer than all the rest; the smaller setting has it.
+        "xlora": replace(_RIVALS["xlora"], questions=("step", "forward")),
         "mode-16x4": Contender("MoDE 16×4", "mode", {"r": 4, "num_experts": 16}),
+        "mode-bf16": Contender(
+            "MoDE 16×4, bf16 adapters", "mode", {"r": 4, "num_experts": 16, "autocast_adapter_dtype": False}
+        ),
         "mode-grouped": Contender("MoDE, rank 16 in groups of 4", "mode", {"r": 16, "group_size": 4}, "num_experts"),
         "molora": Contender("MoLORA, 8 experts", "molora", {"num_experts": 8}, solve="r"),
         **_OURS,
         "mode-4x4": Contender("MoDE of rank 4, 4 experts", "mode", {"r": 4, "num_experts": 4}, questions=("step",)),
         "mode-64x4": Contender("MoDE of rank 4, 64 experts", "mode", {"r": 4, "num_experts": 64}, questions=("step",)),
     },
+    repeats={"step": 1, "forward": 1, "decode": 1},
     groups={
-        "main": ("lora", "mode-16x4", "lora-bf16", "mode-grouped", "lora-rank", "frozen"),
-        "family": ("lora", "molora", "molora-sd", "mode-4x4", "mode-16x4", "mode-64x4"),
+        "main": ("lora", "mode-16x4", "lora-bf16", "mode-bf16", "mode-grouped", "frozen"),
+        "family": ("lora", "lora-rank", "molora", "molora-sd", "mode-4x4", "mode-64x4"),
         "tasks": ("lora", "lora-64", "more", "more-mixed", "more-merged", "frozen"),
         "rivals": ("lora", "mode-16x4", "poly", "mhr", "xlora", "arrow"),
     },
@@ -279,8 +285,9 @@ def build(setting: Setting, contender: Contender, out: Path) -> Any:
     else:
         from dyads.methods import build_config
 
-        merged = options.pop("merged", False)
-        model = get_peft_model(base, build_config(contender.builder, {**options, **common}))
+        merged, autocast = options.pop("merged", False), options.pop("autocast_adapter_dtype", True)
+        config = build_config(contender.builder, {**options, **common})
+        model = get_peft_model(base, config, autocast_adapter_dtype=autocast)
         if merged:
             _start(model)
             return model.merge_and_unload(task=0)
