@@ -26,13 +26,12 @@ class WorkerError(Exception):
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """Fixed threads that do not spin while they wait, no network, and this checkout first on the path."""
+    """Fixed threads, no network, and this checkout first on the path; how threads wait is left as users have it."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     fixed = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     return {
         **os.environ,
         **fixed,
-        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": path,
