@@ -22,12 +22,13 @@ from rich.console import Console
 
 from benchmarks import page, startup
 from benchmarks.contenders import SETTINGS, Contender, resolved
+from benchmarks.profile import PROFILED
 from benchmarks.rounds import ROOT, Worker, WorkerError, measure_group, rotated
 from benchmarks.scoring import LABELS as SCORING_LABELS
 from benchmarks.training import LABELS as TRAINING_LABELS
 from benchmarks.training import SNI
 
-PARTS = ("smollm2", "llama", "training", "scoring", "startup", "tiny")
+PARTS = ("smollm2", "llama", "profile", "training", "scoring", "startup", "tiny")
 DOCS = ROOT / "docs" / "benchmarks.md"
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
 
@@ -71,8 +72,9 @@ def main(
 ) -> None:
     """Measure dyads beside its rivals: PEFT's LoRA, Poly, MHR, X-LoRA and Arrow, and TRL's SFTTrainer.
 
-    Step time, forward time, greedy decoding, bytes kept for backward, peak memory and trainable parameters; then whole
-    training runs, scoring and start-up. TRL is needed for the part `training` only (`pip install trl`).
+    Step time, forward time, greedy decoding, bytes kept for backward, peak memory and trainable parameters; where a
+    step's time goes; then whole training runs, scoring and start-up. TRL is needed for the part `training` only (`pip
+    install trl`).
     """
     console = Console(width=None if os.isatty(1) else 100)
 
@@ -94,6 +96,8 @@ def main(
         for part in chosen:
             if part in SETTINGS:
                 _setting(part, keep, only=only, rounds=rounds, attention=attention, say=say)
+            elif part == "profile":
+                _profile(keep, rounds=rounds, say=say)
             elif part == "training":
                 _gate({"mode-16x4": SETTINGS["smollm2"].contenders["mode-16x4"]}, dtype="bfloat16", width=576, say=say)
                 _training(keep, rounds=run_rounds, quick=quick, sni=sni, attention=attention or "eager", say=say)
@@ -177,6 +181,23 @@ def _gate(contenders: dict[str, Contender], *, dtype: str, width: int, say: Call
         check(contenders, dtype=dtype, width=width, say=say)
     except GateError as error:
         raise click.ClickException(f"nothing is measured, because a result is wrong – {error}") from error
+
+
+def _profile(keep: _Keeper, *, rounds: int, say: Callable[[str], None]) -> None:
+    for name in PROFILED:
+
+        def measure(name: str = name) -> dict[str, Any]:
+            job = {"setting": name, "rounds": rounds, "out": str(keep.out)}
+            worker = Worker("benchmarks.profile", job, SETTINGS[name].threads, _log(keep, f"profile-{name}"))
+            try:
+                return worker.read()
+            except WorkerError as failed:
+                say(f"profile of {name} failed: {failed}")
+                return {"facts": {}, "rounds": [], "errors": {name: str(failed)}}
+            finally:
+                worker.close()
+
+        keep("profile", name, {"rounds": rounds}, measure)
 
 
 def _training(

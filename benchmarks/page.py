@@ -19,6 +19,7 @@ from rich.table import Table
 
 from benchmarks.bars import BARS, Bar
 from benchmarks.contenders import SETTINGS
+from benchmarks.profile import KINDS, PROFILED
 from benchmarks.training import LABELS as TRAINING_LABELS
 
 MEGA = 1e6
@@ -164,6 +165,38 @@ def scoring(results: list[dict[str, Any]]) -> str:
     return ""
 
 
+def profiles(results: list[dict[str, Any]]) -> dict[str, list[tuple[str, ...]]]:
+    """By setting: (side, step, ratio, floor, ratio of the floor, milliseconds by kind of work …) of every side.
+
+    The floor is the step of the frozen model in the same round, with gradients to its input, plus the products alone.
+    """
+    tables: dict[str, list[tuple[str, ...]]] = {}
+    for group in of_part(results, "profile"):
+        rounds = [r["step"] for r in group["rounds"]]
+        if not rounds:
+            continue
+        reference = PROFILED[group["group"]][0]
+        rows: list[tuple[str, ...]] = []
+        for name, facts in group["facts"].items():
+            alone = facts.get("products")
+            step = Spread.of([r[name] * 1e3 for r in rounds])
+            ratio = Spread.of([r[name] / r[reference] for r in rounds])
+            floors = None if alone is None else Spread.of([(r["frozen"] + alone) / r[reference] for r in rounds])
+            rows.append(
+                (
+                    facts["label"],
+                    f"{step.median:,.0f}",
+                    ratio.text(),
+                    "–" if alone is None else f"{alone * 1e3:,.0f}",
+                    "–" if floors is None else floors.text(),
+                    *(f"{facts['split'][kind]:,.0f}" for kind in KINDS),
+                )
+            )
+        tables[group["group"]] = rows
+    return tables
+
+
+PROFILE_HEADS = ("side", "step, ms", "÷ the first", "its products alone, ms", "floor ÷ the first", *KINDS)
 CONTENDER_HEADS = ("contender", "parameters", *HEADS.values(), "peak above frozen, MB")
 
 
@@ -191,6 +224,11 @@ def to_terminal(results: list[dict[str, Any]], console: Console) -> None:
         console.print(table)
         for line in failures(results, part):
             console.print(line, markup=False)
+    for name, rows in profiles(results).items():
+        table = Table(*PROFILE_HEADS[:5], title=f"where the time of a step goes: {name}")
+        for row in rows:
+            table.add_row(*row[:5])
+        console.print(table)
     if rows := training(results):
         table = Table("side", "parameters", "tokens", "examples/s", "÷ TRL", title="a whole training run")
         for row in rows:
@@ -251,6 +289,14 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
             *_markdown(CONTENDER_HEADS, contenders(results, part)),
         ]
         lines += [text for line in failures(results, part) for text in ("", line)]
+    for name, table in profiles(results).items():
+        about = (
+            f"{SETTINGS[name].title}. All sides in one process, {len(of_part(results, 'profile')[0]['rounds'])} rounds."
+            " The floor of an adapter is the step of the frozen model with gradients to its input, plus the six matrix"
+            " products of every adapted layer timed alone: no gates, sums, casts, optimizer or Python. Right of it, the"
+            " milliseconds of a step by kind of work, as the profiler sees them."
+        )
+        lines += ["", f"## Where the time of a step goes: {name}", "", about, "", *_markdown(PROFILE_HEADS, table)]
     if rows := training(results):
         facts = of_part(results, "training")[0]["settings"]
         families = {f["family"] for f in of_part(results, "training")[0]["facts"].values()}

@@ -18,7 +18,7 @@ from benchmarks.measure import Bench
 from benchmarks.rounds import measure_group, rotated
 from click.testing import CliRunner
 
-from benchmarks import page, startup
+from benchmarks import page, profile, startup
 from dyads.tuner.layer import DyadsLayer
 
 MODE = {"mode-16x4": TINY.contenders["mode-16x4"]}
@@ -171,6 +171,30 @@ def test_the_page_has_tables_and_verdicts_and_names_no_machine() -> None:
     assert "| MoDE 16×4 | 9 | 0.90 | – | 0.90 | 1.00 | – |" in text
     assert "1.00 is PEFT LoRA, equal parameters: 2.000 s a step, 100 tokens/s" in text
     assert platform.node() not in text
+
+
+def test_a_profile_counts_all_work_once_and_its_floor_is_below_the_step(tmp_path: Path) -> None:
+    bench = Bench(TINY, MODE["mode-16x4"], tmp_path)
+    found = profile.split(bench.step)
+    assert set(found) == set(profile.KINDS)
+    assert found["matrix products"] > 0
+    layers = profile.shapes(bench.model)
+    core = next(m for m in bench.model.modules() if isinstance(m, DyadsLayer)).core("default")
+    assert {(rows_down, rows_up) for _, _, rows_down, rows_up in layers} == {(core.p + len(core.router_rows()), core.q)}
+    assert sum(layers.values()) == sum(isinstance(m, DyadsLayer) for m in bench.model.modules())
+    assert 0 < (profile.products(bench.model, 8, torch.float32) or 0) < 1
+    assert profile.products(torch.nn.Linear(2, 2), 8, torch.float32) is None
+
+
+def test_the_floor_of_an_adapter_is_taken_within_a_round() -> None:
+    facts = {
+        n: {"label": n, "split": dict.fromkeys(profile.KINDS, 1.0), "products": 0.5} for n in ("lora-bf16", "mode-16x4")
+    }
+    facts["frozen"] = {"label": "frozen", "split": dict.fromkeys(profile.KINDS, 1.0)}
+    rounds = [{"step": {"lora-bf16": 2.0 * s, "mode-16x4": 3.0 * s, "frozen": 1.5 * s}} for s in (1.0, 1.0)]
+    rows = page.profiles([{"part": "profile", "group": "smollm2", "facts": facts, "rounds": rounds, "errors": {}}])
+    assert rows["smollm2"][1][:5] == ("mode-16x4", "3,000", "1.50 (1.50–1.50)", "500", "1.00 (1.00–1.00)")
+    assert rows["smollm2"][2][3:5] == ("–", "–")
 
 
 def test_startup_is_measured_in_fresh_processes() -> None:

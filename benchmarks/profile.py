@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where does the time of a training step go, and how short could it be?
+
+The *floor* of an adapter is the step of the frozen model, with gradients down to its input, plus the matrix products
+that an adapter of these shapes cannot do without: two forward, four backward, timed alone. What lies above it is gates,
+sums, casts, copies and Python.
+
+`python -m benchmarks.profile JOB` measures the contenders of a setting interleaved in one process, and answers with one
+line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.contenders import SETTINGS, Contender, Setting, resolved
+from benchmarks.measure import Bench
+
+PROFILED = {"llama": ("lora", "poly", "molora-8x8", "mode"), "smollm2": ("lora-bf16", "mode-16x4")}
+"""Contenders by setting, the one that ratios are taken to first."""
+
+KINDS = ("matrix products", "attention", "softmax", "copies and casts", "element by element", "Python and autograd")
+
+
+def kind_of(operation: str) -> str:
+    """The kind of work that a name of the profiler stands for."""
+    name = operation.removeprefix("aten::")
+    if name == operation:
+        return "Python and autograd"
+    if name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "addmv"):
+        return "matrix products"
+    if "scaled_dot_product" in name:
+        return "attention"
+    if "softmax" in name:
+        return "softmax"
+    return "copies and casts" if name in ("copy_", "cat", "fill_", "zero_", "clone") else "element by element"
+
+
+def split(step: Callable[[], float], repeats: int = 2) -> dict[str, float]:
+    """Milliseconds of a step by kind of work, as the profiler sees them (it slows small operations down)."""
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(repeats):
+            step()
+    total: Counter[str] = Counter()
+    for event in seen.key_averages():
+        total[kind_of(event.key)] += event.self_cpu_time_total / 1e3 / repeats
+    return {kind: total[kind] for kind in KINDS}
+
+
+class FrozenStep:
+    """Forward and backward of the frozen model with gradients down to its embeddings: what every adapter pays."""
+
+    def __init__(self, setting: Setting, out: Path) -> None:
+        self.bench = Bench(setting, setting.contenders["frozen"], out)
+        self.bench.model.enable_input_require_grads()
+
+    def __call__(self) -> float:
+        self.bench.model.train()
+        begin = time.perf_counter()
+        self.bench.loss().backward()  # type: ignore[no-untyped-call]
+        return time.perf_counter() - begin
+
+
+def shapes(model: nn.Module) -> Counter[tuple[int, int, int, int]]:
+    """(d_in, d_out, rows of the product down, rows of the product up) of every adapted layer, and how often."""
+    from peft.tuners.lora import LoraLayer
+
+    from dyads.tuner import DyadsLayer
+
+    found: Counter[tuple[int, int, int, int]] = Counter()
+    for module in model.modules():
+        if isinstance(module, DyadsLayer):
+            core = module.core("default")
+            W = core.router_rows()
+            found[module.in_features, module.out_features, core.p + (0 if W is None else len(W)), core.q] += 1
+        elif isinstance(module, LoraLayer):
+            r = module.r["default"]
+            found[module.in_features, module.out_features, r, r] += 1
+    return found
+
+
+def products(model: nn.Module, tokens: int, dtype: torch.dtype) -> float | None:
+    """Seconds of the six products of every adapted layer, each timed alone; None for what has other products."""
+    found = shapes(model)
+    if not found:
+        return None
+    total = 0.0
+    for (d, o, p, q), times in found.items():
+        x, dy = torch.randn(tokens, d, dtype=dtype), torch.randn(tokens, o, dtype=dtype)
+        down, up = torch.randn(p, d, dtype=dtype), torch.randn(q, o, dtype=dtype)
+        z, u = torch.randn(p, tokens, dtype=dtype), torch.randn(q, tokens, dtype=dtype)
+        six: list[Callable[[], Tensor]] = [
+            lambda x=x, down=down: down @ x.t(),  # type: ignore[misc]
+            lambda u=u, up=up: u.t() @ up,  # type: ignore[misc]
+            lambda dy=dy, up=up: up @ dy.t(),  # type: ignore[misc]
+            lambda u=u, dy=dy: u @ dy,  # type: ignore[misc]
+            lambda z=z, x=x: z @ x,  # type: ignore[misc]
+            lambda z=z, down=down: z.t() @ down,  # type: ignore[misc]
+        ]
+        total += times * sum(_seconds(product) for product in six)
+    return total
+
+
+def _seconds(work: Callable[[], Any], repeats: int = 15) -> float:
+    work()
+    found = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found)
+
+
+def measure(name: str, rounds: int, out: Path) -> dict[str, Any]:
+    """{facts, rounds}: split and products of every contender, and the steps of every round."""
+    setting, names = SETTINGS[name], PROFILED[name]
+    found: dict[str, Contender] = resolved(setting, out, names)
+    benches = {n: Bench(setting, found[n], out) for n in names}
+    steps: dict[str, Callable[[], float]] = {n: bench.step for n, bench in benches.items()}
+    steps["frozen"] = FrozenStep(setting, out)
+    for step in steps.values():
+        step()
+        step()
+    results = []
+    for number in range(rounds):
+        order = list(steps) if number % 2 else list(steps)[::-1]
+        results.append({"step": {n: steps[n]() for n in order}})
+    tokens, dtype = setting.batch * setting.width, getattr(torch, setting.dtype)
+    facts = {n: {"split": split(step), "label": _label(setting, n)} for n, step in steps.items()}
+    for n, bench in benches.items():
+        facts[n]["products"] = products(bench.model, tokens, dtype)
+    return {"facts": facts, "rounds": results, "errors": {}}
+
+
+def _label(setting: Setting, name: str) -> str:
+    return "frozen model, gradients to its input" if name == "frozen" else setting.contenders[name].label
+
+
+def main() -> None:
+    """Serve one job."""
+    job = json.loads(sys.argv[1])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(SETTINGS[job["setting"]].threads)
+    print(json.dumps(measure(job["setting"], job["rounds"], Path(job["out"]))), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
