@@ -206,7 +206,7 @@ def _training(
     job: dict[str, Any] = {
         "model": "packaged:smollm2-135m",
         "dtype": "bfloat16",
-        "examples": 8 if quick else 128,
+        "examples": 8 if quick else 64,
         "batch_size": 4 if quick else 16,
         "accumulation": 2,
         "max_prompt_tokens": 64 if quick else 384,
