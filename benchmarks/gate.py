@@ -41,7 +41,7 @@ def check(contenders: dict[str, Contender], *, dtype: str, width: int, say: Call
     ours = {name: c for name, c in contenders.items() if c.builder in ("mode", "molora", "more")}
     seen: set[str] = set()
     for name, contender in ours.items():
-        options = {k: v for k, v in contender.options.items() if k != "merged"}
+        options = {k: v for k, v in contender.options.items() if k not in ("merged", "autocast_adapter_dtype")}
         if (key := f"{contender.builder} {sorted(options.items())}") in seen:
             continue
         seen.add(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ def test_a_wrong_path_of_decoding_is_refused_too(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(DyadsLayer, "forward", broken)
     with pytest.raises(GateError, match="without gradients"):
         check(MODE, dtype="float32", width=16, say=silent)
+
+
+def test_how_an_adapter_is_loaded_is_no_option_of_its_method() -> None:
+    loaded = replace(MODE["mode-16x4"], options={**MODE["mode-16x4"].options, "autocast_adapter_dtype": False})
+    said: list[str] = []
+    check({**MODE, "in bf16": loaded}, dtype="bfloat16", width=16, say=said.append)
+    assert [line.partition(":")[0] for line in said[:-1]] == ["mode-16x4"]  # the same sizes are looked at once
 
 
 def test_contenders_and_bars_name_each_other() -> None:
