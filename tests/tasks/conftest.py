@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tiny checkout of natural-instructions do these tests read? One made up here."""
+"""Which tiny files do these tests read: a checkout of natural-instructions, folders of benchmarks? All made up."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from made_up import GLUE_LAYOUTS, glue_rows, jsonl, listed, superglue_rows, tsv
 
 
 def sni_task(name, n=40, definition="Name the colour of the thing", **changes):
@@ -49,3 +50,71 @@ def sni_folder(tmp_path):
             "task009_colour_classification\ntask008_shape_missing\n", encoding="utf-8"
         )
     return tmp_path / "sni"
+
+
+@pytest.fixture
+def glue_folder(tmp_path):
+    """Every task with 40 train and 12 dev rows, in the official layout; MRPC's files begin with a byte order mark."""
+    root = tmp_path / "glue"
+    for folder in GLUE_LAYOUTS:
+        tsv(root / folder / "train.tsv", *glue_rows(folder, 0, 40), bom=folder == "MRPC")
+        for name in ("dev_matched", "dev_mismatched") if folder == "MNLI" else ("dev",):
+            start = 200 if name == "dev_mismatched" else 100
+            tsv(root / folder / f"{name}.tsv", *glue_rows(folder, start, 12), bom=folder == "MRPC")
+    return root
+
+
+@pytest.fixture
+def superglue_folder(tmp_path):
+    """The few-shot layout: train, dev32 and val of every task."""
+    root = tmp_path / "superglue"
+    for folder in ("BoolQ", "CB", "COPA", "RTE", "WiC", "WSC", "MultiRC"):
+        for name, start in (("train", 0), ("dev32", 50), ("val", 100)):
+            jsonl(root / folder / f"{name}.jsonl", *superglue_rows(folder, start, 8))
+    return root
+
+
+@pytest.fixture
+def commonsense_folder(tmp_path):
+    """Every set with a test file; PIQA without a train file; one ARC question has three answers."""
+    root = tmp_path / "commonsense"
+    sets = {
+        "ARC-Challenge": ("answer", 4),
+        "ARC-Easy": ("answer", 4),
+        "openbookqa": ("answer", 4),
+        "social_i_qa": ("answer", 3),
+        "piqa": ("solution", 2),
+        "winogrande": ("option", 2),
+        "boolq": ("", 2),
+    }
+    for folder, (word, n) in sets.items():
+        for name, start in (("train", 0), ("test", 100)):
+            rows = []
+            for i in range(start, start + 12):
+                few = 3 if folder.startswith("ARC") and i == 100 else n
+                answers = [f"{word}{j + 1}" for j in range(few)] if word else ["true", "false"]
+                rows.append(
+                    {
+                        "instruction": f"Please answer: what is {i}?\n\n"
+                        + " ".join(f"{a.capitalize()}: thing {j}" for j, a in enumerate(answers) if word)
+                        + f"\n\nAnswer format: {'/'.join(answers)}",
+                        "input": "",
+                        "output": f"the correct answer is {answers[i % few]}",
+                        "answer": answers[i % few],
+                    }
+                )
+            if (folder, name) != ("piqa", "train"):
+                listed(root / folder / f"{name}.json", *rows)
+    return root
+
+
+@pytest.fixture
+def scitail_folder(tmp_path):
+    """The official tab-separated files."""
+    for name, start in (("train", 0), ("dev", 50), ("test", 100)):
+        rows = [
+            (f"Iron {i} rusts in air.", f"Iron {i} reacts.", ("entails", "neutral")[i % 2])
+            for i in range(start, start + 20)
+        ]
+        tsv(tmp_path / "scitail" / "tsv_format" / f"scitail_1.0_{name}.tsv", *rows)
+    return tmp_path / "scitail"

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from dyads.errors import TaskError
-from dyads.tasks.divide import divide, take
+from dyads.tasks.divide import divide, halve, take
 from dyads.tasks.task import Example
 
 
@@ -68,3 +69,22 @@ def test_a_larger_limit_only_adds():
     assert set(ids(small)) < set(ids(large))
     assert ids(large) == sorted(ids(large), key=int)
     assert take(given, None, salt="s") == take(given, 99, salt="s") == tuple(given)
+
+
+def test_a_group_stays_on_one_side_and_is_taken_whole():
+    grouped = [Example(f"{g}-{i}", f"prompt {g} {i}", ("x",), group=f"g{g}") for g in range(8) for i in range(3)]
+    rest, part = divide(grouped, [7], salt="s", task="t")
+    assert (len(part), len(rest)) == (6, 18)
+    assert not {e.group for e in rest} & {e.group for e in part}
+    taken = [take(grouped, limit, salt="s") for limit in (7, 13)]
+    assert [len(t) for t in taken] == [6, 12]
+    assert set(taken[0]) < set(taken[1])
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 277, 1043])
+def test_halves_are_those_of_torchs_permutation(n):
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1189)).tolist()
+    first, second = halve(examples(f"prompt {i}" for i in range(n)), seed=1189)
+    assert {int(e.id) for e in first} == set(order[: n // 2])
+    assert {int(e.id) for e in second} == set(order[n // 2 :])
+    assert list(first) == sorted(first, key=lambda e: int(e.id))

@@ -190,3 +190,21 @@ def test_instructions_are_checked(tmp_path):
         read(path, instructions={"tt": "x"})
     with pytest.raises(TaskError, match=r"line 1: task 't' has an instruction in this row and in `instructions`"):
         read(path, instructions={"t": "x"})
+
+
+def test_a_task_with_labels_is_a_classification(tmp_path):
+    rows = [row(0, output="no", instruction="Is it so?"), row(1, split="test", output="yes")]
+    (task,) = read(write(tmp_path / "a.jsonl", *rows), labels={"t": ["no", "yes"]}).tasks
+    assert (task.labels, task.metrics, task.description) == (("no", "yes"), ("accuracy", "macro_f1"), "Is it so?")
+    assert (task.target(task.test[0]), task.test[0].segments) == (1, (rows[1]["input"],))
+    rows[1]["metric"] = "f1"
+    (task,) = read(write(tmp_path / "a.jsonl", *rows), labels={"t": ["no", "yes"]}).tasks
+    assert task.metrics == ("f1", "accuracy", "macro_f1")
+
+
+def test_labels_are_checked(tmp_path):
+    path = write(tmp_path / "a.jsonl", row(0, output="no"), row(1, split="test", output="maybe"))
+    with pytest.raises(TaskError, match=r"labels for an unknown task 'tt' – (did you mean|known:)"):
+        read(path, labels={"tt": ["no", "yes"]})
+    with pytest.raises(TaskError, match=r"answer 'maybe' of example 'a.jsonl:2' is none of its labels no, yes"):
+        read(path, labels={"t": ["no", "yes"]})

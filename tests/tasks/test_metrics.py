@@ -3,11 +3,30 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 from dyads.errors import TaskError
-from dyads.tasks.metrics import accuracy, corpus_metric, exact_match, instance_metric, metric, rouge_l, rouge_l_words
+from dyads.tasks.metrics import (
+    NO_LABEL,
+    accuracy,
+    corpus_metric,
+    exact_match,
+    f1,
+    group_accuracy,
+    group_metric,
+    instance_metric,
+    label_metric,
+    macro_f1,
+    matthews,
+    metric,
+    pearson,
+    rouge_l,
+    rouge_l_words,
+    spearman,
+)
 
 
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence():
@@ -91,3 +110,121 @@ def test_a_metric_over_all_predictions_has_no_instances(monkeypatch):
     monkeypatch.setattr("dyads.tasks.metrics._METRICS", {})
     corpus_metric("share_of_a")(lambda predictions, references: predictions.count("a") / len(predictions))
     assert metric("share_of_a").measure(["a", "b"], [["a"], ["a"]]) == (50.0, ())
+
+
+def of(name, predictions, references, labels=("no", "yes")):
+    return metric(name).measure(predictions, [[r] for r in references], labels=labels)[0]
+
+
+def test_matthews_is_the_correlation_of_two_classes():
+    # tp 3, tn 1, fp 2, fn 1: (3·1 - 2·1) / sqrt(5·4·3·2)
+    predicted, expected = [1, 1, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0, 1]
+    assert matthews(predicted, expected) == pytest.approx(1 / math.sqrt(120))
+    assert matthews(expected, expected) == 1.0
+    assert matthews([1 - p for p in expected], expected) == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize(("predicted", "expected"), [([1, 1], [0, 1]), ([0, 1], [1, 1]), ([1], [1]), ([1, 1], [1, 1])])
+def test_matthews_of_one_class_or_one_example_is_zero(predicted, expected):
+    assert matthews(predicted, expected) == 0.0
+
+
+def test_an_answer_that_is_no_label_is_a_class_of_its_own_for_matthews():
+    # R_k of three classes: (2·3 - 3) / sqrt((9 - 4 - 1) (9 - 1 - 1 - 1))
+    assert of("matthews", ["yes", "no", "perhaps"], ["yes", "no", "no"]) == pytest.approx(100 * 3 / math.sqrt(24))
+    assert of("matthews", ["perhaps", "maybe"], ["yes", "no"]) == 0.0
+
+
+def test_f1_judges_the_second_label():
+    # tp 2, fp 1, fn 1
+    answers, right = ["yes", "yes", "yes", "no", "no"], ["yes", "yes", "no", "yes", "no"]
+    assert of("f1", answers, right) == pytest.approx(100 * 2 / 3)
+    assert of("f1", answers, right, labels=("yes", "no")) == pytest.approx(50.0)
+    assert of("f1", [" YES ", "what", "no"], ["yes", "yes", "no"]) == pytest.approx(100 * 2 / 3)
+
+
+@pytest.mark.parametrize(("predicted", "expected"), [([0, 0], [0, 0]), ([0, 0], [1, 1]), ([1, 1], [0, 0]), ([0], [0])])
+def test_f1_without_a_right_positive_is_zero(predicted, expected):
+    assert f1(predicted, expected) == 0.0
+
+
+def test_macro_f1_is_the_mean_over_classes_that_occur():
+    # F1 of class 0: 2/3, of class 1: 0, of class 2: 1
+    assert macro_f1([0, 0, 2], [0, 1, 2]) == pytest.approx((2 / 3 + 0 + 1) / 3)
+    assert macro_f1([0, 0], [0, 0]) == 1.0  # other classes occur nowhere
+    # no label: the recall of class 1 falls, but what is no label has no F1 of its own
+    assert macro_f1([0, NO_LABEL], [0, 1]) == pytest.approx(1 / 2)
+    assert macro_f1([NO_LABEL], [0]) == 0.0
+
+
+def test_of_several_right_labels_the_predicted_one_counts():
+    assert metric("f1").measure(["yes"], [["no", "yes"]], labels=("no", "yes"))[0] == 100.0
+
+
+def test_a_reference_that_is_no_label_is_refused():
+    with pytest.raises(TaskError, match="metric 'f1': reference 'si' is none of the labels no, yes"):
+        of("f1", ["yes"], ["si"])
+    with pytest.raises(TaskError, match=r"reference 'yes' is none of the labels \(none given\)"):
+        of("matthews", ["yes"], ["yes"], labels=())
+
+
+def test_pearson_is_the_correlation_and_spearman_that_of_ranks():
+    guesses, exact = ["1.0", "2", " 4.0\n"], [["1"], ["3"], ["2"]]
+    # deviations (-4/3, -1/3, 5/3) and (-1, 1, 0)
+    assert pearson(guesses, exact) == pytest.approx(1 / math.sqrt(42 / 9 * 2))
+    assert spearman(guesses, exact) == pytest.approx(0.5)
+    assert spearman(["1", "10", "11"], [["0"], ["1"], ["5"]]) == 1.0
+    assert pearson(["3", "2", "1"], [["1"], ["2"], ["3"]]) == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("text", ["", "four", "nan", "inf", "-inf", "9e999", "1e200", "1.2.3"])
+def test_a_text_that_is_no_number_counts_as_zero(text):
+    exact = [["1"], ["3"], ["2"]]
+    assert pearson([text, "2", "1"], exact) == pearson(["0", "2", "1"], exact)
+    assert spearman([text, "2", "1"], exact) == spearman(["0", "2", "1"], exact)
+
+
+@pytest.mark.parametrize("correlation", [pearson, spearman])
+@pytest.mark.parametrize(
+    ("guesses", "exact"),
+    [(["1", "1.0"], ["1", "2"]), (["1", "2"], ["3", "3"]), (["1"], ["1"]), (["x", "y"], ["1", "2"])],
+)
+def test_a_constant_or_a_single_number_correlates_with_nothing(correlation, guesses, exact):
+    assert correlation(guesses, [[e] for e in exact]) == 0.0
+
+
+def test_numbers_that_differ_in_their_last_digit_only_raise_no_warning():
+    assert -1.0 <= pearson(["1.0", "1.0000000000000002", "1.0"], [["1"], ["2"], ["3"]]) <= 1.0
+
+
+def test_the_last_reference_is_the_exact_number():
+    assert pearson(["1", "2", "3"], [["9.0", "1"], ["0.0", "2"], ["5.0", "3"]]) == pytest.approx(1.0)
+
+
+def test_a_group_is_right_if_all_of_it_is():
+    assert group_accuracy([True, False, True, True], ["a", "a", "b", "b"]) == 0.5
+    assert metric("group_accuracy").measure(["x", "y"], [["X"], ["z"]], groups=["a", "b"]) == (50.0, ())
+
+
+@pytest.mark.parametrize("register", [corpus_metric, label_metric, group_metric])
+def test_a_name_is_registered_once_for_every_kind(register):
+    with pytest.raises(TaskError, match="'f1' is already registered"):
+        register("f1")(lambda first, second: 0.0)
+
+
+def test_correlations_agree_with_numpy():
+    numpy = pytest.importorskip("numpy")
+    x, y = numpy.random.RandomState(0).rand(2, 50).round(2)
+    texts, exact = [str(v) for v in x], [[str(v)] for v in y]
+    assert pearson(texts, exact) == pytest.approx(numpy.corrcoef(x, y)[0, 1])
+
+
+def test_matthews_of_several_classes_agrees_with_the_correlation_of_indicators():
+    import numpy
+
+    expected, predicted = numpy.random.RandomState(1).randint(0, 3, (2, 60))
+    one_hot = numpy.eye(3)
+    t, p = one_hot[expected], one_hot[predicted]
+    t, p = t - t.mean(0), p - p.mean(0)
+    expected_value = (t * p).sum() / math.sqrt((t * t).sum() * (p * p).sum())
+    assert matthews(predicted.tolist(), expected.tolist()) == pytest.approx(expected_value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -36,6 +37,45 @@ def tiny(**changes):
         "metrics": ("rouge_l", "exact_match"),
     }
     return Task(**{**fields, **changes})
+
+
+def labelled(*references, labels=("no", "yes"), **changes):
+    examples = tuple(Example(str(i), f"prompt {i}", (r,)) for i, r in enumerate(references))
+    fields = {"train": (), "test": examples, "metric": "accuracy", "metrics": ("accuracy",), "labels": labels}
+    return tiny(**{**fields, **changes})
+
+
+def test_a_head_learns_the_class_id_or_the_exact_number():
+    task = labelled("yes", "no")
+    assert [task.target(e) for e in task.test] == [1, 0]
+    task = labelled(labels=(), regression=True, test=(Example("a", "p", ("4.8", "4.75")), Example("b", "p", ("1",))))
+    assert [task.target(e) for e in task.test] == [4.75, 1.0]
+    with pytest.raises(TaskError, match="task 'colours' has neither labels nor numbers: a head cannot learn it"):
+        tiny().target(tiny().test[0])
+
+
+def test_choices_are_the_examples_own_or_the_labels():
+    few, all_ = Example("a", "p", ("b",), choices=("a", "b")), Example("b", "p", ("c",))
+    task = labelled(test=(few, all_), labels=("a", "b", "c"))
+    assert (task.choices(few), task.choices(all_)) == (("a", "b"), ("a", "b", "c"))
+    assert tiny().choices(tiny().test[0]) == ()
+
+
+def test_label_metrics_see_the_labels_of_their_task():
+    task = labelled("yes", "yes", "no", "no", metric="f1", metrics=("f1", "matthews", "macro_f1", "accuracy"))
+    scores = {s.metric: s for s in task.score(["yes", "no", "no", "no"], task.test)}
+    assert scores["f1"].value == pytest.approx(200 / 3)
+    assert scores["macro_f1"].value == pytest.approx(100 * (2 / 3 + 4 / 5) / 2)
+    assert (scores["f1"].values, len(scores["accuracy"].values)) == ((), 4)
+
+
+def test_the_fingerprint_of_a_task_does_not_change_with_what_heads_read():
+    bare = tiny()
+    dressed = tiny(
+        test=tuple(replace(e, segments=("a", "b"), choices=(*e.references, "no"), group="g") for e in bare.test),
+        description="What colour?",
+    )
+    assert dressed.fingerprint() == bare.fingerprint() == "e420efd0da11"
 
 
 def test_scores_carry_task_version_metric_and_instances():
@@ -70,6 +110,34 @@ def test_a_fingerprint_follows_the_texts_of_its_split_only():
         (lambda: tiny(metric="rouge"), "headline metric 'rouge' must come first"),
         (lambda: tiny(metrics=("rouge_l", "bleu")), "unknown metric 'bleu'"),
         (lambda: tiny(validation=(Example("a", "p", ("r",)),)), r"id 'a' stands twice \(in train and validation\)"),
+        (
+            lambda: Example("x", "p", ("r",), segments=("a", "b", "c")),
+            "example 'x' has 3 segments: an encoder reads one",
+        ),
+        (lambda: Example("x", "p", ("r",), choices=("r",)), r"needs two or more different choices, got \['r'\]"),
+        (lambda: Example("x", "p", ("r",), choices=("r", "r")), "two or more different choices"),
+        (lambda: Example("x", "p", ("r",), choices=("a", "b")), "the reference 'r' is none of its choices a, b"),
+        (lambda: labelled("maybe"), "task 'colours': answer 'maybe' of example '0' is none of its labels no, yes"),
+        (lambda: labelled("no", labels=("no",)), r"needs two or more labels that differ .*, got \['no'\]"),
+        (lambda: labelled("no", labels=("no", "No ")), "needs two or more labels that differ in more than case"),
+        (
+            lambda: labelled(test=(Example("a", "p", ("no",), choices=("no", "none")),)),
+            "answer 'none' of example 'a' is none of its labels",
+        ),
+        (lambda: labelled("no", regression=True), "has both labels and numbers: leave out `labels` or `regression`"),
+        (
+            lambda: labelled("four", labels=(), regression=True),
+            "reference 'four' of example '0' is not a number, and a regression task has only numbers",
+        ),
+        (lambda: labelled("nan", labels=(), regression=True), "reference 'nan' of example '0' is not a number"),
+        (
+            lambda: labelled("no", labels=(), metric="f1", metrics=("f1",)),
+            "metric 'f1' compares classes, but the task names none; give it `labels`, or use 'accuracy'",
+        ),
+        (
+            lambda: tiny(metrics=("rouge_l", "group_accuracy")),
+            "metric 'group_accuracy' needs a group, but example 'a' has none",
+        ),
         (lambda: tiny().split("tests"), "unknown split 'tests' of task 'colours' – did you mean 'test'"),
         (lambda: tiny().score(["x"], tiny().test), "1 predictions for 2 examples"),
         (lambda: tiny().score([], []), "nothing to score"),
@@ -134,7 +202,7 @@ def test_a_new_family_is_one_class(monkeypatch):
 
 
 def test_importing_tasks_and_mixture_stays_light():
-    heavy = ("torch", "transformers", "datasets", "pandas", "nltk", "scipy")
+    heavy = ("torch", "transformers", "datasets", "pandas", "nltk", "scipy", "sklearn")
     code = f"import sys, dyads.tasks, dyads.data.mixture; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dyads.errors import TaskError
 from dyads.tasks.task import Example
 
-__all__ = ["divide", "take"]
+__all__ = ["divide", "halve", "take"]
 
 
 def _rank(salt: str, text: str) -> bytes:
@@ -23,13 +23,13 @@ def _rank(salt: str, text: str) -> bytes:
 def divide(examples: Sequence[Example], sizes: Sequence[int], *, salt: str, task: str) -> list[tuple[Example, ...]]:
     """[the rest, a part of about sizes[0] examples, a part of about sizes[1], …], each in the order given.
 
-    All examples with an identical prompt go to the same part. A part takes prompts in the salt's order while they fit,
-    so it is at most its size, except that no part stays empty. The first part is chosen first: what later parts ask for
-    does not change it.
+    All examples with an identical prompt, or of one group, go to the same part. A part takes prompts (or groups) in the
+    salt's order while they fit, so it is at most its size, except that no part stays empty. The first part is chosen
+    first: what later parts ask for does not change it.
     """
     groups: dict[str, list[int]] = {}
     for i, example in enumerate(examples):
-        groups.setdefault(example.prompt, []).append(i)
+        groups.setdefault(example.group or example.prompt, []).append(i)
     if len(groups) <= len(sizes):
         raise TaskError(
             f"task '{task}' cannot be divided into {len(sizes) + 1} splits: it has {len(examples)} usable instances "
@@ -62,8 +62,37 @@ def divide(examples: Sequence[Example], sizes: Sequence[int], *, salt: str, task
 
 
 def take(examples: Sequence[Example], limit: int | None, *, salt: str) -> tuple[Example, ...]:
-    """At most `limit` of the examples, chosen by the salt, in the order given. A larger limit only adds."""
+    """At most `limit` of the examples, chosen by the salt, in the order given. A larger limit only adds.
+
+    Examples of one group are taken together or not at all.
+    """
     if limit is None or len(examples) <= limit:
         return tuple(examples)
-    kept = {e.id for e in sorted(examples, key=lambda e: _rank(salt, e.id))[:limit]}
+    together: dict[str, list[str]] = {}
+    for example in examples:
+        together.setdefault(example.group or example.id, []).append(example.id)
+    kept: set[str] = set()
+    for unit in sorted(together, key=lambda unit: _rank(salt, unit)):
+        if len(kept) + len(together[unit]) > limit:
+            break
+        kept.update(together[unit])
     return tuple(e for e in examples if e.id in kept)
+
+
+def halve(examples: Sequence[Example], *, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """The first and second half of `torch.randperm(n)` under this seed, each in the order given; the second is longer.
+
+    A published protocol asks for this permutation. It is drawn as torch draws it (Fisher-Yates over the raw 32 bits of
+    a Mersenne twister), without torch.
+    """
+    import numpy
+
+    order = list(range(len(examples)))
+    for i, bits in enumerate(numpy.frombuffer(numpy.random.RandomState(seed).bytes(4 * len(order)), "<u4").tolist()):
+        j = i + bits % (len(order) - i)
+        order[i], order[j] = order[j], order[i]
+    first = set(order[: len(order) // 2])
+    return (
+        tuple(e for i, e in enumerate(examples) if i in first),
+        tuple(e for i, e in enumerate(examples) if i not in first),
+    )

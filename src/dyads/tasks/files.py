@@ -8,7 +8,8 @@ A row is `task, input, output` and, where wanted, `split` (train, validation, te
 
 Of several right answers the first is trained on. In CSV, several are a JSON list in the cell, which then starts with
 `["`; any other cell is taken as it stands.
-The prompt is the instruction (if any), an empty line, the input and a line break; the answer follows.
+The prompt is the instruction (if any), an empty line, the input and a line break; the answer follows. With the option
+`labels` a task is a classification: its answers are verbalizers, and an encoder with a head reads the input alone.
 A task either gives the split of every row, or of none: then 80/10/10 by a hash of seed and prompt, rows with the same
 prompt on one side. A task's order is that of its first row; its files are read in the order given, a folder's by name.
 """
@@ -38,6 +39,7 @@ VERSION = 1
 REQUIRED = ("task", "input", "output")
 OPTIONAL = ("split", "id", "instruction", "metric")
 DEFAULT_METRICS = ("rouge_l", "exact_match")
+LABELLED_METRICS = ("accuracy", "macro_f1")
 SUFFIXES = (".jsonl", ".csv")
 HELD_OUT = 0.10  # of a task's rows, for the test split and again for validation
 
@@ -52,6 +54,8 @@ class FilesSpec(FamilySpec):
     """A file, a list of files, or a folder with *.jsonl and *.csv."""
     instructions: dict[str, str] = Field(default_factory=dict)
     """Text put before every input of a task; instead of a column `instruction`."""
+    labels: dict[str, tuple[str, ...]] = Field(default_factory=dict)
+    """Of a classification task: all its answers in the order of their class ids, the positive one second of two."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Limit of a generated answer."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
@@ -74,9 +78,10 @@ class FilesSpec(FamilySpec):
             raise TaskError(
                 f"no rows in {', '.join(map(str, self.path))}: write at least train and test rows of one task"
             )
-        for name in self.instructions:
-            if name not in by_task:
-                raise TaskError(f"instructions for an unknown task '{name}'{did_you_mean(name, by_task)}")
+        for option, named in (("instructions", self.instructions), ("labels", self.labels)):
+            for name in named:
+                if name not in by_task:
+                    raise TaskError(f"{option} for an unknown task '{name}'{did_you_mean(name, by_task)}")
         notes: list[str] = []
         names = Counter(path.name for path in paths)
         called = {p: p.name if names[p.name] == 1 else f"{k}/{p.name}" for k, p in enumerate(paths, start=1)}
@@ -95,6 +100,7 @@ class FilesSpec(FamilySpec):
                     row.id or f"{called[row.path]}:{row.line}",
                     _prompt(instruction or row.instruction, row.input),
                     row.output,
+                    segments=(row.input,),
                 )
             )
         _refuse_repeated_ids(name, rows, examples)
@@ -120,7 +126,8 @@ class FilesSpec(FamilySpec):
                 f"{unsplit[0].place}: task '{name}' gives a split for {len(rows) - len(unsplit)} rows but not for "
                 f"{len(unsplit)}, first here; give it for every row or for none"
             )
-        metrics = _metrics(name, rows)
+        labels = self.labels.get(name, ())
+        metrics = _metrics(name, rows, LABELLED_METRICS if labels else DEFAULT_METRICS)
         return Task(
             name=name,
             version=VERSION,
@@ -131,6 +138,8 @@ class FilesSpec(FamilySpec):
             metrics=metrics,
             max_new_tokens=self.max_new_tokens,
             max_prompt_tokens=self.max_prompt_tokens,
+            labels=labels,
+            description=(instruction or rows[0].instruction).strip(),
         )
 
 
@@ -167,10 +176,10 @@ def _refuse_repeated_ids(task: str, rows: list[_Row], examples: list[Example]) -
         first[example.id] = row
 
 
-def _metrics(task: str, rows: list[_Row]) -> tuple[str, ...]:
+def _metrics(task: str, rows: list[_Row], usual: tuple[str, ...]) -> tuple[str, ...]:
     named = {row.metric: row for row in rows if row.metric}
     if not named:
-        return DEFAULT_METRICS
+        return usual
     if len(named) > 1:
         (a, first), (b, second), *_ = named.items()
         raise TaskError(
@@ -181,7 +190,7 @@ def _metrics(task: str, rows: list[_Row]) -> tuple[str, ...]:
         metric_named(name)
     except TaskError as error:
         raise TaskError(f"{row.place}: {error}") from None
-    return (name, *(m for m in DEFAULT_METRICS if m != name))
+    return (name, *(m for m in usual if m != name))
 
 
 # ----- reading

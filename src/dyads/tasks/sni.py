@@ -216,6 +216,7 @@ class SNISpec(FamilySpec):
             max_new_tokens=TARGET_TOKENS,
             max_prompt_tokens=SEQUENCE_TOKENS - TARGET_TOKENS if self.protocol == "mode" else SOURCE_TOKENS,
             category=content.categories[0] if content.categories else "",
+            description=content.definition[0].strip(),
         )
 
     def _examples(self, name: str, content: TaskFile) -> list[Example | None]:

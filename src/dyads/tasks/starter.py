@@ -126,6 +126,8 @@ class StarterSpec(FamilySpec):
             metrics=("exact_match", "rouge_l"),
             max_new_tokens=MAX_NEW_TOKENS,
             category=category,
+            labels=("no", "yes") if category == "yes or no" else (),
+            description=instruction.format(word="a given word"),
         )
 
 
