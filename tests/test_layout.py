@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import dyads
+from dyads.methods import methods
 
 SOURCE = Path(dyads.__file__).parent
 ROOMS = {  # what a room may import, beside itself and `errors`
@@ -21,8 +22,10 @@ ROOMS = {  # what a room may import, beside itself and `errors`
     "tasks": set(),
     "data": {"tasks"},
     "runs": {"ops", "methods", "tuner", "tasks", "data"},
-    "report": {"ops", "methods", "tuner", "tasks", "data", "runs"},
-    "cli": {"ops", "methods", "tuner", "tasks", "data", "runs", "report"},
+    "analysis": {"ops", "methods", "tuner", "tasks", "data", "runs"},
+    "export": {"ops", "methods", "tuner", "tasks", "data", "runs"},
+    "report": {"ops", "methods", "tuner", "tasks", "data", "runs", "analysis", "export"},
+    "cli": {"ops", "methods", "tuner", "tasks", "data", "runs", "report", "analysis", "export"},
 }
 LIGHT = {"tasks": {"torch", "transformers", "peft"}, "methods": {"transformers"}}
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -110,12 +113,15 @@ def test_importing_the_package_and_asking_for_help_stays_light() -> None:
     ],
 )
 def test_peft_knows_the_methods_in_whatever_order_things_are_imported(first: str) -> None:
-    known = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known; print([k for k in known if 'DYADS' in k])"
-    assert run(f"{first}\n{known}") == "['DYADS_MODE', 'DYADS_MOLORA', 'DYADS_MORE']"
+    known = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as k; print(*sorted(t for t in k if 'DYADS' in t))"
+    everyone = "HYDRALORA MODE MOELORA MOLORA MORE MTL_LORA POLY SMORA TASK_MODE"
+    assert run(f"{first}\n{known}").split() == [f"DYADS_{key}" for key in everyone.split()]
 
 
 def test_public_names() -> None:
-    assert dyads.__all__ == ["MoDEConfig", "MoLoRAConfig", "MoREConfig", "__version__", "use_task"]
+    configs = {name for name in dyads.__all__ if name.endswith("Config")}
+    assert configs == {method.config.__name__ for method in methods()}
+    assert set(dyads.__all__) - configs == {"__version__", "auxiliary_loss", "use_task"}
     for name in dyads.__all__:
         assert getattr(dyads, name) is not None
     with pytest.raises(AttributeError, match="module 'dyads' has no attribute 'MoDConfig'"):

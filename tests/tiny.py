@@ -26,6 +26,16 @@ from dyads.methods import DyadsConfig, methods
 TASKS = ("rte", "cola", "sst2")
 
 
+# What a method refuses among the options that all variants share, or needs to be small.
+SMALL: dict[str, dict[str, Any]] = {
+    "hydralora": {"lora_dropout": 0.0},
+    "moelora": {"num_experts": 2, "task_dim": 5},
+    "more": {"contrastive": 0.0},  # what the loss adds is tested in tuner/test_auxiliary_losses.py
+    "smora": {"top_k": 2},
+    "task_mode": {"contrastive": 0.0},  # as for more
+}
+
+
 @dataclass(frozen=True)
 class Variant:
     """A method with options that make it small and unlike its neighbours."""
@@ -45,6 +55,7 @@ class Variant:
             options["num_experts"] = 3
         if "tasks" in names:
             options["tasks"] = list(TASKS)
+        options |= SMALL.get(self.key, {})
         return config_class(**{**options, **dict(self.options), **extra})
 
     @property
@@ -61,7 +72,12 @@ VARIANTS = [
     Variant("molora", (("shared_down", True),)),
     Variant("molora", (("num_experts", 1),)),
     Variant("more", (("r", 1),)),
-    Variant("more", (("task_dim", 5), ("lora_alpha", 8))),
+    Variant("more", (("task_dim", 5), ("lora_alpha", 8), ("linear_scaling", "none"))),
+    Variant("more", (("embedding", "shared"), ("task_dim", 5), ("selector", "soft"), ("linear_scaling", "update"))),
+    Variant("more", (("embedding", "none"), ("selector", "subset"))),
+    Variant("more", (("selector", "frozen_random"), ("linear_scaling", "update"))),
+    Variant("mode", (("score", "random"), ("select", "top_k"), ("top_k", 2))),
+    Variant("mtl_lora", (("diagonal", True),)),
 ]
 
 

@@ -20,17 +20,47 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "HydraLoRAConfig": "dyads.methods",
+    "MOELoRAConfig": "dyads.methods",
+    "MTLLoRAConfig": "dyads.methods",
     "MoDEConfig": "dyads.methods",
     "MoLoRAConfig": "dyads.methods",
     "MoREConfig": "dyads.methods",
+    "PolyConfig": "dyads.methods",
+    "SMoRAConfig": "dyads.methods",
+    "TaskMoDEConfig": "dyads.methods",
+    "auxiliary_loss": "dyads.tuner",
     "use_task": "dyads.tuner",
 }
 
-__all__ = ["MoDEConfig", "MoLoRAConfig", "MoREConfig", "__version__", "use_task"]
+__all__ = [
+    "HydraLoRAConfig",
+    "MOELoRAConfig",
+    "MTLLoRAConfig",
+    "MoDEConfig",
+    "MoLoRAConfig",
+    "MoREConfig",
+    "PolyConfig",
+    "SMoRAConfig",
+    "TaskMoDEConfig",
+    "__version__",
+    "auxiliary_loss",
+    "use_task",
+]
 
 if TYPE_CHECKING:
-    from dyads.methods import MoDEConfig, MoLoRAConfig, MoREConfig
-    from dyads.tuner import use_task
+    from dyads.methods import (
+        HydraLoRAConfig,
+        MoDEConfig,
+        MOELoRAConfig,
+        MoLoRAConfig,
+        MoREConfig,
+        MTLLoRAConfig,
+        PolyConfig,
+        SMoRAConfig,
+        TaskMoDEConfig,
+    )
+    from dyads.tuner import auxiliary_loss, use_task
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,7 @@ from dyads.errors import RunError
 from dyads.runs.config import Recipe, parse_recipe
 from dyads.runs.folder import Prediction, RunFolder, Scores
 
-VERBS = ("budget", "compare", "evaluate", "generate", "methods", "tasks", "train")
+VERBS = ("budget", "compare", "evaluate", "export", "generate", "inspect", "methods", "tasks", "train")
 RECIPE = "name: a\nseed: 3\nmodel: {name: tiny}\nmethod: {name: zero-shot}\ntasks: {family: starter}\n"
 
 
@@ -194,7 +194,8 @@ def test_train_lists_the_keys_of_a_recipe() -> None:
     assert result.exit_code == 0
     assert "train.learning_rate = 0.001\n    Peak learning rate" in result.output
     assert result.output.startswith("extends\n    Another recipe")
-    assert "tasks.family\n    One of: files, sni, starter\n    What is learned" in result.output
+    families = "files, sni, starter, commonsense, glue, scitail, superglue"
+    assert f"tasks.family\n    One of: {families}\n    What is learned" in result.output
     assert "tasks.family: starter\n    Twelve small text tasks" in result.output
     assert "model.dtype = bfloat16\n    One of: float32, bfloat16, float16\n" in result.output
     assert "evaluate.split = test\n    One of: test, validation, train\n" in result.output

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokenizers do these tests use? Two built here: bytes like GPT-2's, and words with bos and eos of their own."""
+"""Which tokenizers do these tests use? Built here: bytes like GPT-2's, words with bos and eos, and pairs."""
 
 from __future__ import annotations
 
@@ -28,3 +28,13 @@ def word_tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
+
+
+@pytest.fixture(scope="session")
+def pair_tokenizer(word_tokenizer):
+    """The same words, and `<s> … </s> … </s>` around a pair, as BERT's."""
+    inner = Tokenizer.from_str(word_tokenizer.backend_tokenizer.to_str())
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", unk_token="<unk>")

@@ -12,7 +12,9 @@ from dyads.data.batches import (
     IGNORED,
     Collator,
     Encoded,
+    EncodedPair,
     Encoder,
+    PairCollator,
     ScheduledBatches,
     TaskDataset,
     pad_id_of,
@@ -146,3 +148,19 @@ def test_nothing_to_pad_with_is_refused(word_tokenizer):
         pad_id_of(bare)
     bare.eos_token = "</s>"
     assert pad_id_of(bare) == 2
+
+
+@pytest.mark.parametrize("types", [True, False])
+def test_pairs_are_padded_on_the_right_and_targets_are_numbers(types):
+    rows = [EncodedPair([1, 5, 2], [0, 0, 0], 2.0, 0), EncodedPair([1, 5, 2, 6, 2], [0, 0, 0, 1, 1], -0.5, 1)]
+    batch = PairCollator(9, types)(rows)
+    assert batch["input_ids"].tolist() == [[1, 5, 2, 9, 9], [1, 5, 2, 6, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+    assert (batch["labels"].tolist(), batch["labels"].dtype, batch["task"].tolist()) == (
+        [2.0, -0.5],
+        torch.float32,
+        [0, 1],
+    )
+    assert ("token_type_ids" in batch) == types
+    if types:
+        assert batch["token_type_ids"].tolist() == [[0] * 5, [0, 0, 0, 1, 1]]

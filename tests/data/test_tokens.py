@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dyads.data.tokens import IGNORED, Encoder, encode
+from dyads.data.tokens import IGNORED, Encoder, PairEncoder, encode
 from dyads.errors import ConfigError
 from dyads.tasks import Example
 
@@ -118,3 +118,44 @@ def test_a_tokenizer_without_eos_is_refused(word_tokenizer):
 def test_limits_without_room_are_refused(word_tokenizer, limits, message):
     with pytest.raises(ConfigError, match=message):
         Encoder(word_tokenizer, **limits)
+
+
+# --- an encoder's pairs -----------------------------------------------------------------------------------------------
+
+
+def pair_encoder(tokenizer, limit=None):
+    return PairEncoder(tokenizer, lambda task, example: 10.0 * task + len(example.references), max_prompt_tokens=limit)
+
+
+def example(*segments, prompt="a"):
+    return Example(id="0", prompt=prompt, references=("x",), segments=segments)
+
+
+def test_an_encoder_reads_one_text_or_a_pair_and_knows_which_is_which(pair_tokenizer):
+    encoder = pair_encoder(pair_tokenizer)
+    rows = encoder.read([example("river stone"), example("river", "stone lamp"), example(prompt="lamp")])
+    assert [pair_tokenizer.decode(ids) for ids, _ in rows] == [
+        "<s> river stone </s>",
+        "<s> river </s> stone lamp </s>",
+        "<s> lamp </s>",
+    ]
+    assert [types for _, types in rows] == [[0, 0, 0, 0], [0, 0, 0, 1, 1, 1], [0, 0, 0]]
+
+
+def test_the_longer_text_of_a_pair_loses_its_end_and_stays_closed(pair_tokenizer):
+    encoder = pair_encoder(pair_tokenizer, 7)
+    ((ids, _),) = encoder.read([example("river", "stone lamp first last")])
+    assert pair_tokenizer.decode(ids) == "<s> river </s> stone lamp first </s>"
+    ((ids, _),) = encoder.read([example("river stone lamp first")], 4)
+    assert pair_tokenizer.decode(ids) == "<s> river stone </s>"
+    assert encoder.lengths([example("river"), example("a", "a a a a a a")]) == [3, 7]
+
+
+def test_a_target_is_what_the_tasks_head_is_to_give(pair_tokenizer):
+    encoded = pair_encoder(pair_tokenizer).encode(example("river"), 3)
+    assert (encoded.target, encoded.task, len(encoded)) == (31.0, 3, 3)
+
+
+def test_a_limit_without_room_for_a_pair_is_refused(pair_tokenizer):
+    with pytest.raises(ConfigError, match="max_prompt_tokens is 4, a pair of texts needs at least 5"):
+        pair_encoder(pair_tokenizer, 4)

@@ -27,9 +27,9 @@ from tiny import Variant
         ({"layers_pattern": "h"}, r"layers_pattern only says where layers_to_transform counts.*got 'h'"),
     ],
 )
-def test_shared_fields_refuse_contradictions(variant: Variant, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=f"{variant.key}: {message}"):
-        variant.config(**options)
+def test_shared_fields_refuse_contradictions(method_variant: Variant, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"{method_variant.key}: {message}"):
+        method_variant.config(**options)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def test_methods_refuse_contradictions(make: Any, message: str) -> None:
         make()
 
 
-def test_default_scale_is_one_and_alpha_is_divided_by_r(variant: Variant) -> None:
-    assert variant.config(lora_alpha=None).scaling == 1.0
-    config = variant.config(lora_alpha=8)
-    assert config.scaling == 8 / config.r
+def test_default_scale_is_one_and_alpha_is_divided_by_r(method_variant: Variant) -> None:
+    assert method_variant.config(lora_alpha=None).scaling == 1.0
+    config = method_variant.config(lora_alpha=8)
+    assert config.scaling == 8 / (config.top_k if method_variant.key == "smora" else config.r)
     assert build_config("lora", {"r": 34}).lora_alpha == 34
     assert build_config("lora", {"r": 34, "lora_alpha": 8}).lora_alpha == 8
 

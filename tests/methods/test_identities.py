@@ -78,7 +78,7 @@ def test_molora_with_equal_downs_is_molora_sd() -> None:
 
 def test_more_at_full_rank_is_lora_and_below_it_a_prefix() -> None:
     x, A, B = data(4, 4)
-    core = MoREConfig(r=4, tasks=list(TASKS)).core(6).double()
+    core = MoREConfig(r=4, tasks=list(TASKS), linear_scaling="none").core(6).double()
     core.reset_parameters()
     for rank in range(1, 5):
         nn.init.zeros_(core.gate.weight)

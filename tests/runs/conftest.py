@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    BertConfig,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -189,6 +191,53 @@ def t5(tmp_path_factory: pytest.TempPathFactory, words: PreTrainedTokenizerFast)
     return path
 
 
+ANSWERS = {"yes": "entailment", "maybe": "neutral", "no": "contradiction"}
+NUMBERS = ("none", "one", "two", "three", "four", "five")
+THINGS = ("river", "stone", "lamp", "fox", "tree")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two tiny GLUE tasks, as a recipe names them: three labels, and numbers; in both one word gives the answer."""
+    path = tmp_path_factory.mktemp("glue")
+    for name, answers, column in (
+        ("MNLI", tuple(ANSWERS.items()), "gold_label"),
+        ("STS-B", tuple((word, f"{i}.000") for i, word in enumerate(NUMBERS)), "score"),
+    ):
+        (path / name).mkdir()
+        for split, size in (("train", 36), ("dev_matched" if name == "MNLI" else "dev", 18)):
+            rows = [f"sentence1\tsentence2\t{column}"]
+            for i in range(size):
+                word, answer = answers[i % len(answers)]
+                first, second = THINGS[i % 5], " ".join([THINGS[i % 4]] * (1 + i % 3))
+                rows.append(f"{first}\t{second} {word}\t{answer}")
+            (path / name / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    return {"family": "glue", "path": str(path), "names": ["mnli", "stsb"]}
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny encoder, and a tokenizer that dresses texts and pairs as BERT's."""
+    known = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *ANSWERS, *NUMBERS, *THINGS]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
+    )
+    marks = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    path = tmp_path_factory.mktemp("bert")
+    PreTrainedTokenizerFast(tokenizer_object=inner, **marks).save_pretrained(path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
+    # Little dropout, so that a few steps show what is learned; some, so that resuming must bring back the generators.
+    drops = {"hidden_dropout_prob": 0.01, "attention_probs_dropout_prob": 0.01}
+    config = BertConfig(vocab_size=len(known), max_position_embeddings=16, initializer_range=0.2, **sizes, **drops)
+    BertModel(config).save_pretrained(path)
+    return path
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "r": 4},
     "mode": {"name": "mode", "r": 4, "num_experts": 3},
@@ -203,7 +252,9 @@ def tiny(llama: Path) -> Callable[..., Recipe]:
     """A recipe that runs in a moment: a method by its key, on the tiny Llama unless another model is given."""
 
     def make(method: str = "mode", model: Path | None = None, seed: int = 0, **sections: Any) -> Recipe:
-        targets = ["q", "v", "wo"] if model is not None and "t5" in str(model) else ["q_proj", "v_proj", "down_proj"]
+        targets = {"t5": ["q", "v", "wo"], "bert": ["query", "value", "output.dense"]}.get(
+            next((kind for kind in ("t5", "bert") if kind in str(model)), ""), ["q_proj", "v_proj", "down_proj"]
+        )
         options = {"target_modules": targets, **METHODS[method]} if method in METHODS else {"name": method}
         train = {"steps": 3, "batch_size": 8, "learning_rate": 0.01, "logging_steps": 1, "save_steps": None}
         passed = {"disable_tqdm": True, **sections.get("train", {}).get("trainer", {})}

@@ -17,6 +17,7 @@ from dyads.runs import budget
 from dyads.runs.budget import PAPER_GEMMA_2B, count, solve
 from dyads.runs.config import ModelSpec
 from dyads.runs.model import load_model
+from tiny import SMALL
 
 
 def mode(m: int, r: int, p: int = 1) -> tuple[str, dict[str, Any]]:
@@ -114,7 +115,7 @@ def test_the_size_of_more_on_t5_base(t5_base: str) -> None:
 @pytest.mark.parametrize("name", method_names())
 @pytest.mark.parametrize("options", [{"r": 4}, {"r": 4, "modules_to_save": ["lm_head"]}])
 def test_what_is_counted_is_what_trains(name: str, options: dict[str, Any], llama: Path) -> None:
-    options = {**options, "target_modules": "all-linear"}
+    options = {**options, **SMALL.get(name, {}), "target_modules": "all-linear"}
     model = get_peft_model(load_model(ModelSpec(name=str(llama))), build_config(name, options, ("a", "b")))
     counted = count(str(llama), name, options, ("a", "b"))
     assert counted.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -156,6 +157,24 @@ def test_ranks_come_in_whole_groups(llama: Path) -> None:
 
 def _size(llama: Path, options: dict[str, Any], r: int) -> int:
     return count(str(llama), "mode", {**options, "r": r}).trainable
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "free", "first", "step"),
+    [
+        ("smora", {"top_k": 8}, "r", 8, 1),
+        ("moelora", {"num_experts": 4}, "r", 4, 4),
+        ("mode", {"r": 4, "select": "top_k", "top_k": 3}, "num_experts", 3, 1),
+    ],
+)
+def test_only_values_that_a_method_takes_are_tried(
+    name: str, options: dict[str, Any], free: Any, first: int, step: int, llama: Path
+) -> None:
+    options = {**options, "target_modules": ["q_proj"]}
+    found, size = solve(str(llama), name, options, free=free, parameters=3_000, task_names=["a", "b"])
+    assert found >= first
+    assert (found - first) % step == 0
+    assert count(str(llama), name, {**options, free: found}, ["a", "b"]).trainable == size.trainable
 
 
 @pytest.mark.parametrize("size", [0, -2, 1.5, "x", None])

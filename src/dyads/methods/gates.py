@@ -2,25 +2,58 @@
 """Which pieces of routing do several methods need?
 
 A gate has three stages: *score* (what the router sees, and how), *select* (from scores to weights) and *combine* (which
-coefficients a weight multiplies). Each function here is one stage of one kind.
+coefficients a weight multiplies). Each function here is one stage of one kind, and `balance` is a loss on two of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "balance",
     "combine_experts",
     "combine_groups",
     "per_token",
+    "score_cosine",
+    "score_linear",
+    "score_task",
+    "select_one",
     "select_prefix",
+    "select_sigmoid",
     "select_softmax",
+    "select_top_k",
     "softmax_expert_gradients",
     "softmax_group_gradients",
 ]
+
+
+def score_linear(seen: Tensor, W: Tensor) -> Tensor:
+    """W seen: (… f), (s f) → (… s), in the dtype of what is seen."""
+    return F.linear(seen, W.to(seen.dtype))
+
+
+def score_cosine(seen: Tensor, keys: Tensor) -> Tensor:
+    """Cosine between what is seen and every key: (… f), (s f) → (… s), in fp32 or wider; 0 for a zero row."""
+    wide = torch.promote_types(seen.dtype, torch.float32)
+    along = F.linear(seen, F.normalize(keys.to(wide), dim=-1).to(seen.dtype)).to(wide)
+    length: Tensor = torch.linalg.vector_norm(seen, dim=-1, keepdim=True, dtype=wide)
+    return along / length.clamp_min(1e-12)
+
+
+def score_task(embeddings: Tensor, W: Tensor) -> Tensor:
+    """W e_t of the samples' tasks: (b e), (s e) → (b s), in fp32 or wider.
+
+    Also inside autocast: training, evaluation and merging must choose the same where two are nearly tied.
+    """
+    wide = torch.promote_types(embeddings.dtype, torch.float32)
+    kind = embeddings.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        return F.linear(embeddings.to(wide), W.to(wide))
 
 
 def select_softmax(scores: Tensor) -> Tensor:
@@ -49,6 +82,46 @@ def _sum(t: Tensor, *, keepdim: bool = False) -> Tensor:
         t = _as_it_lies(t, lambda laid, axis: laid.sum(axis, keepdim=True))
         return t if keepdim else t.squeeze(-1)
     return t.sum(-1, keepdim=keepdim)
+
+
+def select_sigmoid(scores: Tensor) -> Tensor:
+    """Every gate on its own, in (0, 1): the gates of a token need not sum to anything."""
+    return scores.sigmoid()
+
+
+def select_top_k(scores: Tensor, k: int, *, renormalise: bool = True) -> Tensor:
+    """The k largest entries of the softmax, zeros elsewhere; renormalised they sum to 1, else to what they had.
+
+    Exactly k are kept, also of equal ones. Those left out get a gradient through the softmax; renormalised, none.
+    """
+    kept = torch.zeros_like(scores).scatter(-1, scores.topk(k, dim=-1).indices, 1)
+    p = select_softmax(scores) * kept
+    return p / p.sum(-1, keepdim=True) if renormalise else p
+
+
+def select_one(scores: Tensor) -> Tensor:
+    """Straight-through choice of one: the value is one-hot at the largest score, the gradient that of the softmax."""
+    p = select_softmax(scores)
+    chosen = torch.zeros_like(p).scatter(-1, scores.argmax(-1, keepdim=True), 1)
+    return chosen + (p - p.detach())
+
+
+def balance(scores: Tensor, k: int = 1, weight: Tensor | None = None) -> Tensor:
+    """Load-balancing loss of a token-level choice among n (Fedus et al., 2021, eq. 4), averaged over groups.
+
+        L = n Σ_i f_i P_i      f_i = share of the tokens that have i among their k largest, over k      P_i = mean p_i
+
+    with p = softmax(scores), scores (… [groups] n) with one row of tokens first: (tokens …). It is 1 for tokens spread
+    evenly, and n for tokens that all choose the same one. `weight` (tokens) says which tokens count, and how much.
+    """
+    p = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
+    chosen = torch.zeros_like(p).scatter(-1, scores.topk(k, dim=-1).indices, 1 / k)
+    if weight is None:
+        share, mean = chosen.mean(0), p.mean(0)
+    else:
+        weight = (weight / weight.sum().clamp_min(1)).to(p.dtype).view(-1, *[1] * (p.ndim - 1))
+        share, mean = (chosen * weight).sum(0), (p * weight).sum(0)
+    return scores.shape[-1] * (share * mean).sum(-1).mean()
 
 
 def select_prefix(scores: Tensor) -> Tensor:

@@ -12,24 +12,27 @@ We differ: lora_alpha / r scaling is ours (the paper has none: leave lora_alpha 
 at 1/m, so every expert sees 1/m of the signal; lora_alpha = r · num_experts undoes it, if you want that. The paper does
 not say how routers start; ours draw N(0, 0.02²), as the public code of MoLORA does. All-equal routers would keep the
 experts of a rank equal for ever: the same gates on the same zero rows get the same gradients.
+
+Its *combine* stage is group_size. *Score* and *select* are the paper's linear score of the token and softmax, unless
+`score` and `select` say otherwise (stages.py); the paper names top-k routing as future work.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dyads.methods.base import Core, DyadsConfig, register
-from dyads.methods.gates import combine_groups, select_softmax, softmax_group_gradients
+from dyads.methods.base import register
+from dyads.methods.gates import combine_groups, softmax_group_gradients
+from dyads.methods.stages import StagedConfig, StagedCore, Stages
 
 __all__ = ["MoDE", "MoDEConfig"]
 
 
 @register("mode", "mixture of dyadic experts: every rank (or group of ranks) routes over rank-one experts")
 @dataclass
-class MoDEConfig(DyadsConfig):
+class MoDEConfig(StagedConfig):
     """Config of MoDE and of its generalisation m×r×p (num_experts × r × group_size)."""
 
     r: int = field(
@@ -44,7 +47,6 @@ class MoDEConfig(DyadsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_whole("num_experts")
         self.require_whole("group_size")
         divisors = [p for p in range(1, self.r + 1) if self.r % p == 0]
         self.require(
@@ -55,37 +57,29 @@ class MoDEConfig(DyadsConfig):
         self.require(self.router_std > 0, "router_std", "must be above 0: equal routers never tell experts apart")
 
     def core(self, d: int) -> MoDE:
-        return MoDE(d, self.r, self.num_experts, self.group_size, self.router_std)
+        return MoDE(d, self.r, self.num_experts, self.group_size, self.router_std, self.stages(d))
 
 
-class MoDE(Core):
-    """K groups of ranks, each with its own softmax over the experts; gates (… K n)."""
+class MoDE(StagedCore):
+    """K groups of ranks, each with its own choice among the experts; gates (… K n)."""
 
     gate_axes = 2
     keeps_gates = True
 
-    def __init__(self, d: int, r: int, num_experts: int, group_size: int, router_std: float = 0.02) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        d: int,
+        r: int,
+        num_experts: int,
+        group_size: int,
+        router_std: float | None = 0.02,
+        stages: Stages | None = None,
+    ) -> None:
+        super().__init__(d, (r // group_size, num_experts), router_std=router_std, stages=stages, inner=r)
         self.p, self.q = r, r * num_experts
-        self.num_experts, self.groups, self.router_std = num_experts, r // group_size, router_std
-        self.looks_at = frozenset({"x"} if num_experts > 1 else ())
-        if num_experts > 1:
-            self.router = nn.Parameter(torch.empty(self.groups * num_experts, d))
-
-    def reset_parameters(self) -> None:
-        if self.num_experts > 1:
-            nn.init.normal_(self.router, std=self.router_std)
-
-    def router_rows(self) -> Tensor | None:
-        return self.router if self.num_experts > 1 else None
-
-    def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
-        if scores is None:
-            return h.new_ones(self.groups, 1)
-        return select_softmax(scores.view(*scores.shape[:-1], self.groups, self.num_experts))  # (… K n)
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return combine_groups(h, g)
 
-    def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+    def softmax_gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         return softmax_group_gradients(h, g, du)

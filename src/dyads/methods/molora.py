@@ -4,7 +4,9 @@
     MoLORA      delta(x) = Σ_i R_i(x) B_i A_i x          R(x) = softmax(W x) over the experts
     MoLORA-SD   delta(x) = Σ_i R_i(x) B_i A x            one A for all ("LoRA-MoE-SD" in the MoDE paper; = HydraLoRA)
 
-Dense token-level routing, one weight per expert. Ours ↔ the MoDE paper: num_experts ↔ m, d ↔ P, o ↔ Q.
+Dense token-level routing, one weight per expert, unless `score` and `select` say otherwise (stages.py).
+
+Ours ↔ the MoDE paper: num_experts ↔ m, d ↔ P, o ↔ Q.
 We differ: the public code of MoLORA adds a router bias and scales by alpha / r = 16 / 4; the MoDE paper's equations and
 parameter counts have neither, and neither do we (lora_alpha is there to set). With one expert there is nothing to
 choose: no router is made, and both are LoRA.
@@ -14,19 +16,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dyads.methods.base import Core, DyadsConfig, register
-from dyads.methods.gates import combine_experts, select_softmax, softmax_expert_gradients
+from dyads.methods.base import Core, register
+from dyads.methods.gates import combine_experts, softmax_expert_gradients
 from dyads.methods.mode import MoDE
+from dyads.methods.stages import StagedConfig, StagedCore, Stages
 
 __all__ = ["MoLoRA", "MoLoRAConfig"]
 
 
 @register("molora", "mixture of LoRAs, one gate per expert and token; shared_down=true is MoLORA-SD")
 @dataclass
-class MoLoRAConfig(DyadsConfig):
+class MoLoRAConfig(StagedConfig):
     """Config of MoLORA and, with `shared_down`, of MoLORA-SD."""
 
     r: int = field(default=8, metadata={"help": "Rank of each expert."})
@@ -39,7 +41,6 @@ class MoLoRAConfig(DyadsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_whole("num_experts")
         self.require(isinstance(self.shared_down, bool), "shared_down", "must be true or false")
         if self.shared_down:
             self.require(
@@ -50,35 +51,23 @@ class MoLoRAConfig(DyadsConfig):
     def core(self, d: int) -> Core:
         if self.shared_down:
             # One group of all r ranks: MoLORA-SD is MoDE m×r×r, and the same core.
-            return MoDE(d, self.r, self.num_experts, self.r, self.router_std)
-        return MoLoRA(d, self.r, self.num_experts, self.router_std)
+            return MoDE(d, self.r, self.num_experts, self.r, self.router_std, self.stages(d))
+        return MoLoRA(d, self.r, self.num_experts, self.router_std, self.stages(d))
 
 
-class MoLoRA(Core):
-    """One softmax over the experts, each with its own A and B; gates (… n). Rows go expert by expert."""
+class MoLoRA(StagedCore):
+    """One choice among the experts, each with its own A and B; gates (… n). Rows go expert by expert."""
 
     keeps_gates = True
 
-    def __init__(self, d: int, r: int, num_experts: int, router_std: float = 0.02) -> None:
-        super().__init__()
+    def __init__(
+        self, d: int, r: int, num_experts: int, router_std: float | None = 0.02, stages: Stages | None = None
+    ) -> None:
+        super().__init__(d, (num_experts,), router_std=router_std, stages=stages, inner=num_experts * r)
         self.p = self.q = num_experts * r
-        self.num_experts, self.router_std = num_experts, router_std
-        self.looks_at = frozenset({"x"} if num_experts > 1 else ())
-        if num_experts > 1:
-            self.router = nn.Parameter(torch.empty(num_experts, d))
-
-    def reset_parameters(self) -> None:
-        if self.num_experts > 1:
-            nn.init.normal_(self.router, std=self.router_std)
-
-    def router_rows(self) -> Tensor | None:
-        return self.router if self.num_experts > 1 else None
-
-    def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
-        return h.new_ones(1) if scores is None else select_softmax(scores)  # (… n)
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return combine_experts(h, g)
 
-    def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+    def softmax_gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         return softmax_expert_gradients(h, g, du)

@@ -19,17 +19,16 @@ from typing import Any, Literal
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from dyads.errors import ConfigError, DyadsError
 from dyads.methods import build_config
-from dyads.runs.model import model_config
+from dyads.runs.model import auto_class, kind_of, model_config, without_pooler
 
 __all__ = ["PAPER_GEMMA_2B", "Count", "count", "solve"]
 
 PAPER_GEMMA_2B = "paper:mode-gemma-2b"
 _PAPER_BASE, _PAPER_FACTOR, _PAPER_LAYERS = 1_981_884_416, 4, 18
-_LARGEST = 1 << 20
+_LARGEST, _LARGEST_FIRST = 1 << 20, 1 << 10
 
 
 @dataclass(frozen=True)
@@ -88,25 +87,22 @@ def solve(
 ) -> tuple[int, Count]:
     """The value of `free` whose size comes closest to the budget, and that size.
 
-    Sizes grow with both r and num_experts. With a group_size only its multiples are tried for r. Refused where even
-    the smallest value is more than twice the budget.
+    Sizes grow with both r and num_experts. Only values that the method takes are tried: with a group_size its
+    multiples, with top_k nothing below. Refused where even the smallest is more than twice the budget.
     """
     if free == "num_experts" and not hasattr(build_config(method, options, tuple(task_names) or None), free):
         raise ConfigError(f"{method} has no num_experts, so only r can meet a budget: leave r out")
-    step = options.get("group_size", 1) if free == "r" else 1
-    whole = isinstance(step, int) and step >= 1
-    # Refuses what is wrong with the other options, a group_size that is no step among them, before r can be blamed.
-    build_config(method, {**options, free: step if whole else 1}, tuple(task_names) or None)
+    first, step = _allowed(method, options, free, task_names)
 
     @cache
     def at(n: int) -> Count:
-        return count(model, method, {**options, free: n * step}, task_names)
+        return count(model, method, {**options, free: first + (n - 1) * step}, task_names)
 
     low = 1
     smallest = at(low)
     if smallest.trainable > 2 * parameters:
         raise ConfigError(
-            f"no {free} meets a budget of {parameters:,}: {method} with {free}={step} already has"
+            f"no {free} meets a budget of {parameters:,}: {method} with {free}={first} already has"
             f" {smallest.trainable:,} parameters. Adapt fewer modules, or raise the budget"
         )
     high = 2
@@ -118,7 +114,29 @@ def solve(
         middle = (low + high) // 2
         low, high = (middle, high) if at(middle).trainable < parameters else (low, middle)
     best = min((low, high), key=lambda n: abs(at(n).trainable - parameters))
-    return best * step, at(best)
+    return first + (best - 1) * step, at(best)
+
+
+def _allowed(method: str, options: dict[str, Any], free: str, task_names: Sequence[str]) -> tuple[int, int]:
+    """The smallest value of `free` that the method takes, and the distance to the next: groups, experts and top_k ask.
+
+    Where none is taken the fault lies with another option, and the method says with which.
+    """
+    found: list[int] = []
+    refusal: ConfigError | None = None
+    for n in range(1, _LARGEST_FIRST + 1):
+        try:
+            build_config(method, {**options, free: n}, tuple(task_names) or None)
+        except ConfigError as error:
+            refusal = refusal or error
+            continue
+        found.append(n)
+        if len(found) == 2:
+            break
+    if not found:
+        assert refusal is not None
+        raise refusal
+    return found[0], found[-1] - found[0] or 1
 
 
 class _PaperLayer(nn.Module):
@@ -136,9 +154,9 @@ def _skeleton(model: str) -> nn.Module:
         if model == PAPER_GEMMA_2B:
             return nn.ModuleList(_PaperLayer() for _ in range(_PAPER_LAYERS))
         config = _config(model)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        skeleton: nn.Module = auto.from_config(config)
-        return skeleton
+        kind = kind_of(model, config)
+        skeleton: nn.Module = auto_class(kind).from_config(config)
+        return without_pooler(skeleton) if kind == "encoder" else skeleton
 
 
 @lru_cache(maxsize=4)

@@ -15,6 +15,8 @@ from typing import Any
 from dyads.errors import RunError
 from dyads.runs.config import Recipe, differences
 from dyads.runs.folder import RunFolder, ScoreRow, Scores
+from dyads.runs.intervals import Array
+from dyads.runs.moments import METRICS, moments, score
 
 __all__ = ["Curve", "ScoredRun", "changed", "find", "grouped", "read"]
 
@@ -58,7 +60,7 @@ class ScoredRun:
     recipe: Recipe
     scores: Scores
     headline: dict[str, ScoreRow]
-    values: dict[str, dict[str, float]]  # task -> instance id -> headline score
+    values: dict[str, dict[str, Array]]  # task -> instance id -> what it gives to the headline score (k)
     curve: Curve | None
 
     @property
@@ -111,7 +113,7 @@ def read(folder: RunFolder) -> ScoredRun:
     scores = folder.scores()
     again = f"run `dyads evaluate {folder.path}` again"
     headline: dict[str, ScoreRow] = {}
-    values: dict[str, dict[str, float]] = {}
+    values: dict[str, dict[str, Array]] = {}
     for row in scores["scores"]:
         if not row["headline"]:
             continue
@@ -121,14 +123,17 @@ def read(folder: RunFolder) -> ScoredRun:
         if not row["higher_is_better"]:
             raise RunError(f"task '{task}' has the headline metric {metric}, of which less is better: no average of it")
         predictions = folder.predictions(task)
-        lacking = [p["id"] for p in predictions if metric not in p["scores"]]
+        if metric in METRICS and metric != "pearson" and "labels" not in row:
+            raise RunError(f"'{folder.path}': {metric} of task '{task}' is without the task's labels; {again}")
+        lacking = [p["id"] for p in predictions if metric not in p["scores"] and metric not in METRICS]
         if lacking:
             raise RunError(
                 f"'{folder.path}': instance '{lacking[0]}' of task '{task}' has no {metric} of its own, "
                 f"which intervals need; {again}"
             )
-        instances = {p["id"]: p["scores"][metric] for p in predictions}
-        mean = sum(instances.values()) / max(1, len(instances))
+        parts = moments(metric, predictions, row.get("labels", []))
+        instances = dict(zip((p["id"] for p in predictions), parts, strict=True))
+        mean = float(score(metric, parts.mean(axis=0))) if predictions else 0.0
         if len(instances) != row["n"] or len(predictions) != row["n"] or abs(mean - row["value"]) > 0.01:
             raise RunError(
                 f"'{folder.path}': the predictions of task '{task}' ({len(predictions)} instances, {metric} "

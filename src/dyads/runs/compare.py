@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from dyads.runs.comparable import Curve, ScoredRun, changed, find, grouped, read
 from dyads.runs.config import UNTRAINED, Recipe
 from dyads.runs.folder import RunFolder, ScoreRow
 from dyads.runs.intervals import Array, Interval, Resampled, interval, resample
+from dyads.runs.moments import score
 
 __all__ = ["Column", "Comparison", "Pair", "TaskRow", "compare"]
 
@@ -124,11 +126,12 @@ def compare(
     tasks = list(runs[0].headline)
     ordered = [run for label in labels for run in groups[label]]
     matrices = [_matrix(task, ordered) for task in tasks]
+    values = [partial(score, runs[0].headline[task]["metric"]) for task in tasks]
     sizes = np.array([m.shape[1] for m in matrices], dtype=np.float64)
     seeds = {label: tuple(run.seed for run in groups[label]) for label in labels}
-    boot = resample(matrices, seeds, resamples, bootstrap_seed)
+    boot = resample(matrices, values, seeds, resamples, bootstrap_seed)
 
-    per_run = np.stack([m.mean(axis=1) for m in matrices])  # (tasks, runs)
+    per_run = np.stack([of(m.mean(axis=1)) for of, m in zip(values, matrices, strict=True)])  # (tasks, runs)
     micro_runs, macro_runs = sizes / sizes.sum() @ per_run, per_run.mean(axis=0)
     columns: list[Column] = []
     means = np.empty((len(tasks), len(labels)))
@@ -158,7 +161,7 @@ def compare(
 
 
 def _matrix(task: str, runs: Sequence[ScoredRun]) -> Array:
-    """A task's headline scores, (runs, instances); the instances in one order for all."""
+    """What instances give to a task's headline score, (runs, instances, k); the instances in one order for all."""
     ids = list(runs[0].values[task])
     return np.array([[run.values[task][i] for i in ids] for run in runs], dtype=np.float64)
 
@@ -247,7 +250,10 @@ def _notes(
                 f"{column.label}: an untrained model rarely answers in the expected form, "
                 "so a low score says little about what it knows"
             )
-    absent = [name for name in UNTRAINED if all(c.method != name for c in columns)]
+    # Heads are random before they are trained, so an encoder has no zero-shot run.
+    headed = any(RunFolder(run.path).heads.is_file() for group in groups.values() for run in group)
+    possible = ("majority",) if headed else UNTRAINED
+    absent = [name for name in possible if all(c.method != name for c in columns)]
     if absent and trained:
         notes.append(f"no {' and no '.join(absent)} run here: add one to see how much of a score was learned")
     return notes

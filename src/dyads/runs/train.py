@@ -3,7 +3,8 @@
 
 The Trainer keeps what it is good at: the loop, the optimizer, accelerate, the progress bar, logging, checkpoints and
 resuming. Ours are the batches (computed before training, the same for every method of a seed), the task of every
-sample, and the loss, for which only label positions go through the LM head.
+sample, and the loss, for which only label positions go through the LM head. An encoder has a head for every task in the
+place of the LM head (runs/heads.py), and is trained by the same steps.
 """
 
 from __future__ import annotations
@@ -23,15 +24,27 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from dyads.data.batches import IGNORED, Collator, Encoder, ScheduledBatches, TaskDataset, pad_id_of
+from dyads.data.batches import (
+    IGNORED,
+    Collator,
+    Encoder,
+    PairCollator,
+    PairEncoder,
+    ScheduledBatches,
+    TaskDataset,
+    pad_id_of,
+)
 from dyads.data.mixture import schedule
 from dyads.errors import ConfigError, DyadsError, RunError, TaskError
 from dyads.runs.config import Recipe
+from dyads.runs.evaluate import check_answers
 from dyads.runs.evaluate import evaluate as evaluate_run
 from dyads.runs.folder import RunFolder
-from dyads.runs.model import load_model, load_tokenizer
+from dyads.runs.heads import MODULE, attach, collator_of, encoder_of, head_loss, heads_of
+from dyads.runs.heads import write as write_heads
+from dyads.runs.model import kind_of, load_model, load_tokenizer
 from dyads.tasks import Suite, Task, load_suite
-from dyads.tuner.routing import find_routing
+from dyads.tuner.routing import auxiliary_loss, find_routing
 
 __all__ = ["Training", "train"]
 
@@ -46,6 +59,7 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, evaluate: bo
         return RunFolder.create(out, recipe, resume=True)  # nothing to do, unless its recipe is another one
     _refuse_processes(int(os.environ.get("WORLD_SIZE", "1")), "processes")
     suite = load_suite(recipe.tasks)
+    check_answers(recipe, suite.tasks)
     training = Training(recipe, suite) if recipe.method.trains else None
     if training is not None:
         training.arguments(RunFolder(out))
@@ -80,11 +94,16 @@ class Training:
         names = tuple(task.name for task in suite.tasks)
         config = recipe.method.peft_config(names)
         base = load_model(recipe.model)
-        self.encoder_decoder = bool(base.config.is_encoder_decoder)
-        config.task_type = "SEQ_2_SEQ_LM" if self.encoder_decoder else "CAUSAL_LM"
+        kind = kind_of(recipe.model.name, base.config, recipe.model.kind)
+        self.encoder_decoder = kind == "seq2seq"
+        config.task_type = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}[kind]
         config.revision = recipe.model.revision
         self.tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
+        self.heads = heads_of(suite.tasks) if kind == "encoder" else ()
         set_seed(recipe.seed)  # again: the adapter's start must not depend on how the base was loaded
+        if self.heads:
+            attach(base, self.heads, recipe.model.pool)  # before the adapter: the same start for every method of a seed
+            config.modules_to_save = [*(config.modules_to_save or ()), MODULE]
         try:
             self.model = get_peft_model(base, config)
         except DyadsError:
@@ -94,12 +113,19 @@ class Training:
                 f"method '{recipe.method.name}' does not fit model '{recipe.model.name}': {error}"
             ) from error
         self._check_tasks(names)
-        self.encoder = Encoder(
-            self.tokenizer,
-            max_prompt_tokens=spec.max_prompt_tokens,
-            max_target_tokens=spec.max_target_tokens,
-            encoder_decoder=self.encoder_decoder,
-        )
+        self.encoder: Encoder | PairEncoder
+        self.collator: Collator | PairCollator
+        if self.heads:
+            self.encoder = encoder_of(base, self.tokenizer, spec.max_prompt_tokens, self.heads, suite.tasks)
+            self.collator = collator_of(base, self.tokenizer)
+        else:
+            self.encoder = Encoder(
+                self.tokenizer,
+                max_prompt_tokens=spec.max_prompt_tokens,
+                max_target_tokens=spec.max_target_tokens,
+                encoder_decoder=self.encoder_decoder,
+            )
+            self.collator = Collator(pad_id_of(self.tokenizer), encoder_decoder=self.encoder_decoder)
         self.dataset = TaskDataset(suite.tasks, self.encoder)
         self.batches = schedule(
             self.dataset.lengths(),
@@ -128,8 +154,14 @@ class Training:
 
     @property
     def parameters(self) -> int:
-        """Trainable parameters, with routers, gates and embeddings."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        """Trainable parameters of the adapter, with routers, gates and embeddings; heads are counted apart."""
+        return _trainable(self.model) - self.head_parameters
+
+    @property
+    def head_parameters(self) -> int:
+        """Trainable parameters of an encoder's heads, which every method has; 0 where the model answers in text."""
+        heads = getattr(self.model.get_base_model(), MODULE, None)
+        return _trainable(heads) if heads is not None else 0
 
     def run(self, folder: RunFolder, *, resume: bool = False) -> None:
         """Train to the end and keep the adapter."""
@@ -144,16 +176,22 @@ class Training:
                 "step": trainer.state.global_step,
                 "seconds": log.seconds,
                 "parameters": self.parameters,
+                **({"head_parameters": self.head_parameters} if self.heads else {}),
             }
         )
         self.model.save_pretrained(folder.adapter)  # first of all: whatever fails below must not cost the adapter
+        if self.heads:
+            write_heads(folder.heads, self.heads)
         if self.recipe.train.validation_limit:
             loss = self.validation_loss(trainer, self.recipe.train.validation_limit)
             folder.append_log({"event": "validated", "step": trainer.state.global_step, "validation_loss": loss})
 
     @torch.no_grad()
     def validation_loss(self, trainer: _Trainer, limit: int) -> float:
-        """Mean over tasks of the cross-entropy per label, on the first `limit` validation instances of each."""
+        """Mean over tasks of the loss per label, on the first `limit` validation instances of each.
+
+        A label is a token, or with heads an instance.
+        """
         self.model.eval()
         dataset = TaskDataset(self.suite.tasks, self.encoder, split="validation")
         size = trainer.args.per_device_train_batch_size
@@ -207,6 +245,10 @@ class Training:
         return arguments
 
 
+def _trainable(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
 class _Trainer(Trainer):  # type: ignore[misc]
     def __init__(self, training: Training, folder: RunFolder, arguments: TrainingArguments) -> None:
         self.tasks: Sequence[Task] = training.suite.tasks
@@ -214,12 +256,12 @@ class _Trainer(Trainer):  # type: ignore[misc]
         size = arguments.per_device_train_batch_size
         self.batches = [batch[i : i + size] for batch in training.batches for i in range(0, len(batch), size)]
         self.routed = find_routing(training.model) is not None
-        self.encoder_decoder = training.encoder_decoder
+        self.encoder_decoder, self.heads = training.encoder_decoder, bool(training.heads)
         super().__init__(
             model=training.model,
             args=arguments,
             train_dataset=training.dataset,
-            data_collator=Collator(pad_id_of(training.tokenizer), encoder_decoder=training.encoder_decoder),
+            data_collator=training.collator,
             # Never called, as compute_loss below does not: it makes the Trainer count the labels of a whole step.
             compute_loss_func=_unused,
         )
@@ -227,7 +269,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
         # The layers of a decoder predict the next token; the Trainer only has to count the labels it will see.
-        self._loss_shifts_labels = not self.encoder_decoder
+        self._loss_shifts_labels = not self.encoder_decoder and not self.heads
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(
@@ -248,14 +290,19 @@ class _Trainer(Trainer):  # type: ignore[misc]
     ) -> Any:
         loss, count = self.label_loss(model, inputs)
         loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
+        auxiliary = auxiliary_loss(self.accelerator.unwrap_model(model))
+        if auxiliary is not None:  # of this part of the batch; all parts have equally many samples
+            loss = loss + auxiliary / self.args.gradient_accumulation_steps
         if not torch.isfinite(loss):
             self._stop("loss", inputs["task"])
         return loss
 
     def label_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(sum of the cross-entropies of a batch's labels, their number)."""
+        """(sum of the losses of a batch's labels, their number)."""
         inputs = {k: v for k, v in batch.items() if k != "labels" and (k != "task" or self.routed)}
         unwrapped = self.accelerator.unwrap_model(model)
+        if self.heads:
+            return head_loss(unwrapped, model, inputs, batch["task"], batch["labels"])
         return label_loss(unwrapped, model, inputs, batch["labels"], self.encoder_decoder)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -4,6 +4,6 @@
 from dyads.tuner.layer import DyadsLayer
 from dyads.tuner.model import DyadsModel
 from dyads.tuner.register import register_methods
-from dyads.tuner.routing import Routing, use_task
+from dyads.tuner.routing import Routing, auxiliary_loss, use_task
 
-__all__ = ["DyadsLayer", "DyadsModel", "Routing", "register_methods", "use_task"]
+__all__ = ["DyadsLayer", "DyadsModel", "Routing", "auxiliary_loss", "register_methods", "use_task"]

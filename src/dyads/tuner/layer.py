@@ -29,6 +29,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A frozen linear map with gated sums of rank-one terms beside it.
 
     Per adapter: `dyads_A` (p d_in), `dyads_B` (q d_out), and `dyads_core`, the method's routers, gates and embeddings.
+    A core with several heads stores A and B without their zeros (`Core.whole`).
     """
 
     adapter_layer_names = ("dyads_A", "dyads_B", "dyads_core")
@@ -55,6 +56,8 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._merged_delta_task: dict[str, Tensor | None] = {}
+        self.of_decoder = False
+        """Whether it belongs to a decoder, whose tokens are not those of the encoder."""
 
     def update_layer(self, adapter_name: str, config: DyadsConfig) -> None:
         """Add an adapter to this layer, or make the one of that name anew."""
@@ -63,8 +66,8 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.scaling[adapter_name] = config.scaling
         self.method_key[adapter_name] = config.key
         self.dyads_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.dyads_A[adapter_name] = nn.Parameter(torch.empty(core.p, self.in_features))
-        self.dyads_B[adapter_name] = nn.Parameter(torch.empty(core.q, self.out_features))
+        self.dyads_A[adapter_name] = nn.Parameter(torch.empty(core.p, core.stored(self.in_features)))
+        self.dyads_B[adapter_name] = nn.Parameter(torch.empty(core.q, core.stored(self.out_features)))
         self.dyads_core[adapter_name] = core
         if config.task_names is not None:
             self.routing.names[adapter_name] = config.task_names
@@ -105,8 +108,9 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for adapter in self.active_adapters:
             operator = kept.get((id(self), adapter))
             if operator is None and adapter in self.dyads_A:
-                A, B = self.dyads_A[adapter], self.dyads_B[adapter]
-                operator = kept[id(self), adapter] = Held(A, B, self.core(adapter), self.scaling[adapter])
+                core = self.core(adapter)
+                A, B = core.whole(self.dyads_A[adapter]), core.whole(self.dyads_B[adapter])
+                operator = kept[id(self), adapter] = Held(A, B, core, self.scaling[adapter])
             if operator is not None:
                 held.append((adapter, operator))
         return held
@@ -140,12 +144,15 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if adapter not in self.dyads_A:
                 continue
             core, dropout = self.core(adapter), self.dyads_dropout[adapter]
+            task = self._task(adapter, core, x)
+            if core.has_auxiliary_loss and self.training:
+                self.routing.collect(adapter, core, x, task, self.of_decoder)
             result = fused(
                 x,
-                self.dyads_A[adapter],
-                self.dyads_B[adapter],
+                core.whole(self.dyads_A[adapter]),
+                core.whole(self.dyads_B[adapter]),
                 core,
-                self._task(adapter, core, x),
+                task,
                 scale=self.scaling[adapter],
                 onto=result,
                 inner=dropout(x) if dropout.training and not isinstance(dropout, nn.Identity) else None,
@@ -184,7 +191,8 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         Exact for adapters whose gates look at nothing, or at the one task that is in use (`use_task`).
         """
         self.check_merge(adapter)
-        A, B, core = self.dyads_A[adapter], self.dyads_B[adapter], self.core(adapter)
+        core = self.core(adapter)
+        A, B = core.whole(self.dyads_A[adapter]), core.whole(self.dyads_B[adapter])
         wide = torch.promote_types(A.dtype, torch.float32)
         probe = torch.zeros(1, self.in_features, dtype=wide, device=A.device)
         g = core.route(probe @ A.to(wide).T, probe, self._task(adapter, core, probe))
@@ -192,6 +200,15 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         delta = self.scaling[adapter] * (B.to(wide).T @ G @ A.to(wide))
         oriented: Tensor = delta.T if self.fan_in_fan_out else delta
         return oriented
+
+    @torch.no_grad()
+    def gates_of_tasks(self, adapter: str) -> Tensor | None:
+        """The gates of every task (T …), in the order of their ids; None where gates do not look at the task alone."""
+        core, A = self.core(adapter), self.dyads_A[adapter]
+        if core.looks_at != {"task"}:
+            return None
+        probe = A.new_zeros(len(self.routing.names[adapter]), self.in_features)
+        return core.route(A.new_zeros(len(probe), core.p), probe, torch.arange(len(probe), device=A.device))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """W += ΔW for every adapter named (default: the active ones). safe_merge refuses what is not finite."""

@@ -43,6 +43,15 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         # In __dict__, since BaseTuner.__getattr__ would ask the wrapped model for a missing attribute.
         self.__dict__["routing"] = found
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; then the layers of the adapter take from the first what they share."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        cores = [
+            m.core(adapter_name) for m in model.modules() if isinstance(m, DyadsLayer) and adapter_name in m.dyads_A
+        ]
+        for core in cores[1:]:
+            core.share_with(cores[0])
+
     def _create_and_replace(
         self,
         peft_config: DyadsConfig,
@@ -57,6 +66,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
             target.update_layer(adapter_name, peft_config)
             return
         layer = DyadsLayer(target, self.routing)
+        layer.of_decoder = "decoder" in current_key.split(".")
         layer.__dict__["_active_adapter"] = adapter_name
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
@@ -74,6 +84,20 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.routing.names.pop(adapter_name, None)
+
+    def gates_of_tasks(self, adapter_name: str = "default") -> dict[str, Tensor]:
+        """By layer, the gates that every task has there (T …), in the order of the tasks' ids.
+
+        Empty for an adapter whose gates look at anything but the task. What a row holds is the method's business: for
+        MoRE the scaled prefix of ones, for MOELoRA the weights of the experts.
+        """
+        found = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, DyadsLayer) and adapter_name in module.dyads_A:
+                gates = module.gates_of_tasks(adapter_name)
+                if gates is not None:
+                    found[name] = gates
+        return found
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         # Before the first layer is touched: a refusal must not leave half a model merged.

@@ -8,11 +8,15 @@ holds. Three things make that safe:
 - gradient checkpointing runs layers again in backward, when another forward pass may have come between: the function
   that transformers hands its layers for checkpointing is wrapped, so that the second run sees the state of its first;
 - beam search and num_return_sequences repeat every sample k times in a row, and so are its tasks.
+
+The same object takes back the auxiliary losses of the layers. The model's is their mean over the layers; it is added to
+the loss that the model itself gives, or waits for `auxiliary_loss` where the model gives none.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,9 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from dyads.errors import RoutingError, did_you_mean
+from dyads.methods.base import Core
 from dyads.ops import Held
 
-__all__ = ["Routing", "RoutingState", "TaskLike", "use_task"]
+__all__ = ["Routing", "RoutingState", "TaskLike", "auxiliary_loss", "use_task"]
+
+_IGNORED = -100  # the label of positions that are not learned, everywhere in transformers
 
 TaskLike = Tensor | Sequence[int | str] | int | str
 """A task for every sample: a LongTensor (b), or a list of ids and names; a single one stands for the whole batch."""
@@ -106,9 +113,78 @@ class RoutingState:
         return state
 
 
+class TrainingCall:
+    """What one call of a model in training says about its tokens, and the auxiliary losses of its layers so far."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) > 1:
+            kwargs = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
+        self.losses: list[Tensor] = []
+        self._model = model
+        self._mask = _as_mask(kwargs.get("attention_mask"))
+        self._labels = kwargs.get("labels")
+        self._items = kwargs.get("num_items_in_batch")
+        self._decoder_mask = self._decoder_tokens = None
+        self._two_sided = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        if self._two_sided:
+            self._decoder_mask = _as_mask(kwargs.get("decoder_attention_mask"))
+            given = [self._decoder_mask, kwargs.get("decoder_input_ids"), self._labels]
+            self._decoder_tokens = next((t.numel() for t in given if isinstance(t, Tensor)), None)
+
+    def mask(self, x: Tensor, of_decoder: bool) -> Tensor | None:
+        """The mask (b t) of the tokens that a layer sees, nonzero for real ones; None where nothing is known of them.
+
+        In a decoder of an encoder-decoder the layers of cross-attention see tokens of both sides: told apart are they
+        by their number. Where both sides have equally many, all count as the decoder's.
+        """
+        tokens = x.shape[:-1].numel()
+        if of_decoder and tokens == self._decoder_tokens:
+            if self._decoder_mask is None and isinstance(self._labels, Tensor) and self._labels.numel() == tokens:
+                self._decoder_mask = _as_mask(self._labels != _IGNORED)
+            return self._decoder_mask
+        return self._mask if self._mask is not None and self._mask.numel() == tokens else None
+
+    @property
+    def has_labels(self) -> bool:
+        return self._labels is not None
+
+    def loss(self) -> Tensor:
+        """Mean over the layers."""
+        return torch.stack([loss.to(self.losses[0].device) for loss in self.losses]).mean()
+
+    def share(self) -> Tensor | float:
+        """The part that this call has in a batch that is accumulated from several calls: 1, or its part of the labels.
+
+        Where the model's loss is divided by num_items_in_batch, the labels of the whole batch, the Trainer divides it
+        no further. All other losses are means over the call, and what the Trainer makes of those is right here too.
+        """
+        if self._items is None or not isinstance(self._labels, Tensor):
+            return 1.0
+        # Many models take that number and leave it unused, T5 for one. Those that use it hand it to `loss_function`.
+        code = getattr(inspect.unwrap(type(self._model).forward), "__code__", None)
+        if code is None or "loss_function" not in code.co_names:
+            return 1.0
+        # As the Trainer counts them (transformers 5.23): a decoder by itself predicts the next token.
+        loss = getattr(self._model, "loss_function", None)
+        shifts = getattr(loss, "__name__", "") == "ForCausalLMLoss" and not self._two_sided
+        labels = self._labels[..., 1:] if shifts else self._labels
+        share: Tensor = labels.ne(_IGNORED).sum() / self._items
+        return share
+
+
+def _as_mask(mask: Any) -> Tensor | None:
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
 def _can_be_read(tensor: Tensor) -> bool:
     """Whether a value can be looked at without making an accelerator wait or breaking a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _runs_again() -> bool:
+    """Whether this is run within backward, that is by gradient checkpointing."""
+    # torch.utils.checkpoint asks the same; checked with torch 2.6 to 2.13.
+    return torch._C._current_graph_task_id() != -1
 
 
 def _unknown_id(adapter: str, task: Any, names: tuple[str, ...]) -> str:
@@ -132,8 +208,16 @@ class Routing:
         """What holds where no `task=` is given: set inside `using`, for instance while generating."""
         self.held: dict[tuple[int, str], Held] | None = None
         """The operators by layer and adapter, while weights do not change (`frozen_weights`)."""
-        self._outer: list[RoutingState | None] = []
+        self.call: TrainingCall | None = None
+        """The call of the model in training that is under way."""
+        self.untaken: Tensor | None = None
+        """The auxiliary loss of the last call, where the model gave no loss to add it to."""
+        self._outer: list[tuple[RoutingState | None, TrainingCall | None]] = []
         self._undo: list[Callable[[], None]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a forward pass left over belongs to its graph, which can be neither copied nor stored.
+        return {**self.__dict__, "call": None, "untaken": None}
 
     @contextmanager
     def using(self, task: TaskLike | None) -> Iterator[None]:
@@ -202,10 +286,32 @@ class Routing:
         elif bool((ids != merged).any()):
             raise RoutingError(message)
 
+    def collect(self, adapter: str, core: Core, x: Tensor, task: Tensor | None, of_decoder: bool) -> None:
+        """Take the auxiliary loss of a layer that sees x in training.
+
+        What gradient checkpointing runs again is computed again, as it must be, and not taken again.
+        """
+        again = not torch.compiler.is_compiling() and _runs_again()
+        if self.call is None and not again:
+            return  # a part of the model that is called by itself, or a model in evaluation
+        if not torch.is_grad_enabled():
+            if self.call is not None:
+                raise RoutingError(
+                    f"adapter '{adapter}' has an auxiliary loss, and one of its layers runs without gradients inside a"
+                    " forward pass with gradients, so that its loss would be left out. If that is gradient"
+                    " checkpointing, choose the kind that is not reentrant (use_reentrant=False)"
+                )
+            return
+        if x.numel() == 0:
+            return
+        loss = core.auxiliary_loss(x, task, None if self.call is None else self.call.mask(x, of_decoder))
+        if loss is not None and self.call is not None and not again:
+            self.call.losses.append(loss)
+
     def attach(self, model: nn.Module) -> None:
         """Let `model` take `task=` in its call and in `generate`, and keep its tasks through checkpointing."""
         enter = model.register_forward_pre_hook(_EnterForward(self), with_kwargs=True, prepend=True)
-        leave = model.register_forward_hook(_LeaveForward(self), always_call=True)
+        leave = model.register_forward_hook(_LeaveForward(self), always_call=True, with_kwargs=True)
         self._undo = [enter.remove, leave.remove]
         for name, wrapper in (("generate", _Generate), ("_set_gradient_checkpointing", _SetCheckpointing)):
             inner: Any = getattr(model, name, None)
@@ -251,9 +357,10 @@ class _EnterForward:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         routing = self.routing
-        routing._outer.append(routing.state)  # first: _LeaveForward is called also after an error in here
+        routing._outer.append((routing.state, routing.call))  # first: _LeaveForward is called also after an error here
         task = kwargs.pop("task", None)
-        routing.state = None
+        routing.state = routing.untaken = None
+        routing.call = TrainingCall(model, args, kwargs) if model.training and torch.is_grad_enabled() else None
         if not routing.names:
             return args, kwargs
         if task is not None:
@@ -267,8 +374,35 @@ class _LeaveForward:
     def __init__(self, routing: Routing) -> None:
         self.routing = routing
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.routing.state = self.routing._outer.pop()
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        routing, call = self.routing, self.routing.call
+        routing.state, routing.call = routing._outer.pop()
+        if call is None or not call.losses or output is None:  # None: an error ended it
+            return None
+        with_loss = _add_loss(output, call)
+        if with_loss is not None:
+            return with_loss
+        if routing.call is None:
+            routing.untaken = call.loss()
+        else:
+            routing.call.losses += call.losses  # a model that calls itself gives one loss for all
+        return None
+
+
+def _add_loss(output: Any, call: TrainingCall) -> Any:
+    """The model's output with the auxiliary loss in its loss; None where it has no loss."""
+    if isinstance(output, dict):
+        if output.get("loss") is None:
+            return None
+        output["loss"] = _sum(output["loss"], call)
+        return output
+    if isinstance(output, tuple) and call.has_labels:
+        return (_sum(output[0], call), *output[1:])
+    return None
+
+
+def _sum(loss: Tensor, call: TrainingCall) -> Tensor:
+    return loss + (call.loss() * call.share()).to(loss)
 
 
 class _Checkpoint:
@@ -278,14 +412,15 @@ class _Checkpoint:
         self.func, self.routing = func, routing
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        routing, state = self.routing, self.routing.state
+        routing, then = self.routing, (self.routing.state, self.routing.call)
 
         def run_as_then(*inner: Any, **inner_kwargs: Any) -> Any:
-            now, routing.state = routing.state, state
+            now = (routing.state, routing.call)
+            routing.state, routing.call = then
             try:
                 return run(*inner, **inner_kwargs)
             finally:
-                routing.state = now
+                routing.state, routing.call = now
 
         return self.func(run_as_then, *args, **kwargs)
 
@@ -339,6 +474,21 @@ def use_task(model: nn.Module, task: TaskLike | None) -> Iterator[None]:
         raise RoutingError(f"{type(model).__name__} has no dyads adapter, so there is no task to use")
     with routing.using(task):
         yield
+
+
+def auxiliary_loss(model: nn.Module) -> Tensor | None:
+    """Take the auxiliary loss of the last forward pass of `model`, to add it to a loss of your own making.
+
+    It is the mean over the adapted layers of the losses that their method adds, weighted already (MoRE's contrastive
+    loss, a load-balancing loss). None in evaluation, for a method without one, when it was taken before, and where the
+    model itself gave a loss: then it is in there. The next forward pass drops it, so take it at once.
+
+    """
+    routing = find_routing(model)
+    if routing is None:
+        return None
+    loss, routing.untaken = routing.untaken, None
+    return loss
 
 
 def find_routing(model: nn.Module) -> Routing | None:

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses each method's learning rate for this study, on validation instances that are never scored.
+
+    python recipes/glue-minilm/sweep.py [--out runs/glue-minilm-sweep] [--set KEY=VALUE …] [method …]
+
+Every method starts at 1e-3 and 3e-3 and walks on, in half-decades, towards the lower validation loss until it rises:
+the best rate has a worse one on either side. Trainings are short (200 steps) and all read the same examples. Finished
+ones are kept, so that the script can be started again after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from pathlib import Path
+
+METHODS = ["lora", "molora", "moelora", "more", "mode", "task-mode"]
+RATES = ["1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1"]
+SHORT = ["train.steps=200", "train.save_steps=null", "train.validation_limit=200"]
+
+
+def loss(method: str, rate: str, out: Path, settings: list[str]) -> float:
+    """The validation loss of a short training, run now if it was not run yet; infinite where training broke down."""
+    folder = out / f"{method}-{rate}"
+    recipe = Path(__file__).with_name(f"{method}.yaml")
+    parts = [part for s in (f"train.learning_rate={rate}", *SHORT, *settings) for part in ("--set", s)]
+    command = ["dyads", "train", str(recipe), "--out", str(folder), "--resume", "--no-evaluate", *parts]
+    subprocess.run(command, check=True)
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    found = next(line["validation_loss"] for line in reversed(lines) if line.get("event") == "validated")
+    return float("inf") if found is None else float(found)
+
+
+def main() -> None:
+    """Sweep the methods named, or all, and print a line for every training."""
+    parser = argparse.ArgumentParser(description="Choose learning rates on validation data.")
+    parser.add_argument("methods", nargs="*", metavar="method", default=METHODS)
+    parser.add_argument("--out", type=Path, default=Path("runs/glue-minilm-sweep"))
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    table: list[str] = []
+    for method in arguments.methods:
+
+        def at(i: int, method: str = method) -> float:
+            return loss(method, RATES[i], arguments.out, arguments.settings)
+
+        low, high = RATES.index("1e-3"), RATES.index("3e-3")
+        losses = {i: at(i) for i in (low, high)}
+        step = 1 if losses[high] < losses[low] else -1
+        best = high if step == 1 else low
+        while 0 <= best + step < len(RATES):
+            losses[best + step] = at(best + step)
+            if losses[best + step] >= losses[best]:
+                break
+            best += step
+        table += [f"{method:14}{RATES[i]:>8}{losses[i]:>10.4f}{'  best' * (i == best)}" for i in sorted(losses)]
+    print("\n".join([f"{'method':14}{'rate':>8}{'val. loss':>10}", *table]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be read from a trained adapter without giving it an input?
+
+For every method its config, its sizes and the modules it adapts. Where the gates look at the task and nothing else, the
+method is written out for every task and layer as a matrix G (q p); a task *uses* an outer direction where its row of G
+is not zero, and how many it uses is its rank there. For MoRE that is the rank its gate chose; with its soft selector,
+which uses all of them a little, the expected rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from peft import PeftConfig
+from torch import Tensor
+
+from dyads.runs.saved import SavedAdapter
+
+__all__ = ["Agreement", "Inspection", "Module", "inspect"]
+
+
+@dataclass(frozen=True)
+class Module:
+    """An adapted module of the base model."""
+
+    name: str
+    kind: str
+    """Its name without what it shares with all others and without the numbers of layers, such as q_proj."""
+    place: str
+    """The numbers in its path that differ between modules: that of its layer."""
+    in_features: int | None
+    out_features: int | None
+    parameters: int
+    rank: int | None
+    """The largest number of outer directions a task can use; None for PEFT's own LoRA."""
+    ranks: tuple[float, ...]
+    """How many each task uses, in the order of the tasks; empty where no task chooses."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike two tasks choose."""
+
+    tasks: tuple[str, str]
+    same: float
+    """Share of the modules in which both use the same directions, from 0 to 1."""
+    apart: float
+    """Mean |difference| of their ranks."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was read."""
+
+    path: str
+    method: str
+    base_model: str | None
+    config: dict[str, Any]
+    """What differs from the method's defaults, and r."""
+    parameters: int
+    looks_at: tuple[str, ...]
+    """What the gates depend on: x (the token), h (A x), task."""
+    tasks: tuple[str, ...]
+    """Those that the gates look at, in the order of their ids."""
+    modules: tuple[Module, ...]
+    agreement: tuple[Agreement, ...]
+    """Of every two tasks, where tasks choose ranks."""
+    notes: tuple[str, ...]
+
+    @property
+    def chooses(self) -> bool:
+        """Whether tasks choose ranks."""
+        return bool(self.modules[0].ranks)
+
+    def of_kind(self, kind: str | None) -> list[Module]:
+        """The modules of a kind; of all for None."""
+        return [module for module in self.modules if kind in (None, module.kind)]
+
+    def used(self, task: int) -> float:
+        """The share of all ranks that a task uses, from 0 to 1."""
+        return sum(m.ranks[task] for m in self.modules) / sum(m.rank or 0 for m in self.modules)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of modules, in the order of the first of each."""
+        return tuple(dict.fromkeys(module.kind for module in self.modules))
+
+
+def inspect(adapter: SavedAdapter) -> Inspection:
+    """Read an adapter."""
+    names = adapter.task_names
+    used: list[list[Tensor]] = []  # by layer and task: which outer directions
+    ranks: list[tuple[float, ...]] = [()] * len(adapter.layers)
+    if adapter.looks_at == {"task"}:
+        used = [[layer.matrix(t).ne(0).any(1) for t in range(len(names))] for layer in adapter.layers]
+        if all(hasattr(layer.core, "ranks") for layer in adapter.layers):
+            ranks = [tuple(layer.core.ranks().tolist()) for layer in adapter.layers]  # type: ignore[union-attr,operator]
+        elif all(bool(mask.all()) for masks in used for mask in masks):
+            used = []
+        else:
+            ranks = [tuple(int(mask.sum()) for mask in masks) for masks in used]
+    kinds, places = _kinds([layer.module for layer in adapter.layers])
+    modules = tuple(
+        Module(
+            layer.module,
+            kind,
+            place,
+            layer.in_features,
+            layer.out_features,
+            layer.parameters,
+            None if layer.core is None else layer.core.q,
+            ranks[i],
+        )
+        for i, (layer, kind, place) in enumerate(zip(adapter.layers, kinds, places, strict=True))
+    )
+    agreement = []
+    for (i, one), (j, other) in combinations(enumerate(names), 2) if used else ():
+        alike = [bool((masks[i] == masks[j]).all()) for masks in used]
+        same = sum(a and round(r[i]) == round(r[j]) for a, r in zip(alike, ranks, strict=True)) / len(used)
+        apart = sum(abs(m.ranks[i] - m.ranks[j]) for m in modules) / len(modules)
+        agreement.append(Agreement((one, other), same, apart))
+    return Inspection(
+        str(adapter.path),
+        adapter.method,
+        adapter.config.base_model_name_or_path,
+        _config(adapter.config),
+        adapter.parameters,
+        tuple(sorted(adapter.looks_at)),
+        names,
+        modules,
+        tuple(agreement),
+        tuple(_notes(adapter, bool(used), agreement)),
+    )
+
+
+def _notes(adapter: SavedAdapter, chooses: bool, agreement: list[Agreement]) -> list[str]:
+    notes = []
+    if adapter.method == "lora":
+        notes.append("no gates: PEFT's own LoRA is the same update for every input")
+    elif adapter.looks_at & {"x", "h"}:
+        seen = " and ".join([*(["the task"] if "task" in adapter.looks_at else []), "the layer's input"])
+        notes.append(
+            f"the gates look at {seen}: which experts and ranks are used differs from token to token, and cannot be"
+            " read without inputs. Config, sizes and modules are what the folder says"
+        )
+    elif adapter.looks_at:
+        if not chooses:
+            notes.append("every task weighs all directions by gates of its own: no rank is chosen")
+        notes.append("the gates look at the task alone: `dyads export --task NAME` writes a task as a plain LoRA")
+    else:
+        notes.append("the gates look at nothing: `dyads export` writes the adapter as a plain LoRA")
+    if getattr(adapter.config, "selector", "") == "soft":
+        notes.append("soft gates use all ranks a little: what is shown is the expected rank")
+    if agreement and all(pair.same == 1 for pair in agreement):
+        notes.append("all tasks choose the same everywhere")
+    if adapter.others:
+        trained = sum(value.numel() for value in adapter.others.values())
+        notes.append(f"{trained:,} of the parameters are those of whole modules saved beside the adapter")
+    return notes
+
+
+def _config(config: Any) -> dict[str, Any]:
+    """What a config says that its class does not, but for what PEFT keeps there about the model and itself."""
+    about_peft = {f.name for f in dataclasses.fields(PeftConfig)} | {"tasks"}
+    shown: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        plain = isinstance(value, (bool, int, float, str, list, tuple, set, dict))
+        if f.name == "r" or (f.name not in about_peft and plain and value != default):
+            shown[f.name] = sorted(value) if isinstance(value, set) else value
+    return shown
+
+
+def _kinds(names: list[str]) -> tuple[list[str], list[str]]:
+    """What kind each module is and where it stands: its words without those that all have, and its numbers likewise.
+
+    >>> _kinds(["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.mlp.c_proj"])
+    (['attn.c_proj', 'mlp.c_proj', 'mlp.c_proj'], ['0', '0', '1'])
+    """
+    paths = [name.split(".") for name in names]
+    words = [[part for part in path if not part.isdecimal()] for path in paths]
+    shared = set.intersection(*map(set, words))
+    own = [[part for part in path[:-1] if part not in shared] + path[-1:] for path in words]
+    all_own = {tuple(path) for path in own}
+
+    def shortest(path: list[str]) -> str:
+        tails = [path[i:] for i in range(len(path) - 1, -1, -1)]
+        alone = (t for t in tails if sum(list(other[-len(t) :]) == t for other in all_own) == 1)
+        return ".".join(next(alone, path))
+
+    numbers = [[part for part in path if part.isdecimal()] for path in paths]
+    if len({len(n) for n in numbers}) == 1:
+        differ = [i for i in range(len(numbers[0])) if len({n[i] for n in numbers}) > 1]
+        numbers = [[n[i] for i in differ] for n in numbers]
+    return [shortest(path) for path in own], [".".join(n) for n in numbers]

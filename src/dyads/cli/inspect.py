@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dyads inspect`: what is in an adapter, and which ranks its tasks chose?"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from dyads.analysis import Inspection
+
+
+@click.command(
+    short_help="Show an adapter: sizes, and its tasks' ranks.",
+    epilog="""\b
+Examples:
+  dyads inspect runs/more
+  dyads inspect runs/more --layers
+  dyads inspect runs/more/adapter --format csv > ranks.csv""",
+)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--layers", is_flag=True, help="The rank of every task in every layer too.")
+@click.option(
+    "--format", "form", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True, help="json: all."
+)
+def command(run: Path, layers: bool, form: str) -> None:
+    """Show the method, config, sizes and modules of the adapter in RUN, the folder of a run or of an adapter.
+
+    Where tasks choose ranks (MoRE), also which: their mean and range by kind of module, the share of all ranks that
+    a task uses, and which tasks choose alike. No model is loaded.
+    """
+    from dyads.analysis import inspect
+    from dyads.runs.saved import SavedAdapter
+
+    inspection = inspect(SavedAdapter.read(run))
+    if form == "json":
+        text = _json(inspection)
+    elif form == "csv":
+        text = _csv(inspection)
+    else:
+        text = _text(inspection, layers, min(120, shutil.get_terminal_size((80, 24)).columns))
+    click.echo(text, nl=False)
+
+
+def _json(inspection: Inspection) -> str:
+    content = {"schema": 1, **dataclasses.asdict(inspection)}
+    for module, plain in zip(inspection.modules, content["modules"], strict=True):
+        plain["ranks"] = dict(zip(inspection.tasks, module.ranks, strict=True)) if module.ranks else {}
+    return json.dumps(content, ensure_ascii=False, indent=1, default=str) + "\n"
+
+
+def _csv(inspection: Inspection) -> str:
+    """A line for every module, and for every task in it where tasks choose ranks."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(("module", "kind", "in_features", "out_features", "parameters", "largest_rank", "task", "rank"))
+    for m in inspection.modules:
+        about = (m.name, m.kind, m.in_features, m.out_features, m.parameters, m.rank)
+        for task, rank in zip(inspection.tasks, m.ranks, strict=True) if m.ranks else [("", "")]:
+            writer.writerow((*about, task, rank))
+    return stream.getvalue()
+
+
+def _text(inspection: Inspection, layers: bool, width: int) -> str:
+    count = len(inspection.modules)
+    out = [
+        _wrapped(f"{inspection.method} adapter in {inspection.path}", width, bold=True),
+        _wrapped(f"base model  {inspection.base_model or 'not named'}", width),
+        _wrapped(f"config      {', '.join(f'{k}={_plain(v)}' for k, v in inspection.config.items())}", width),
+        f"parameters  {inspection.parameters:,} in {count} module{'' if count == 1 else 's'}",
+    ]
+    rows = []
+    for kind in inspection.kinds:
+        modules = inspection.of_kind(kind)
+        sizes = sorted({(m.in_features, m.out_features) for m in modules}, key=str)
+        shown = ", ".join("?" if a is None else f"{a}→{b}" for a, b in sizes[:2]) + (", …" if len(sizes) > 2 else "")
+        rows.append([kind, str(len(modules)), shown, f"{sum(m.parameters for m in modules):,}"])
+    out += _table("Modules", ["kind"], ["modules", "in→out", "parameters"], rows, width)
+    if inspection.chooses:
+        out += _ranks(inspection, width)
+        if layers:
+            out += _by_layer(inspection, width)
+        out += _alike(inspection, width)
+    elif layers:
+        rows = [[m.name, f"{m.parameters:,}"] for m in inspection.modules]
+        out += _table("Every module", ["module"], ["parameters"], rows, width)
+    return "\n".join([*out, "", *(_wrapped(f"· {note}", width, indent="  ") for note in inspection.notes)]) + "\n"
+
+
+def _ranks(inspection: Inspection, width: int) -> list[str]:
+    kinds = inspection.kinds
+    header = ["used", *(["all"] if len(kinds) > 1 else []), *kinds]
+    rows = []
+    for i, name in enumerate(_numbered(inspection.tasks)):
+        cells = [f"{100 * inspection.used(i):.0f} %"]
+        for kind in ([None] if len(kinds) > 1 else []) + list(kinds):
+            ranks = [m.ranks[i] for m in inspection.of_kind(kind)]
+            low, high = min(ranks), max(ranks)
+            spread = _number(low) if low == high else f"{_number(low)}–{_number(high)}"
+            cells.append(f"{sum(ranks) / len(ranks):.1f} {spread:>5}")
+        rows.append([name, *cells])
+    largest = sorted({m.rank or 0 for m in inspection.modules})
+    of = f"{largest[0]}" if len(largest) == 1 else f"{largest[0]} to {largest[-1]}"
+    title = f"Ranks by task, of {of}: mean over modules, lowest–highest"
+    return _table(title, ["task"], header, rows, width)
+
+
+def _by_layer(inspection: Inspection, width: int) -> list[str]:
+    out = []
+    for kind in inspection.kinds:
+        modules = inspection.of_kind(kind)
+        names = _numbered(inspection.tasks)
+        rows = [[name, *(_number(m.ranks[i]) for m in modules)] for i, name in enumerate(names)]
+        title = f"Ranks in every layer: {kind}"
+        out += _table(title, ["task"], [m.place or "–" for m in modules], rows, width, gap=1)
+    return out
+
+
+def _alike(inspection: Inspection, width: int) -> list[str]:
+    """For every task the one that chooses most alike, and the one that chooses least so."""
+    tasks = inspection.tasks
+    if len(tasks) < 2:
+        return []
+    number = {name: i for i, name in enumerate(tasks)}
+    rows = []
+    for i, name in enumerate(_numbered(tasks)):
+        others = [
+            (pair.same, -pair.apart, number[(set(pair.tasks) - {tasks[i]}).pop()])
+            for pair in inspection.agreement
+            if tasks[i] in pair.tasks
+        ]
+        cells = []
+        for same, apart, other in (max(others), min(others)):
+            cells.append(f"{other:2}: {100 * same:3.0f} % {-apart:5.1f}")
+        rows.append([name, *cells])
+    title = "Which tasks choose alike: share of modules with the same choice, ranks apart"
+    return _table(title, ["task"], ["most alike", "least alike"], rows, width)
+
+
+def _numbered(tasks: Sequence[str]) -> list[str]:
+    """Task names after their numbers, long ones without their middle: the numbers keep them apart."""
+    return [f"{i:2} " + (name if len(name) <= 30 else f"{name[:19]}…{name[-10:]}") for i, name in enumerate(tasks)]
+
+
+def _table(
+    title: str, left: list[str], header: list[str], rows: list[list[str]], width: int, gap: int = 2
+) -> list[str]:
+    """A table with as many columns at a time as fit; the first one is repeated in every part."""
+    first = max(len(row[0]) for row in [left, *rows])
+    sizes = [max(len(name), *(len(row[j + 1]) for row in rows)) for j, name in enumerate(header)]
+    parts: list[list[int]] = [[]]
+    for j in range(len(header)):
+        if parts[-1] and first + sum(sizes[k] + gap for k in [*parts[-1], j]) > width:
+            parts.append([])
+        parts[-1].append(j)
+    out = []
+    for number, part in enumerate(parts):
+        out += ["", click.style(f"{title} (continued)" if number else title, bold=True)]
+        for cells in [[*left, *header], *rows]:
+            columns = (" " * gap + f"{cells[j + 1]:>{sizes[j]}}" for j in part)
+            out.append(f"{cells[0]:{first}}" + "".join(columns))
+    return out
+
+
+def _wrapped(text: str, width: int, *, indent: str = " " * 12, bold: bool = False) -> str:
+    wrapped = click.wrap_text(text, width=width, subsequent_indent=indent)
+    return click.style(wrapped, bold=True) if bold else wrapped
+
+
+def _number(rank: float) -> str:
+    return str(rank) if isinstance(rank, int) else f"{rank:.1f}"  # soft gates have expected ranks
+
+
+def _plain(value: object) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)

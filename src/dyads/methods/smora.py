@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SMoRA – single-ranked mixture of experts LoRA (Zhao et al., arXiv 2501.15103).
+
+    delta(x) = alpha/k · Σ_{i in top k} g_i (a_i · x) b_i        s = sigmoid(W x) + β,  g_i = k s_i / Σ_{j in top k} s_j
+
+Every rank of one LoRA is an expert, and every token uses top_k of them. The bias β keeps the ranks in use without a
+loss: it gets no gradient, and after each training step every rank that was chosen less often than the mean goes up by
+bias_rate, and every rank chosen more often goes down.
+
+Ours ↔ theirs: top_k ↔ k (activate_r), router ↔ lora_router, β ↔ lora_biases, bias_rate ↔ bias_update_rate.
+We differ: β moves once per step of the optimizer, by the choices of all forward passes since the last one, and not
+within the forward pass. So an accumulated batch counts like a whole one, and what gradient checkpointing runs again
+sees the β of its first run and counts once. β is kept as a whole number of steps, which half precision cannot round.
+All tokens count, padding too, as there; inside torch.compile none do, and β stays. Their router sees the dropped-out
+input, ours the whole one. Groups of ranks that share a gate (rank_partition) are left out, and no product is skipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dyads.methods.base import Core, DyadsConfig, register
+
+__all__ = ["SMoRA", "SMoRAConfig"]
+
+
+@register("smora", "every rank is an expert: a token uses its top k ranks, kept in balance by a bias")
+@dataclass
+class SMoRAConfig(DyadsConfig):
+    """Config of SMoRA."""
+
+    r: int = field(default=64, metadata={"help": "Ranks, each an expert."})
+    lora_alpha: float | None = field(
+        default=16, metadata={"help": "The update is scaled by lora_alpha / top_k. Not set: the scale is 1."}
+    )
+    top_k: int = field(default=8, metadata={"help": "Ranks that a token uses."})
+    bias_rate: float = field(default=1e-5, metadata={"help": "Step of the balance bias. 0: no balancing."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require_whole("top_k")
+        self.require(self.top_k <= self.r, "top_k", f"must be at most r = {self.r}")
+        self.require(
+            self.top_k > 1 or self.r == 1,
+            "top_k",
+            "of 1 makes every gate 1, and the router learns nothing: choose 2 or more",
+        )
+        number = isinstance(self.bias_rate, (int, float)) and not isinstance(self.bias_rate, bool)
+        self.require(number and self.bias_rate >= 0, "bias_rate", "must be a number, 0 or more")
+
+    @property
+    def scaling(self) -> float:
+        """lora_alpha / top_k, or 1 where lora_alpha is not set."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.top_k
+
+    def core(self, d: int) -> SMoRA:
+        return SMoRA(d, self.r, self.top_k, self.bias_rate)
+
+
+class SMoRA(Core):
+    """A sigmoid score per rank, of which the largest are kept; gates (… r), zero but for k of them."""
+
+    bias_steps: Tensor
+    """β / bias_rate, whole numbers (r)."""
+    chosen: Tensor
+    """How often every rank was chosen since β last moved (r)."""
+
+    def __init__(self, d: int, r: int, top_k: int, bias_rate: float = 1e-5) -> None:
+        super().__init__()
+        self.p = self.q = r
+        self.top_k, self.bias_rate = top_k, bias_rate
+        self.looks_at = frozenset({"x"} if r > 1 else ())
+        if r > 1:
+            self.router = nn.Parameter(torch.empty(r, d))
+            self.register_buffer("bias_steps", torch.zeros(r, dtype=torch.long))
+            self.register_buffer("chosen", torch.zeros(r, dtype=torch.long))
+        self._version = 0  # of the router when β last moved: every optimizer that changes it in place counts it up
+
+    def reset_parameters(self) -> None:
+        if self.p > 1:
+            nn.init.kaiming_uniform_(self.router, a=5**0.5)
+            nn.init.zeros_(self.bias_steps)
+            nn.init.zeros_(self.chosen)
+
+    def router_rows(self) -> Tensor | None:
+        return self.router if self.p > 1 else None
+
+    def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
+        if scores is None:
+            return h.new_ones(1)
+        counts = self._counts()
+        if counts:
+            self._move_bias()
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        s = scores.to(wide).sigmoid() + self.bias_steps * self.bias_rate
+        kept = torch.zeros_like(s).scatter(-1, s.topk(self.top_k, dim=-1).indices, 1)
+        if counts:
+            self.chosen += kept.detach().reshape(-1, self.p).sum(0).long()
+        s = s * kept
+        return (s * (self.top_k / s.sum(-1, keepdim=True))).to(h.dtype)
+
+    def mix(self, h: Tensor, g: Tensor) -> Tensor:
+        return h * g
+
+    def _counts(self) -> bool:
+        """Whether this run of `select` is a forward pass of training, and not its repetition in backward."""
+        # Within backward there is a graph task (torch.utils.checkpoint asks the same); checked with torch 2.6 to 2.13.
+        return self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1
+
+    @torch.no_grad()
+    def _move_bias(self) -> None:
+        """β += bias_rate · sign(mean of chosen − chosen), once after every change of the router."""
+        if self.router._version == self._version:
+            return
+        self._version = self.router._version
+        # The mean may be no whole number; its r-fold is one.
+        self.bias_steps += torch.sign(self.chosen.sum() - self.p * self.chosen)
+        self.chosen.zero_()

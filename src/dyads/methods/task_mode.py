@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TaskMoDE – MoDE whose routers see the token and the task; the two methods that this library began with in one.
+
+    delta_t(x) = Σ_k Σ_i R_ik(x, t) Σ_{j in group k} (a_j · x) b_ij        R_·k(x, t) = softmax_i(W_k x + V_k e_t)
+
+MoDE's dyads and routers (arXiv 2408.01505), and MoRE's learned embeddings e_t of the tasks (arXiv 2505.22694), per
+layer. Every rank can prefer other experts for another task and still choose token by token. MoRE's contrastive loss
+acts on the embeddings, as it does there (contrastive: 0 leaves it out). Neither paper has this method.
+
+It is MoDE's core with score x+task: num_experts ↔ m, group_size ↔ p, W ↔ router, V ↔ task_router, e_t ↔ embedding. A
+softmax does not tell W x + V e_t from a router on the token and the embedding joined. Gates depend on the token, so it
+does not merge. With score: task the gates depend on the task alone, and it merges for a task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dyads.methods.base import register
+from dyads.methods.mode import MoDEConfig
+
+__all__ = ["TaskMoDEConfig"]
+
+
+@register("task_mode", "MoDE whose routers see the token and the task's embedding")
+@dataclass
+class TaskMoDEConfig(MoDEConfig):
+    """MoDEConfig with another default. Name the tasks, or say how many there are."""
+
+    score: str = field(default="x+task", metadata={"help": "What the routers see: x+task, or task alone."})
+
+    contrastive: float = field(
+        default=0.1, metadata={"help": "Weight of MoRE's contrastive loss on the embeddings. 0: none."}
+    )
+
+    def __post_init__(self) -> None:
+        self.require(self.score in ("x+task", "task"), "score", "must be x+task or task: others are method mode")
+        super().__post_init__()

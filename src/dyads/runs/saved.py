@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What did a training leave in its adapter's folder, read without the base model?
+
+An adapter's file holds every layer's A, B and core, and their shapes say how large the base model's layers are. So the
+cores are built from the config, given their weights, and asked for the gates of a task: no model is loaded for that.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+import dyads.tuner  # noqa: F401  # PEFT has to know the methods
+from dyads.errors import RunError
+from dyads.methods import Core, DyadsConfig
+from dyads.runs.folder import RunFolder
+
+__all__ = ["SavedAdapter", "SavedLayer"]
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PEFT_PREFIX = "base_model.model."
+_PART = re.compile(r"(?P<module>.+)\.(?P<part>dyads_[A-Za-z]+|lora_[A-Za-z_]+)(\.(?P<inner>.+))?")
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """An adapted layer. PEFT's LoRA has no core, and what has no A and B of two axes no features either."""
+
+    module: str
+    """Its path in the base model."""
+    in_features: int | None
+    out_features: int | None
+    parameters: int
+    A: Tensor | None = None
+    """Inner directions (p d)."""
+    B: Tensor | None = None
+    """Outer directions (q o)."""
+    core: Core | None = None
+
+    @torch.no_grad()
+    def matrix(self, task: int | None) -> Tensor:
+        """G (q p) of a task's id, in fp32 or wider, chosen as the layer itself chooses.
+
+        For gates that look at the task, or (task is None) at nothing.
+        """
+        assert self.A is not None
+        assert self.core is not None
+        assert not self.core.looks_at & {"x", "h"}, "such gates have no matrix without an input"
+        wide = torch.promote_types(self.A.dtype, torch.float32)
+        x, h = torch.zeros(1, self.A.shape[1], dtype=wide), torch.zeros(1, self.core.p, dtype=wide)
+        ids = torch.tensor([task]) if "task" in self.core.looks_at else None
+        g = self.core.route(h, x, ids)
+        return self.core.matrix(g.to(wide)).reshape(self.core.q, self.core.p)
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter of the family, or PEFT's own LoRA, as it lies in a folder."""
+
+    path: Path
+    config: Any
+    method: str
+    layers: tuple[SavedLayer, ...]
+    """In the order of their paths, numbers counting as numbers."""
+    others: dict[str, Tensor]
+    """What is saved beside the adapted layers, under PEFT's keys: heads and other modules_to_save."""
+
+    @classmethod
+    def read(cls, path: str | Path) -> SavedAdapter:
+        """The adapter of a run's folder, or of a folder in PEFT's format."""
+        folder = _adapter_of(Path(path))
+        try:
+            config = PeftConfig.from_pretrained(str(folder))
+            state = load_file(str(folder / _WEIGHTS))
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise RunError(f"the adapter in '{folder}' is truncated or no adapter: {error}") from error
+        except KeyError as error:  # PEFT does not know the type
+            raise _foreign(folder, str(error).strip("'\"")) from error
+        method = config.key if isinstance(config, DyadsConfig) else str(getattr(config.peft_type, "value", ""))
+        if not isinstance(config, DyadsConfig) and method != "LORA":
+            raise _foreign(folder, method)
+        parts: dict[str, dict[str, dict[str, Tensor]]] = {}
+        others: dict[str, Tensor] = {}
+        for key, value in state.items():
+            match = _PART.fullmatch(key)
+            if match is None:
+                others[key] = value
+            else:
+                module = match["module"].removeprefix(_PEFT_PREFIX)
+                parts.setdefault(module, {}).setdefault(match["part"], {})[match["inner"] or ""] = value
+        if not parts:
+            raise RunError(f"'{folder / _WEIGHTS}' holds no adapted layer; train the adapter again")
+        modules = sorted(parts, key=_as_numbers)
+        if isinstance(config, DyadsConfig):
+            layers = tuple(_layers(folder, config, {name: parts[name] for name in modules}))
+        else:
+            layers = tuple(_lora_layer(name, parts[name]) for name in modules)
+        return cls(folder, config, method.lower(), layers, others)
+
+    @property
+    def looks_at(self) -> frozenset[str]:
+        """What the gates of any layer look at, from {"x", "h", "task"}."""
+        seen: frozenset[str] = frozenset()
+        return seen.union(*(layer.core.looks_at for layer in self.layers if layer.core is not None))
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks that the gates look at, in the order of their ids; none where they look at no task."""
+        return (getattr(self.config, "task_names", None) or ()) if "task" in self.looks_at else ()
+
+    @property
+    def parameters(self) -> int:
+        """Everything that was trained, with routers, gates, embeddings and heads."""
+        return sum(layer.parameters for layer in self.layers) + sum(value.numel() for value in self.others.values())
+
+
+def _adapter_of(path: Path) -> Path:
+    """The folder that holds the adapter's files; RunError where there is none."""
+    run = RunFolder(path)
+    folder = run.adapter if run.is_run else path
+    if run.is_run and not run.recipe().method.trains:
+        raise RunError(f"'{path}' is a run of {run.recipe().method.name}, which trains nothing: it has no adapter")
+    if run.is_run and not (folder / _CONFIG).is_file():
+        raise RunError(
+            f"'{path}' has no adapter: its training did not end; go on with `dyads train RECIPE --out {path} --resume`"
+        )
+    if not (folder / _CONFIG).is_file():
+        if not path.is_dir():
+            raise RunError(f"there is no folder '{path}'; give the folder of a run or of an adapter")
+        inside = [p.name for p in sorted(path.iterdir()) if RunFolder(p).is_run or (p / _CONFIG).is_file()]
+        shown = ", ".join(inside[:5]) + (", …" if len(inside) > 5 else "")
+        raise RunError(
+            f"'{path}' holds neither a run (config.yaml) nor an adapter ({_CONFIG})"
+            + (f"; in it there are: {shown}" if inside else "; `dyads train` makes the one with the other in it")
+        )
+    if not (folder / _WEIGHTS).is_file():
+        raise RunError(f"'{folder}' has no {_WEIGHTS}; adapters are read from safetensors only")
+    return folder
+
+
+def _foreign(folder: Path, peft_type: str) -> RunError:
+    return RunError(
+        f"the adapter in '{folder}' is of PEFT's type {peft_type}, which this version of dyads cannot read: it reads"
+        " its own methods (`dyads methods`) and PEFT's LoRA"
+    )
+
+
+def _layers(folder: Path, config: DyadsConfig, parts: dict[str, dict[str, dict[str, Tensor]]]) -> Iterator[SavedLayer]:
+    # Where a core cuts a layer's features into parts, rows are stored at the width of one part.
+    heads = getattr(config, "num_splits", 1)
+    cores: dict[str, Core] = {}
+    states = {name: part.get("dyads_core", {}) for name, part in parts.items()}
+    name = ""
+    try:
+        for name, part in parts.items():
+            if part.keys() - {"dyads_core"} != {"dyads_A", "dyads_B"}:
+                raise ValueError(f"it has {', '.join(sorted(part))}")
+            cores[name] = config.core(part["dyads_A"][""].shape[1] * heads).eval()
+        # What layers share is saved with one of them, the one that lacks nothing.
+        whole = [cores[name] for name in cores if states[name].keys() == cores[name].state_dict().keys()]
+        for name, core in cores.items():
+            A, B = parts[name]["dyads_A"][""], parts[name]["dyads_B"][""]
+            if whole:
+                core.share_with(whole[0])
+            core.load_state_dict(states[name], assign=True)
+            if (len(A), len(B), heads) != (core.p, core.q, core.heads):
+                raise ValueError(f"A and B have {len(A)} and {len(B)} rows, the method {core.p} and {core.q}")
+            trained = A.numel() + B.numel() + sum(p.numel() for p in core.parameters())
+            A, B = core.whole(A), core.whole(B)
+            yield SavedLayer(name, A.shape[1], B.shape[1], trained, A, B, core)
+    except (KeyError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(
+            f"the weights of '{name}' in '{folder}' do not fit its {_CONFIG} ({reason}): one of the two files is from"
+            " another adapter"
+        ) from error
+
+
+def _lora_layer(name: str, parts: dict[str, dict[str, Tensor]]) -> SavedLayer:
+    trained = sum(value.numel() for part in parts.values() for value in part.values())
+    A, B = parts.get("lora_A", {}).get("weight"), parts.get("lora_B", {}).get("weight")
+    if A is None or B is None or A.ndim != 2 or B.ndim != 2:
+        return SavedLayer(name, None, None, trained)
+    return SavedLayer(name, A.shape[1], B.shape[0], trained)
+
+
+def _as_numbers(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`dyads export` writes what was asked and says which ranks it needed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from peft import LoraConfig, get_peft_model
+
+from dyads.cli import main
+from tiny import MLP, TASKS, Variant
+
+
+def export(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["export", *map(str, arguments)])
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    model = get_peft_model(MLP(), Variant("more").config(target_modules=["lin0", "lin1"], init_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_a_task_becomes_a_folder(adapter: Path, tmp_path: Path) -> None:
+    result = export(adapter, "--task", "cola", "--out", tmp_path / "lora" / "cola", "--trim")
+    assert result.exit_code == 0, result.output
+    assert re.fullmatch(rf"{tmp_path}/lora/cola: ranks? \d( to \d)? in 2 modules\n", result.output)
+    assert LoraConfig.from_pretrained(tmp_path / "lora" / "cola").peft_type == "LORA"
+
+
+def test_all_tasks_become_a_folder_each(adapter: Path, tmp_path: Path) -> None:
+    result = export(adapter, "--all-tasks", "--out", tmp_path / "loras")
+    assert [line.split(":")[0] for line in result.output.splitlines()] == [str(tmp_path / "loras" / t) for t in TASKS]
+    assert sorted(p.name for p in (tmp_path / "loras").iterdir()) == sorted(TASKS)
+
+
+def test_contradictions_and_refusals_arrive_with_their_way_out(adapter: Path, tmp_path: Path) -> None:
+    both = export(adapter, "--task", "cola", "--all-tasks", "--out", tmp_path / "x")
+    assert (both.exit_code, "give either --task or --all-tasks" in both.output) == (2, True)
+    none = export(adapter, "--out", tmp_path / "x")
+    assert none.output == (
+        f"Error: cannot export the adapter in '{adapter}' (more) without a task, as every task has its own update:"
+        " name one (--task), or take --all-tasks – known: rte, cola, sst2\n"
+    )
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An exported LoRA is the adapter for its task, for a process that has never heard of dyads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+from dyads.errors import MergeError, RoutingError, RunError
+from dyads.export import export, export_all, factors
+from dyads.methods.more import MoRE
+from dyads.runs.saved import SavedAdapter
+from tiny import TARGETS, VARIANTS, Variant, batch, task_of, tiny_model
+
+AUTO: dict[str, Any] = {
+    "llama": (AutoModelForCausalLM, "CAUSAL_LM"),
+    "gpt2": (AutoModelForCausalLM, "CAUSAL_LM"),
+    "t5": (AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM"),
+    "bert": (AutoModelForSequenceClassification, "SEQ_CLS"),
+}
+MORE = Variant("more", (("r", 6), ("lora_alpha", 9)))
+MORE_OPTIONS: tuple[tuple[tuple[str, Any], ...], ...] = (
+    (("embedding", "shared"), ("task_dim", 5)),
+    (("selector", "subset"),),
+    (("selector", "soft"), ("linear_scaling", "update")),
+    (("selector", "frozen_random"),),
+)
+EXACT = [v for v in VARIANTS if v.looks_at <= {"task"}]
+CASES = [(v, "llama", torch.float64) for v in (MORE, *EXACT)] + [
+    *((Variant("more", (("r", 6), *options)), "llama", torch.float64) for options in MORE_OPTIONS),
+    (MORE, "llama", torch.float32),
+    (MORE, "gpt2", torch.float64),
+    (MORE, "t5", torch.float64),
+    (MORE, "bert", torch.float64),
+]
+IDS = [f"{variant.id}-{kind}-{str(dtype)[6:]}" for variant, kind, dtype in CASES]
+
+# Runs where dyads cannot be imported. A warning of PEFT's, for instance about Conv1D, is an error there.
+STRANGER = """
+import sys, warnings
+sys.modules["dyads"] = None
+import json, torch, transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+cases = json.load(open(sys.argv[1]))
+for case in cases:
+    base = getattr(transformers, case["auto"]).from_pretrained(case["base"], dtype=getattr(torch, case["dtype"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = PeftModel.from_pretrained(base, case["lora"]).eval()
+    with torch.no_grad():
+        logits = model(**load_file(case["inputs"])).logits
+    save_file({"logits": logits.contiguous()}, case["logits"])
+"""
+
+
+def spread_ranks(model: torch.nn.Module) -> None:
+    """Embeddings so large that tasks choose different ranks."""
+    generator = torch.Generator().manual_seed(5)
+    for module in model.modules():
+        if isinstance(module, MoRE) and "embedding" in module._parameters:
+            with torch.no_grad():
+                module.embedding.copy_(3 * torch.randn(module.embedding.shape, generator=generator))
+
+
+def trained(
+    folder: Path, variant: Variant, kind: str, dtype: torch.dtype = torch.float64, **extra: Any
+) -> tuple[PeftModel, SavedAdapter]:
+    """An adapter with random weights on a tiny model that lies in a folder, and the same as it was saved."""
+    tiny_model(kind).save_pretrained(folder / "base")
+    auto, task_type = AUTO[kind]
+    base = auto.from_pretrained(folder / "base", dtype=dtype).eval()
+    config = variant.config(target_modules=TARGETS[kind], task_type=task_type, init_weights=False, **extra)
+    model = get_peft_model(base, config).eval()
+    spread_ranks(model)
+    model.save_pretrained(folder / "adapter")
+    return model, SavedAdapter.read(folder / "adapter")
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Tensor]]:
+    """For every case the logits of the adapter and of its LoRA, padded and trimmed."""
+    folder = tmp_path_factory.mktemp("lora")
+    cases, expected = [], {}
+    for name, (variant, kind, dtype) in zip(IDS, CASES, strict=True):
+        place = folder / name
+        torch.manual_seed(1)
+        model, adapter = trained(place, variant, kind, dtype)
+        inputs = batch(kind)
+        save_file(inputs, place / "inputs")
+        with torch.no_grad():
+            expected[name] = {"adapter": model(**inputs, **task_of(variant.config(), "cola")).logits}
+        task = "cola" if adapter.task_names else None
+        for form in ("padded", "trimmed"):
+            export(adapter, place / form, task=task, trim=form == "trimmed")
+            auto = AUTO[kind][0].__name__
+            paths = {"base": "base", "lora": form, "inputs": "inputs", "logits": f"{form}.logits"}
+            whole = {key: str(place / path) for key, path in paths.items()}
+            cases.append({"auto": auto, "dtype": str(dtype)[6:], **whole})
+    (folder / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-c", STRANGER, str(folder / "cases.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for name, logits in expected.items():
+        for form in ("padded", "trimmed"):
+            logits[form] = load_file(folder / name / f"{form}.logits")["logits"]
+    return expected
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_lora_loaded_without_dyads_answers_as_the_adapter_does_for_its_task(
+    name: str, answers: dict[str, dict[str, Tensor]]
+) -> None:
+    logits = answers[name]
+    # fp32: the same products in another order.
+    tolerance = {"atol": 1e-6, "rtol": 1e-6} if "float64" in name else {"atol": 2e-6, "rtol": 1e-5}
+    assert_close(logits["padded"], logits["adapter"], **tolerance)
+    assert_close(logits["trimmed"], logits["padded"], **tolerance)
+
+
+def test_a_lora_has_only_the_ranks_that_its_task_uses(tmp_path: Path) -> None:
+    model, adapter = trained(tmp_path, MORE, "llama")
+    chosen = {n: m.ranks() for n, m in model.named_modules() if isinstance(m, MoRE)}
+    assert len({tuple(r.tolist()) for r in chosen.values()}) > 1
+    for task, name in enumerate(adapter.task_names):
+        ranks = {n.removeprefix("base_model.model.").split(".dyads_core")[0]: int(r[task]) for n, r in chosen.items()}
+        lora = export(adapter, tmp_path / name, task=name)
+        assert (lora.ranks, lora.rank) == (ranks, max(ranks.values()))
+        trimmed = export(adapter, tmp_path / f"{name}-trimmed", task=name, trim=True)
+        config = LoraConfig.from_pretrained(trimmed.path)
+        assert (config.r, config.lora_alpha) == (lora.rank, lora.rank)
+        assert config.rank_pattern == config.alpha_pattern
+        weights = load_file(trimmed.path / "adapter_model.safetensors")
+        for module, rank in ranks.items():
+            assert len(weights[f"base_model.model.{module}.lora_A.weight"]) == rank
+        padded = load_file(lora.path / "adapter_model.safetensors")
+        assert {len(value) for key, value in padded.items() if "lora_A" in key} == {lora.rank}
+
+
+def test_the_config_of_a_lora_is_the_adapters_where_both_have_a_field(tmp_path: Path) -> None:
+    _, adapter = trained(tmp_path, MORE, "gpt2", layers_to_transform=[1], layers_pattern="h")
+    config = LoraConfig.from_pretrained(export(adapter, tmp_path / "out", task="rte").path)
+    assert config.base_model_name_or_path == str(tmp_path / "base")
+    assert config.target_modules == set(TARGETS["gpt2"])
+    assert (config.layers_to_transform, config.layers_pattern, config.task_type) == ([1], "h", "CAUSAL_LM")
+    assert config.fan_in_fan_out
+    assert {layer.module.split(".")[2] for layer in adapter.layers} == {"1"}
+
+
+def test_heads_saved_beside_the_adapter_come_along(tmp_path: Path) -> None:
+    model, adapter = trained(tmp_path, MORE, "bert", modules_to_save=["classifier"])
+    lora = export(adapter, tmp_path / "out", task="sst2")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    with torch.no_grad():
+        base.classifier.weight.zero_()
+        again = PeftModel.from_pretrained(base, lora.path).eval()
+        assert_close(again(**batch("bert")).logits, model(**batch("bert"), task="sst2").logits)
+
+
+def test_a_model_that_is_not_from_transformers_exports_too(tmp_path: Path, mlp: Callable[[], Any]) -> None:
+    model = get_peft_model(mlp(), MORE.config(target_modules=["lin0", "lin1"], init_weights=False)).eval()
+    spread_ranks(model)
+    model.save_pretrained(tmp_path / "adapter")
+    export(SavedAdapter.read(tmp_path / "adapter"), tmp_path / "out", task="rte", trim=True)
+    x = torch.randn(5, 6)
+    assert_close(PeftModel.from_pretrained(mlp(), tmp_path / "out").eval()(x), model(x, task="rte"))
+
+
+def test_all_tasks_go_into_folders_of_their_names(tmp_path: Path) -> None:
+    names = ["rte", "a/b: c?", "..", "ü"]
+    _, adapter = trained(tmp_path, MORE, "llama", tasks=names)
+    loras = export_all(adapter, tmp_path / "all")
+    assert [lora.task for lora in loras] == names
+    assert sorted(p.name for p in (tmp_path / "all").iterdir()) == ["%2E%2E", "%C3%BC", "a%2Fb%3A c%3F", "rte"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "all", "base"]
+    assert all((lora.path / "adapter_config.json").is_file() for lora in loras)
+
+
+def test_the_card_says_where_a_lora_comes_from_and_needs_no_dyads(tmp_path: Path) -> None:
+    _, adapter = trained(tmp_path, MORE, "llama")
+    card = (export(adapter, tmp_path / "out", task="cola").path / "README.md").read_text()
+    assert f'base_model: "{tmp_path / "base"}"' in card
+    assert "LoRA of a more adapter for task `cola`" in card
+    assert f"| adapter | {tmp_path / 'adapter'} |" in card
+    assert "import dyads" not in card
+
+
+# --- factors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("G", "k"),
+    [
+        (torch.diag(torch.tensor([1.0, 1, 0, 0, 0])), 2),
+        (torch.zeros(3, 4), 0),
+        (torch.arange(1.0, 13).view(3, 4).pow(2), 3),
+        (torch.arange(1.0, 13).view(4, 3).pow(2), 3),
+        (torch.ones(5, 5), 1),
+        (torch.kron(torch.tensor([[0.1, 0.7]]).T @ torch.tensor([[0.1, 0.7]]), torch.eye(3)), 3),  # Poly's
+        (torch.tensor([[0.0, 2, 0], [0, 3, 0]]), 1),
+    ],
+)
+def test_factors_multiply_to_the_matrix_at_its_rank(G: Tensor, k: int) -> None:
+    U, V = factors(G)
+    assert (U.shape, V.shape) == ((len(G), k), (k, G.shape[1]))
+    assert_close(U @ V, G)
+
+
+def test_factors_of_gates_that_select_are_exact() -> None:
+    G = torch.diag(torch.tensor([0.3, 0, 0.7]))
+    U, V = factors(G)
+    assert torch.equal(U @ V, G)
+    tiny = torch.diag(torch.arange(1.0, 2001).div(2000).square())  # MoRE's linear scaling, below the rounding of fp32
+    assert factors(tiny)[0].shape == (2000, 2000)
+    assert set(V.unique().tolist()) == {0.0, 1.0}
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_gates_that_look_at_the_token_are_refused_with_the_reason_and_a_way_out(tmp_path: Path) -> None:
+    _, adapter = trained(tmp_path, Variant("mode"), "llama")
+    with pytest.raises(MergeError, match=r"\(mode\): its gates look at the layer's input, so no plain LoRA equals it"):
+        export(adapter, tmp_path / "out")
+    with pytest.raises(MergeError, match=r"Use it with dyads .* or train a method whose gates look at"):
+        export_all(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_unknown_or_needless_task_is_refused(tmp_path: Path) -> None:
+    _, adapter = trained(tmp_path / "more", MORE, "llama")
+    with pytest.raises(RoutingError, match=r"without a task, .* name one \(--task\), or take --all-tasks – known: rte"):
+        export(adapter, tmp_path / "out")
+    with pytest.raises(RoutingError, match="for task 'colla', which it does not know – did you mean 'cola'"):
+        export(adapter, tmp_path / "out", task="colla")
+    _, plain = trained(tmp_path / "mode", Variant("mode", (("num_experts", 1),)), "llama")
+    for refused in (lambda: export(plain, tmp_path / "out", task="rte"), lambda: export_all(plain, tmp_path / "out")):
+        with pytest.raises(RoutingError, match="its gates look at none, and one LoRA serves all tasks; leave it out"):
+            refused()
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
+    _, adapter = trained(tmp_path, MORE, "llama")
+    with pytest.raises(RunError, match=r"base' is not empty; choose another --out"):
+        export(adapter, tmp_path / "base", task="rte")
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"file' is a file; choose another --out"):
+        export(adapter, tmp_path / "file", task="rte")
+    (tmp_path / "empty").mkdir()
+    export(adapter, tmp_path / "empty", task="rte")
+    assert sorted(p.name for p in (tmp_path / "empty").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_pefts_own_lora_is_told_to_be_one_already(tmp_path: Path, mlp: Callable[[], Any]) -> None:
+    get_peft_model(mlp(), LoraConfig(target_modules=["lin0"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(RunError, match="it is an ordinary PEFT LoRA already; take that folder as it is"):
+        export(SavedAdapter.read(tmp_path / "lora"), tmp_path / "out")
