@@ -15,4 +15,7 @@ for seed in ${SEEDS:-0 1 2}; do
     dyads train "$here/$method.yaml" --set seed=$seed $settings --out "$out/$method-seed$seed" --resume || exit 1
   done
 done
-dyads compare "$out" --baseline "LoRA 18"
+case " $methods " in
+  *" lora "*) dyads compare "$out" --baseline "LoRA 18" ;;
+  *) dyads compare "$out" ;;
+esac

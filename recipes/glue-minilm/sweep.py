@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 METHODS = ["lora", "molora", "moelora", "more", "mode", "task-mode"]
@@ -26,10 +27,17 @@ def loss(method: str, rate: str, out: Path, settings: list[str]) -> float:
     recipe = Path(__file__).with_name(f"{method}.yaml")
     parts = [part for s in (f"train.learning_rate={rate}", *SHORT, *settings) for part in ("--set", s)]
     command = ["dyads", "train", str(recipe), "--out", str(folder), "--resume", "--no-evaluate", *parts]
-    subprocess.run(command, check=True)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    print(done.stderr, end="", file=sys.stderr)
+    if done.returncode:
+        if "is not finite" in done.stderr:
+            return float("inf")
+        raise SystemExit(f"stopped: {' '.join(command)} failed (its last lines are above)")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    found = next(line["validation_loss"] for line in reversed(lines) if line.get("event") == "validated")
-    return float("inf") if found is None else float(found)
+    found = [line["validation_loss"] for line in lines if line.get("event") == "validated"]
+    if not found:  # it was cut off after its training: the adapter is there, its validation loss is not
+        raise SystemExit(f"stopped: {folder} was cut off before its validation; delete it and start again")
+    return float("inf") if found[-1] is None else float(found[-1])
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 METHODS = ["lora", "molora", "molora-sd", "mode", "mode-grouped", "more"]
@@ -26,9 +27,17 @@ def loss(method: str, rate: str, out: Path) -> float:
     recipe = Path(__file__).with_name(f"{method}.yaml")
     settings = [part for s in (f"train.learning_rate={rate}", *SHORT) for part in ("--set", s)]
     command = ["dyads", "train", str(recipe), "--out", str(folder), "--resume", "--no-evaluate", *settings]
-    subprocess.run(command, check=True)
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    print(done.stderr, end="", file=sys.stderr)
+    if done.returncode:
+        if "is not finite" in done.stderr:
+            return float("inf")  # training broke down at this rate
+        raise SystemExit(f"stopped: {' '.join(command)} failed (its last lines are above)")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return float(next(line["validation_loss"] for line in reversed(lines) if line.get("event") == "validated"))
+    found = [line["validation_loss"] for line in lines if line.get("event") == "validated"]
+    if not found:  # it was cut off after its training: the adapter is there, its validation loss is not
+        raise SystemExit(f"stopped: {folder} was cut off before its validation; delete it and start again")
+    return float(found[-1])
 
 
 def main() -> None:

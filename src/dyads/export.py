@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 import dyads
 from dyads.errors import DyadsError, MergeError, RoutingError, RunError, did_you_mean
+from dyads.runs.heads import MODULE as HEADS
 from dyads.runs.model import model_config
 from dyads.runs.saved import SavedAdapter
 
@@ -137,7 +138,7 @@ def _write(adapter: SavedAdapter, folder: Path, out: Path, task: str | None, tri
         exclude_modules=source.exclude_modules,
         layers_to_transform=source.layers_to_transform,
         layers_pattern=source.layers_pattern,
-        modules_to_save=source.modules_to_save,
+        modules_to_save=[m for m in source.modules_to_save or () if m != HEADS] or None,
         task_type=source.task_type,
         auto_mapping=source.auto_mapping,
         base_model_name_or_path=source.base_model_name_or_path,
@@ -145,7 +146,9 @@ def _write(adapter: SavedAdapter, folder: Path, out: Path, task: str | None, tri
         inference_mode=True,
         fan_in_fan_out=_stored_in_by_out(source.base_model_name_or_path, source.revision, tuple(ranks)),
     )
-    state = dict(adapter.others)
+    # The heads of an encoder are no module that PEFT could put into a bare model: they lie beside, with their meaning.
+    heads = {key: value for key, value in adapter.others.items() if f".{HEADS}." in key}
+    state = {key: value for key, value in adapter.others.items() if key not in heads}
     for module, r in ranks.items():
         size = r if trim else largest
         missing = size - len(downs[module])
@@ -155,7 +158,13 @@ def _write(adapter: SavedAdapter, folder: Path, out: Path, task: str | None, tri
     folder.mkdir(exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    (folder / "README.md").write_text(_card(adapter, task, ranks, trim), encoding="utf-8")
+    if heads:
+        save_file(
+            {key.rpartition(".")[2]: value.contiguous() for key, value in heads.items()},
+            str(folder / f"{HEADS}.safetensors"),
+        )
+        shutil.copy(adapter.path / "heads.json", folder / f"{HEADS}.json")
+    (folder / "README.md").write_text(_card(adapter, task, ranks, trim, bool(heads)), encoding="utf-8")
     return Exported(out, task, largest, ranks)
 
 
@@ -178,7 +187,7 @@ def _stored_in_by_out(model: str | None, revision: str | None, modules: tuple[st
     return any(module == name or module.endswith(f".{name}") for module in modules for name in turned)
 
 
-def _card(adapter: SavedAdapter, task: str | None, ranks: dict[str, int], trim: bool) -> str:
+def _card(adapter: SavedAdapter, task: str | None, ranks: dict[str, int], trim: bool, heads: bool) -> str:
     base = adapter.config.base_model_name_or_path
     low, high = min(ranks.values()), max(ranks.values())
     rank = (
@@ -208,6 +217,15 @@ def _card(adapter: SavedAdapter, task: str | None, ranks: dict[str, int], trim: 
             'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")',
             "```",
             "",
+            *(
+                [
+                    f"`{HEADS}.safetensors` holds the heads of all tasks: `weight` and `bias` of one linear map on the pooled"
+                    f" hidden states. `{HEADS}.json` says, task by task, what the rows stand for.",
+                    "",
+                ]
+                if heads
+                else []
+            ),
             "| | |",
             "|---|---|",
             f"| base model | {base or 'not named by the adapter'} |",

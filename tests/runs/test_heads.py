@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoModel
 
 from dyads.data.batches import EncodedPair
 from dyads.errors import ConfigError, RunError, TaskError
+from dyads.export import export
 from dyads.methods import build_config
 from dyads.runs import train as training_module
 from dyads.runs.budget import count
@@ -28,6 +30,7 @@ from dyads.runs.evaluate import Answerer, evaluate, generate
 from dyads.runs.folder import RunFolder
 from dyads.runs.heads import Head, HeadQuestion, TaskHeads, answer, attach, head_loss, heads_of, read
 from dyads.runs.model import kind_of, load_model, model_config
+from dyads.runs.saved import SavedAdapter
 from dyads.runs.train import Training, train
 from dyads.tasks import Example, Task, load_suite
 
@@ -250,6 +253,25 @@ def test_a_run_that_is_loaded_answers_as_it_did(method: str, trained: Callable[[
 
 
 @pytest.mark.parametrize("method", ["lora", "more"])
+def test_an_exported_lora_has_the_heads_beside_it(trained: Callable[[str], RunFolder], tmp_path: Path) -> None:
+    folder = trained("more")
+    export(SavedAdapter.read(folder.path), tmp_path / "lora", task="mnli")
+    written = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert not [key for key in written if "task_heads" in key]
+    assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["modules_to_save"] is None
+    heads = load_file(tmp_path / "lora" / "task_heads.safetensors")
+    kept = {key.rpartition(".")[2]: value for key, value in weights(folder).items() if "task_heads" in key}
+    assert heads.keys() == kept.keys() == {"weight", "bias"}
+    assert all(torch.equal(heads[key], kept[key]) for key in kept)
+    assert (tmp_path / "lora" / "task_heads.json").read_text() == folder.heads.read_text()
+
+
+def test_a_task_without_training_examples_is_refused(make: Make) -> None:
+    suite = load_suite(make().tasks)
+    with pytest.raises(TaskError, match=r"a head that is trained, and stsb has no training examples: give it some"):
+        heads_of([suite.tasks[0], replace(suite.tasks[1], train=())])
+
+
 def test_neighbours_have_no_influence(method: str, trained: Callable[[str], RunFolder]) -> None:
     folder = trained(method)
     answerer, suite = Answerer(folder), load_suite(folder.recipe().tasks)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from dyads import auxiliary_loss
 from dyads.data.batches import Collator, pad_id_of
 from dyads.errors import ConfigError, DyadsError, RunError, TaskError
 from dyads.runs import train as training_module
@@ -116,6 +117,24 @@ def _of_labels_only(training: Training, batch: dict[str, Tensor]) -> tuple[Tenso
 def _batch(training: Training) -> dict[str, Tensor]:
     collator = Collator(pad_id_of(training.tokenizer), encoder_decoder=training.encoder_decoder)
     return dict(collator([training.dataset[task, i] for task in range(3) for i in range(2)]))  # type: ignore[arg-type]
+
+
+def test_padding_of_targets_does_not_count_in_the_auxiliary_loss(tiny: Tiny, t5: Path) -> None:
+    recipe = tiny("more", t5)
+    training = Training(recipe, load_suite(recipe.tasks))
+    model = training.model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    batch = _batch(training)
+    found = []
+    for padding in (0, 5):
+        labels = torch.nn.functional.pad(batch["labels"], (0, padding), value=-100)
+        inputs = {k: v for k, v in batch.items() if k != "labels"}
+        loss, _ = label_loss(model, model, inputs, labels, encoder_decoder=True)
+        found.append((loss.detach(), auxiliary_loss(model)))
+    assert found[0][1] is not None
+    assert_close(found[1], found[0])
 
 
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings=True. and a tied layer is part:UserWarning")

@@ -79,6 +79,7 @@ def test_a_group_stays_on_one_side_and_is_taken_whole():
     taken = [take(grouped, limit, salt="s") for limit in (7, 13)]
     assert [len(t) for t in taken] == [6, 12]
     assert set(taken[0]) < set(taken[1])
+    assert len(take(grouped, 2, salt="s")) == 3, "nothing at all would be no training split"
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 277, 1043])

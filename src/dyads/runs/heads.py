@@ -86,6 +86,11 @@ def heads_of(tasks: Sequence[Task]) -> tuple[Head, ...]:
             f"{f', … ({len(free)} in all)' if len(free) > 5 else ''} asks for free text: take a model that generates,"
             " or leave it out"
         )
+    if untrained := [task.name for task in tasks if not task.train]:
+        raise TaskError(
+            f"an encoder answers by a head that is trained, and {', '.join(untrained[:5])} has no training examples: give"
+            " it some (split_dev: 0.5 takes half of its dev file), or leave it out"
+        )
     heads = []
     for task in tasks:
         numbers = [float(task.target(example)) for example in task.train] if task.regression else []
@@ -159,6 +164,18 @@ def _heads_in(model: nn.Module) -> Any:
     return getattr(model.get_base_model() if isinstance(model, PeftModel) else model, MODULE)
 
 
+@dataclass(frozen=True)
+class _Targets:
+    """What a head is to give for an example: its label's row, or its number, standardised. Can be sent to workers."""
+
+    tasks: tuple[Task, ...]
+    heads: tuple[Head, ...]
+
+    def __call__(self, number: int, example: Example) -> float:
+        head = self.heads[number]
+        return (self.tasks[number].target(example) - head.mean) / head.deviation
+
+
 def encoder_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -171,10 +188,7 @@ def encoder_of(
     For training it is given the heads of the tasks, and then knows what they are to learn.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or max_prompt_tokens
-
-    def target(number: int, example: Example) -> float:
-        return (tasks[number].target(example) - heads[number].mean) / heads[number].deviation
-
+    target = _Targets(tuple(tasks), tuple(heads))
     limit = min(max_prompt_tokens, tokenizer.model_max_length, positions)
     return PairEncoder(tokenizer, target, max_prompt_tokens=limit)
 

@@ -179,9 +179,11 @@ class Training:
                 **({"head_parameters": self.head_parameters} if self.heads else {}),
             }
         )
-        self.model.save_pretrained(folder.adapter)  # first of all: whatever fails below must not cost the adapter
+        # Before anything that may fail; and what the heads mean before the adapter, whose config says that all is there.
         if self.heads:
+            folder.adapter.mkdir(exist_ok=True)
             write_heads(folder.heads, self.heads)
+        self.model.save_pretrained(folder.adapter)
         if self.recipe.train.validation_limit:
             loss = self.validation_loss(trainer, self.recipe.train.validation_limit)
             folder.append_log({"event": "validated", "step": trainer.state.global_step, "validation_loss": loss})
@@ -338,8 +340,10 @@ def label_loss(
     model whose head is an ordinary linear layer. A head that is adapted or replaced sees all positions, as usual.
     """
     if encoder_decoder:
-        inputs = {**inputs, "decoder_input_ids": unwrapped.prepare_decoder_input_ids_from_labels(labels=labels)}
         keep, targets = labels != IGNORED, labels
+        read = unwrapped.prepare_decoder_input_ids_from_labels(labels=labels)
+        # Causal attention never looks at padding on the right; the mask tells auxiliary losses which tokens are real.
+        inputs = {**inputs, "decoder_input_ids": read, "decoder_attention_mask": keep.long()}
     else:
         keep = F.pad(labels[:, 1:] != IGNORED, (0, 1))  # position i predicts label i + 1
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)

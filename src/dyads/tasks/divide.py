@@ -64,7 +64,7 @@ def divide(examples: Sequence[Example], sizes: Sequence[int], *, salt: str, task
 def take(examples: Sequence[Example], limit: int | None, *, salt: str) -> tuple[Example, ...]:
     """At most `limit` of the examples, chosen by the salt, in the order given. A larger limit only adds.
 
-    Examples of one group are taken together or not at all.
+    Examples of one group are taken together or not at all; the first group is, however large.
     """
     if limit is None or len(examples) <= limit:
         return tuple(examples)
@@ -73,7 +73,7 @@ def take(examples: Sequence[Example], limit: int | None, *, salt: str) -> tuple[
         together.setdefault(example.group or example.id, []).append(example.id)
     kept: set[str] = set()
     for unit in sorted(together, key=lambda unit: _rank(salt, unit)):
-        if len(kept) + len(together[unit]) > limit:
+        if kept and len(kept) + len(together[unit]) > limit:
             break
         kept.update(together[unit])
     return tuple(e for e in examples if e.id in kept)
