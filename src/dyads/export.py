@@ -187,6 +187,12 @@ def _stored_in_by_out(model: str | None, revision: str | None, modules: tuple[st
     return any(module == name or module.endswith(f".{name}") for module in modules for name in turned)
 
 
+_HEADS_NOTE = (
+    f"`{HEADS}.safetensors` holds the heads of all tasks: `weight` and `bias` of one linear map on the pooled hidden"
+    f" states. `{HEADS}.json` says, task by task, what the rows stand for."
+)
+
+
 def _card(adapter: SavedAdapter, task: str | None, ranks: dict[str, int], trim: bool, heads: bool) -> str:
     base = adapter.config.base_model_name_or_path
     low, high = min(ranks.values()), max(ranks.values())
@@ -217,15 +223,7 @@ def _card(adapter: SavedAdapter, task: str | None, ranks: dict[str, int], trim: 
             'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")',
             "```",
             "",
-            *(
-                [
-                    f"`{HEADS}.safetensors` holds the heads of all tasks: `weight` and `bias` of one linear map on the pooled"
-                    f" hidden states. `{HEADS}.json` says, task by task, what the rows stand for.",
-                    "",
-                ]
-                if heads
-                else []
-            ),
+            *([_HEADS_NOTE, ""] if heads else []),
             "| | |",
             "|---|---|",
             f"| base model | {base or 'not named by the adapter'} |",

@@ -252,7 +252,6 @@ def test_a_run_that_is_loaded_answers_as_it_did(method: str, trained: Callable[[
     assert folder.scores()["scores"] == scores
 
 
-@pytest.mark.parametrize("method", ["lora", "more"])
 def test_an_exported_lora_has_the_heads_beside_it(trained: Callable[[str], RunFolder], tmp_path: Path) -> None:
     folder = trained("more")
     export(SavedAdapter.read(folder.path), tmp_path / "lora", task="mnli")
@@ -272,6 +271,7 @@ def test_a_task_without_training_examples_is_refused(make: Make) -> None:
         heads_of([suite.tasks[0], replace(suite.tasks[1], train=())])
 
 
+@pytest.mark.parametrize("method", ["lora", "more"])
 def test_neighbours_have_no_influence(method: str, trained: Callable[[str], RunFolder]) -> None:
     folder = trained(method)
     answerer, suite = Answerer(folder), load_suite(folder.recipe().tasks)

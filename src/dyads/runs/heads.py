@@ -88,8 +88,8 @@ def heads_of(tasks: Sequence[Task]) -> tuple[Head, ...]:
         )
     if untrained := [task.name for task in tasks if not task.train]:
         raise TaskError(
-            f"an encoder answers by a head that is trained, and {', '.join(untrained[:5])} has no training examples: give"
-            " it some (split_dev: 0.5 takes half of its dev file), or leave it out"
+            f"an encoder answers by a head that is trained, and {', '.join(untrained[:5])} has no training examples:"
+            " give it some (split_dev: 0.5 takes half of its dev file), or leave it out"
         )
     heads = []
     for task in tasks:

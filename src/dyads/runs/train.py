@@ -179,7 +179,7 @@ class Training:
                 **({"head_parameters": self.head_parameters} if self.heads else {}),
             }
         )
-        # Before anything that may fail; and what the heads mean before the adapter, whose config says that all is there.
+        # Before anything that may fail; and what the heads mean before the adapter, whose config says all is there.
         if self.heads:
             folder.adapter.mkdir(exist_ok=True)
             write_heads(folder.heads, self.heads)
