@@ -4,7 +4,7 @@
     python recipes/glue-minilm/sweep.py [--out runs/glue-minilm-sweep] [--set KEY=VALUE …] [method …]
 
 Every method starts at 1e-3 and 3e-3 and walks on, in half-decades, towards the lower validation loss until it rises:
-the best rate has a worse one on either side. Trainings are short (200 steps) and all read the same examples. Finished
+the best rate has a worse one on either side. Trainings are short (150 steps) and all read the same examples. Finished
 ones are kept, so that the script can be started again after an interruption.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 METHODS = ["lora", "molora", "moelora", "more", "mode", "task-mode"]
 RATES = ["1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1"]
-SHORT = ["train.steps=200", "train.save_steps=null", "train.validation_limit=200"]
+SHORT = ["train.steps=150", "train.save_steps=null", "train.validation_limit=200"]
 
 
 def loss(method: str, rate: str, out: Path, settings: list[str]) -> float:

@@ -29,6 +29,7 @@ _ROOMS = {
     "PolyConfig": "dyads.methods",
     "SMoRAConfig": "dyads.methods",
     "TaskMoDEConfig": "dyads.methods",
+    "add_task": "dyads.tuner",
     "auxiliary_loss": "dyads.tuner",
     "use_task": "dyads.tuner",
 }
@@ -44,6 +45,7 @@ __all__ = [
     "SMoRAConfig",
     "TaskMoDEConfig",
     "__version__",
+    "add_task",
     "auxiliary_loss",
     "use_task",
 ]
@@ -60,7 +62,7 @@ if TYPE_CHECKING:
         SMoRAConfig,
         TaskMoDEConfig,
     )
-    from dyads.tuner import auxiliary_loss, use_task
+    from dyads.tuner import add_task, auxiliary_loss, use_task
 
 
 def __getattr__(name: str) -> Any:

@@ -7,13 +7,14 @@ registry. Everything else â€“ layers, merging, saving, tasks in a batch, tests â
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from dyads.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "Core",
@@ -197,6 +201,12 @@ class TaskConditioned(DyadsConfig):
         """Whether the gates look at the task. Where they do not, tasks may be told all the same, and change nothing."""
         return True
 
+    def with_tasks(self, names: Sequence[str]) -> Self:
+        """This config for these tasks, the first of which are those that it has."""
+        larger = copy.copy(self)
+        larger.tasks, larger.num_tasks = list(names), len(names)
+        return larger
+
     @property
     def task_names(self) -> tuple[str, ...] | None:
         if not self.needs_tasks:
@@ -286,6 +296,14 @@ class Core(nn.Module):
         tokens does not apply, and all count.
         """
         return None
+
+    compares_samples: bool = False
+    """Whether embeddings of the tasks are trained to be like their samples, so that `similarity` says something."""
+
+    def similarity(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """How much the samples of this layer's input are like every task: (b T), from -1 to 1. x and mask are those of
+        `auxiliary_loss`."""
+        raise NotImplementedError
 
     def stored(self, features: int) -> int:
         """Width of the rows that are stored for a layer with so many features in, or out."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dyads.methods.gates import score_task
 
-__all__ = ["POOLS", "contrastive_loss", "pool"]
+__all__ = ["POOLS", "contrastive_loss", "pool", "similarity"]
 
 POOLS = ("mean", "first", "last")
 """How the tokens of a sample become its h_s: their mean, the first, or the last of them."""
@@ -46,8 +46,13 @@ def pool(x: Tensor, task: Tensor, mask: Tensor | None, how: str = "mean") -> tup
     return x[torch.arange(len(x), device=x.device), place], task
 
 
-def contrastive_loss(h: Tensor, embeddings: Tensor, task: Tensor, temperature: float) -> Tensor:
-    """L from the samples (b d), the embeddings of all tasks (T d) and the samples' tasks (b); in fp32 or wider."""
+def similarity(h: Tensor, embeddings: Tensor) -> Tensor:
+    """cos(h_s, e_k) of samples (b d) and embeddings of all tasks (T d): (b T), in fp32 or wider."""
     wide = torch.promote_types(h.dtype, torch.float32)
     h, embeddings = F.normalize(h.to(wide), dim=-1), F.normalize(embeddings.to(wide), dim=-1)
-    return F.cross_entropy(score_task(h, embeddings) / temperature, task)  # a product outside of autocast
+    return score_task(h, embeddings)  # a product outside of autocast
+
+
+def contrastive_loss(h: Tensor, embeddings: Tensor, task: Tensor, temperature: float) -> Tensor:
+    """L from the samples (b d), the embeddings of all tasks (T d) and the samples' tasks (b); in fp32 or wider."""
+    return F.cross_entropy(similarity(h, embeddings) / temperature, task)

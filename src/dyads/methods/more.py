@@ -22,16 +22,21 @@ the default is the public code's, which stays at most 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from dyads.errors import did_you_mean
 from dyads.methods.base import Core, TaskConditioned, register
-from dyads.methods.contrastive import POOLS, contrastive_loss, pool
+from dyads.methods.contrastive import POOLS, contrastive_loss, pool, similarity
 from dyads.methods.gates import per_token, score_task, select_prefix
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["MoRE", "MoREConfig"]
 
@@ -65,6 +70,12 @@ class MoREConfig(TaskConditioned):
         metadata={
             "help": "none, update (k/T on the update of a task with k ranks, of T tasks) or ranks (i/r on row i of A"
             " and of B)."
+        },
+    )
+    scaled_tasks: int | None = field(
+        default=None,
+        metadata={
+            "help": "T of linear_scaling: update. Not set: num_tasks. Where a task is added later, it stays as it was."
         },
     )
     selector: str = field(
@@ -111,6 +122,9 @@ class MoREConfig(TaskConditioned):
             "contrastive",
             "compares samples with embeddings, and with embedding: none there are none: leave it out",
         )
+        if self.scaled_tasks is not None:
+            self.require_whole("scaled_tasks")
+            self.require(self.linear_scaling == "update", "scaled_tasks", "only counts with linear_scaling: update")
         if self.task_dim is not None:
             self.require_whole("task_dim")
             self.require(
@@ -121,6 +135,12 @@ class MoREConfig(TaskConditioned):
             "task_dim",
             "must be set with embedding: shared, as layers differ in their input dimension",
         )
+
+    def with_tasks(self, names: Sequence[str]) -> Self:
+        larger = super().with_tasks(names)
+        if self.linear_scaling == "update" and self.scaled_tasks is None:
+            larger.scaled_tasks = self.num_tasks  # or the tasks there are would be scaled anew
+        return larger
 
     def core(self, d: int) -> MoRE:
         assert self.num_tasks is not None
@@ -133,6 +153,7 @@ class MoREConfig(TaskConditioned):
             embedding=self.embedding,
             embedding_init=self.embedding_init,
             linear_scaling=self.linear_scaling,
+            scaled_tasks=self.scaled_tasks,
             selector=self.selector,
             contrastive=self.contrastive,
             temperature=self.contrastive_temperature,
@@ -162,6 +183,7 @@ class MoRE(Core):
         embedding: str = "layer",
         embedding_init: str = "normal",
         linear_scaling: str = "ranks",
+        scaled_tasks: int | None = None,
         selector: str = "straight_through",
         contrastive: float = 0.0,
         temperature: float = 0.05,
@@ -172,8 +194,9 @@ class MoRE(Core):
         self.num_tasks, self.task_dim = num_tasks, task_dim or d
         self.embeds, self.embedding_init = embedding, embedding_init
         self.linear_scaling, self.selector = linear_scaling, selector
+        self.scaled_tasks = scaled_tasks or num_tasks
         self.contrastive, self.temperature, self.pool = contrastive, temperature, pool
-        self.has_auxiliary_loss = contrastive > 0
+        self.has_auxiliary_loss = self.compares_samples = contrastive > 0
         chooses = selector != "frozen_random"
         if embedding != "none" and (chooses or contrastive > 0):
             self.embedding = nn.Parameter(torch.empty(num_tasks, self.task_dim))
@@ -268,11 +291,11 @@ class MoRE(Core):
         if self.selector == "soft":
             # What the update is on average, where rank k is drawn with probability p_k.
             p = scores.softmax(-1)
-            g = select_soft_prefix(p * _numbers(p) / self.num_tasks if by_update else p)
+            g = select_soft_prefix(p * _numbers(p) / self.scaled_tasks if by_update else p)
         else:
             g = select_subset(scores) if self.selector == "subset" else select_prefix(scores)
             if by_update:
-                g = g * (g.gt(0).sum(-1, keepdim=True) / self.num_tasks)
+                g = g * (g.gt(0).sum(-1, keepdim=True) / self.scaled_tasks)
         return g * (_numbers(g) / self.p).square() if self.linear_scaling == "ranks" else g
 
     def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
@@ -287,10 +310,16 @@ class MoRE(Core):
         if not self.has_auxiliary_loss:
             return None
         assert task is not None, "the layer resolves the task before it routes"
-        h, task = pool(x, task, mask, self.pool)
-        if self.projection is not None:
-            h = score_task(h, self.projection)
+        h, task = self._samples(x, task, mask)
         return self.contrastive * contrastive_loss(h, self.table(), task, self.temperature)
+
+    def similarity(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        tasks = torch.zeros(x.shape[:1], dtype=torch.long, device=x.device)  # of no account here
+        return similarity(self._samples(x, tasks, mask)[0], self.table())
+
+    def _samples(self, x: Tensor, task: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        h, task = pool(x, task, mask, self.pool)
+        return (h if self.projection is None else score_task(h, self.projection)), task
 
 
 def _numbers(like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dyads.errors import did_you_mean
 from dyads.methods.base import Core, TaskConditioned
-from dyads.methods.contrastive import contrastive_loss, pool
+from dyads.methods.contrastive import contrastive_loss, pool, similarity
 from dyads.methods.gates import (
     balance,
     per_token,
@@ -238,6 +238,7 @@ class StagedCore(Core):
             self.register_buffer("fixed_scores", torch.empty(rows))
         if stages.learn_temperature:
             self.log_scale = nn.Parameter(torch.empty(1))
+        self.compares_samples = stages.contrastive > 0
         self.has_auxiliary_loss = stages.load_balance > 0 or stages.contrastive > 0
         # These only ever take back what the class says, since a subclass may have taken it back before.
         if stages.score in ("h", "cosine"):
@@ -330,10 +331,16 @@ class StagedCore(Core):
 
     def _contrast(self, x: Tensor, task: Tensor | None, mask: Tensor | None) -> Tensor:
         assert task is not None, "the layer resolves the task before it routes"
-        h, task = pool(x, task, mask)
-        if hasattr(self, "projection"):
-            h = score_task(h, self.projection)
+        h, task = self._samples(x, task, mask)
         return contrastive_loss(h, self.embedding, task, self.stages.contrastive_temperature)
+
+    def similarity(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        tasks = torch.zeros(x.shape[:1], dtype=torch.long, device=x.device)  # of no account here
+        return similarity(self._samples(x, tasks, mask)[0], self.embedding)
+
+    def _samples(self, x: Tensor, task: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        h, task = pool(x, task, mask)
+        return (score_task(h, self.projection) if hasattr(self, "projection") else h), task
 
     def _balance(self, x: Tensor, task: Tensor | None, mask: Tensor | None) -> Tensor:
         scores = self._scores(x, self.score(x, x), self.of_task(task))

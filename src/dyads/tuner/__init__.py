@@ -1,9 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """How do the methods live inside PEFT? Importing this package registers them."""
 
+from dyads.tuner.add_task import STARTS, add_task, similarity_to_tasks
 from dyads.tuner.layer import DyadsLayer
 from dyads.tuner.model import DyadsModel
 from dyads.tuner.register import register_methods
 from dyads.tuner.routing import Routing, auxiliary_loss, use_task
 
-__all__ = ["DyadsLayer", "DyadsModel", "Routing", "auxiliary_loss", "register_methods", "use_task"]
+__all__ = [
+    "STARTS",
+    "DyadsLayer",
+    "DyadsModel",
+    "Routing",
+    "add_task",
+    "auxiliary_loss",
+    "register_methods",
+    "similarity_to_tasks",
+    "use_task",
+]
