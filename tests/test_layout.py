@@ -121,7 +121,7 @@ def test_peft_knows_the_methods_in_whatever_order_things_are_imported(first: str
 def test_public_names() -> None:
     configs = {name for name in dyads.__all__ if name.endswith("Config")}
     assert configs == {method.config.__name__ for method in methods()}
-    assert set(dyads.__all__) - configs == {"__version__", "auxiliary_loss", "use_task"}
+    assert set(dyads.__all__) - configs == {"__version__", "add_task", "auxiliary_loss", "use_task"}
     for name in dyads.__all__:
         assert getattr(dyads, name) is not None
     with pytest.raises(AttributeError, match="module 'dyads' has no attribute 'MoDConfig'"):

@@ -266,6 +266,11 @@ class EvaluateSpec(_Section):
     most likely to follow the prompt. An encoder does neither, it answers by its heads"""
     length_normalise: bool = False
     """With likelihood: compare the mean log-probability per token, not the sum"""
+    unseen: Literal["error", "mean", "nearest"] = "error"
+    """A task that the gates do not know: refused, or answered with the mean over those that they know, or as the
+    nearest of them"""
+    nearest_by: Literal["inputs", "description"] = "inputs"
+    """With nearest: what is compared of two tasks, a few of their inputs or their descriptions"""
 
     @model_validator(mode="after")
     def _contradictions(self) -> EvaluateSpec:
@@ -273,6 +278,8 @@ class EvaluateSpec(_Section):
             raise ConfigError(f"length_normalise is for answer: likelihood, but answer is {self.answer}")
         if self.num_beams > 1 and self.answer == "likelihood":
             raise ConfigError(f"num_beams is {self.num_beams}, but answer: likelihood searches for nothing: drop one")
+        if self.nearest_by != "inputs" and self.unseen != "nearest":
+            raise ConfigError(f"nearest_by is for unseen: nearest, but unseen is {self.unseen}")
         return self
 
     def pick(self, n: int) -> list[int]:

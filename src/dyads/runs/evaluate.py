@@ -2,7 +2,8 @@
 """What does a run know? Every task's instances are answered, and the answers kept and scored by the task itself.
 
 A language model writes its answers, or chooses among those that there are by their likelihood (`evaluate.answer`); an
-encoder answers by its heads.
+encoder answers by its heads. Other tasks than the run's own are answered too, where need be as `evaluate.unseen` says
+(runs/unseen.py).
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
 from statistics import fmean
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
@@ -32,34 +36,63 @@ from dyads.runs.heads import answer as answer_by_heads
 from dyads.runs.heads import read as read_heads
 from dyads.runs.likelihood import Choice, log_likelihoods
 from dyads.runs.model import kind_of, load_model, load_tokenizer, model_config, same_model
-from dyads.tasks import SPLITS, Example, Suite, Task, load_suite
+from dyads.runs.unseen import INPUTS, StandIn, by_mean, by_nearest, described, own_tasks
+from dyads.tasks import SPLITS, Example, FamilySpec, Suite, Task, load_suite
 from dyads.tuner.routing import find_routing
 
 __all__ = ["Answerer", "check_answers", "evaluate", "generate"]
 
 
 def evaluate(
-    folder: RunFolder, *, split: str | None = None, limit: int | None = None, suite: Suite | None = None
+    folder: RunFolder,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    suite: Suite | FamilySpec | None = None,
+    unseen: str | None = None,
+    nearest_by: str | None = None,
+    into: str | Path | None = None,
+    told: Callable[[StandIn], object] = lambda stand_in: None,
 ) -> Scores:
-    """Score a run and keep predictions and scores in its folder. `split` and `limit` replace the recipe's own."""
+    """Score a run and keep predictions and scores in its folder.
+
+    `split`, `limit`, `unseen` and `nearest_by` replace the recipe's own, `suite` its tasks. With `into` the results go
+    to a new run folder, and those of the run stay: it holds a recipe with these tasks, and no adapter. Where known tasks
+    stood in for unseen ones, the run has the policy in its name there. `told` hears of each before anything is scored.
+    """
     if split is not None and split not in SPLITS:
         raise ConfigError(f"cannot evaluate on split '{split}'{did_you_mean(split, SPLITS)}")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ConfigError(f"cannot evaluate {limit} instances of each task: limit is a whole number from 1")
+    if into is not None and isinstance(suite, Suite):
+        raise ConfigError(f"'{into}' is to say which tasks were scored: give their family and its options, not a Suite")
     recipe = folder.recipe()
-    changes = {k: v for k, v in (("split", split), ("limit", limit)) if v is not None}
-    spec = recipe.evaluate.model_copy(update=changes)
-    suite = suite or load_suite(recipe.tasks)
+    changes = {"split": split, "limit": limit, "unseen": unseen, "nearest_by": nearest_by}
+    spec = _changed(recipe.evaluate, {key: value for key, value in changes.items() if value is not None})
+    tasks_spec = suite if isinstance(suite, FamilySpec) else recipe.tasks
+    if not isinstance(suite, Suite):
+        suite = load_suite(tasks_spec)
     check_answers(recipe, suite.tasks)
     asked = [[task.split(spec.split)[i] for i in spec.pick(len(task.split(spec.split)))] for task in suite.tasks]
     if empty := [task.name for task, examples in zip(suite.tasks, asked, strict=True) if not examples]:
         raise TaskError(f"nothing to score: split '{spec.split}' of {', '.join(empty)} is empty")
 
+    stand_ins: list[StandIn] = []
     if recipe.method.name == "majority":
         answerer: _Majority | Answerer = _Majority()
     else:
         answerer = Answerer(folder)
+        stand_ins = answerer.let_stand_in(suite.tasks, spec)
     answerer.check(suite.tasks)
+    place, name = folder, recipe.name
+    if into is not None:
+        by = f"{spec.unseen}-by-description" if spec.nearest_by == "description" else spec.unseen
+        name = f"{name}-{by}" if stand_ins else name
+        place = _beside(folder, into, recipe.model_copy(update={"name": name, "tasks": tasks_spec, "evaluate": spec}))
+        place.write_environment(seed=recipe.seed, tasks=[task.name for task in suite.tasks], adapter=str(folder.path))
+    for stand_in in stand_ins:
+        place.append_log({"event": "unseen", **asdict(stand_in)})
+        told(stand_in)
     answered: dict[str, list[Prediction]] = {}
     rows: list[ScoreRow] = []
     values: dict[str, list[tuple[float, int]]] = {}
@@ -77,7 +110,7 @@ def evaluate(
             for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True))
         ]
         fingerprint = task.fingerprint(spec.split)
-        for place, score in enumerate(scores):
+        for rank, score in enumerate(scores):
             row = ScoreRow(
                 task=task.name,
                 version=score.version,
@@ -87,17 +120,17 @@ def evaluate(
                 value=score.value,
                 n=score.n,
                 higher_is_better=score.higher_is_better,
-                headline=place == 0,
+                headline=rank == 0,
             )
             if task.labels:
                 row["labels"] = list(task.labels)
             rows.append(row)
-            for key in (score.metric, *(["headline"] if place == 0 else [])):
+            for key in (score.metric, *(["headline"] if rank == 0 else [])):
                 values.setdefault(key, []).append((score.value, score.n))
     trained = [line for line in folder.log() if line.get("event") == "trained"]
     result = Scores(
         schema=SCHEMA,
-        run=recipe.name,
+        run=name,
         method=recipe.method.name,
         split=spec.split,
         seed=recipe.seed,
@@ -111,8 +144,33 @@ def evaluate(
         micro={key: sum(v * n for v, n in pairs) / sum(n for _, n in pairs) for key, pairs in values.items()},
         macro={key: sum(v for v, _ in pairs) / len(pairs) for key, pairs in values.items()},
     )
-    folder.write_results(answered, result)
+    place.write_results(answered, result)
     return result
+
+
+def _changed(spec: EvaluateSpec, changes: Mapping[str, Any]) -> EvaluateSpec:
+    """The spec with some keys replaced; what `nearest_by` says goes with the policy that it is for."""
+    kept = spec.model_dump()
+    if changes.get("unseen", "nearest") != "nearest":
+        del kept["nearest_by"]
+    try:
+        return EvaluateSpec.model_validate({**kept, **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "".join(f"{step}: " for step in first["loc"])
+        raise ConfigError(f"cannot evaluate: {key}{first.get('ctx', {}).get('error', first['msg'])}") from None
+
+
+def _beside(folder: RunFolder, into: str | Path, recipe: Recipe) -> RunFolder:
+    """A new run folder for scores of another folder's adapter."""
+    place = RunFolder(into)
+    if place.is_run:
+        same = place.path.resolve() == folder.path.resolve()
+        raise RunError(
+            f"'{place.path}' already holds {'the run itself' if same else 'a run'}, whose scores would be lost: choose"
+            " another --out"
+        )
+    return RunFolder.create(into, recipe)
 
 
 def check_answers(recipe: Recipe, tasks: Sequence[Task]) -> None:
@@ -150,11 +208,20 @@ def generate(
     *,
     max_new_tokens: int = 128,
     batch_size: int = 16,
+    unseen: str = "error",
+    description: str | None = None,
+    told: Callable[[StandIn], object] = lambda stand_in: None,
 ) -> list[str]:
     """Answers to prompts as they stand; every prompt with the name or id of its task, or None where no gate looks.
 
-    A prompt for an encoder with heads, which always needs a task, is a text or a pair of texts.
+    A prompt for an encoder with heads, which always needs a task, is a text or a pair of texts. `unseen` says what
+    happens with a name that the run does not know, as `evaluate.unseen` does; the nearest task is the one whose inputs
+    are like its first prompts, or whose description is like the one given. `told` hears which task stood in.
     """
+    if description is not None and not description.strip():
+        raise ConfigError("the description is empty: say what the task asks, or leave it out")
+    by = {} if description is None else {"nearest_by": "description"}
+    spec = _changed(EvaluateSpec(batch_size=batch_size, max_new_tokens=max_new_tokens), {"unseen": unseen, **by})
     if len(prompts) != len(tasks):
         raise ConfigError(f"{len(prompts)} prompts, but {len(tasks)} tasks: give one task for every prompt")
     texts = [(prompt,) if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
@@ -167,7 +234,9 @@ def generate(
             f"prompt {long[0]} has {len(texts[long[0] - 1])} texts: "
             + ("an encoder reads one or two" if answerer.heads else "only an encoder with heads reads a pair of texts")
         )
+    examples = [Example(str(i), parts[0], ("",), segments=parts) for i, parts in enumerate(texts)]
     known = answerer.task_names or folder.task_names()
+    new: dict[str, list[Example]] = {}
     for i, task in enumerate(tasks, start=1):
         if task is None and (answerer.needs_task or answerer.heads):
             why = "every task has its own head"
@@ -175,14 +244,25 @@ def generate(
                 why = f"the gates of '{folder.recipe().method.name}' look at the task"
             raise ConfigError(f"prompt {i} has no task, and {why}: name one{did_you_mean('', known)}")
         if known and task is not None and not _is_known(task, known):
-            raise ConfigError(f"prompt {i}: the run does not know task '{task}'{did_you_mean(str(task), known)}")
-    examples = [Example(str(i), parts[0], ("",), segments=parts) for i, parts in enumerate(texts)]
-    spec = EvaluateSpec(batch_size=batch_size, max_new_tokens=max_new_tokens)
+            if spec.unseen == "error" or answerer.heads or not isinstance(task, str):
+                refusal = f"prompt {i}: the run does not know task '{task}'{did_you_mean(str(task), known)}"
+                raise ConfigError(refusal + _ADAPT * (bool(answerer.heads) and spec.unseen != "error"))
+            new.setdefault(task, []).append(examples[i - 1])
+    if description is not None and len(new) > 1:
+        raise ConfigError(f"one description is given, but the prompts are of {len(new)} unseen tasks: {', '.join(new)}")
+    if new and answerer.needs_task:
+        like = [Example("description", description, ("",))] if description is not None else None
+        unseen_texts = {task: like or prompts[:INPUTS] for task, prompts in new.items()}
+        for stand_in in answerer.stand_ins(unseen_texts, spec):
+            told(stand_in)
     return answerer.answers(examples, tasks, spec, max_new_tokens, None)
 
 
 def _is_known(task: str | int, known: Sequence[str]) -> bool:
     return task in known if isinstance(task, str) else 0 <= task < len(known)
+
+
+_ADAPT = "; no head can stand in for another, but `dyads adapt` learns a new one from a few examples"
 
 
 class _Majority:
@@ -238,6 +318,8 @@ class Answerer:
                 encoder_decoder=bool(base.config.is_encoder_decoder),
             )
         self.routing = find_routing(self.model)
+        self.trained_on = folder.task_names()
+        self.nameless = self.task_names == tuple(str(i) for i in range(len(self.task_names)))
 
     @property
     def needs_task(self) -> bool:
@@ -252,8 +334,41 @@ class Answerer:
         return next(iter(self.routing.names.values())) if self.routing and self.routing.names else ()
 
     def _name(self, task: Task, number: int) -> str:
-        nameless = self.task_names == tuple(str(i) for i in range(len(self.task_names)))
-        return str(number) if nameless else task.name
+        """What the gates call the number-th of some tasks. Where they know numbers, those of the training."""
+        if not self.nameless:
+            return task.name
+        if not self.trained_on:
+            return str(number)
+        return str(self.trained_on.index(task.name)) if task.name in self.trained_on else task.name
+
+    def let_stand_in(self, tasks: Sequence[Task], spec: EvaluateSpec) -> list[StandIn]:
+        """Teach the gates the names of tasks that they do not know, as `spec.unseen` says.
+
+        Nothing is done where no gate looks at the task, with the policy `error`, and for heads: they are not made up.
+        """
+        unseen = [task for number, task in enumerate(tasks) if self._name(task, number) not in self.task_names]
+        if not unseen or spec.unseen == "error" or self.heads or not self.needs_task:
+            return []
+        if spec.nearest_by == "description":
+            return self.stand_ins(described(unseen), spec)
+        return self.stand_ins({task.name: task.split(spec.split)[:INPUTS] for task in unseen}, spec)
+
+    def stand_ins(self, unseen: Mapping[str, Sequence[Example]], spec: EvaluateSpec) -> list[StandIn]:
+        """The same for tasks by name, each with texts to compare: its inputs or its description."""
+        assert isinstance(self.model, PeftModel)
+        assert isinstance(self.encoder, Encoder)
+        if spec.unseen == "mean":
+            return by_mean(self.model, list(unseen))
+        own = own_tasks(self.recipe)
+        called = {self._name(task, number): task for number, task in enumerate(own)}
+        if gone := [name for name in self.task_names if name not in called]:
+            raise RunError(
+                f"unseen 'nearest' compares with all tasks that the adapter knows, but the tasks of its recipe lack"
+                f" {', '.join(gone)}: put their data back, or choose mean"
+            )
+        texts = described(own) if spec.nearest_by == "description" else {t.name: t.train[:INPUTS] for t in own}
+        known = {name: texts[called[name].name] for name in self.task_names}
+        return by_nearest(self.model, self.encoder, unseen, known, batch_size=spec.batch_size)
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Refuse tasks that the gates or the heads do not know."""
@@ -263,7 +378,7 @@ class Answerer:
                 raise RunError(
                     f"the adapter has heads for {len(self.heads)} tasks and none for '{task.name}'"
                     f"{did_you_mean(task.name, [head.task for head in self.heads])}; score the tasks that it was"
-                    " trained on"
+                    f" trained on{_ADAPT}"
                 )
             if head.labels != task.labels:
                 raise RunError(
@@ -274,7 +389,8 @@ class Answerer:
         if self.needs_task and (unknown := [task for task, name in named if name not in self.task_names]):
             raise RunError(
                 f"the adapter was trained on {len(self.task_names)} tasks and does not know '{unknown[0]}'"
-                f"{did_you_mean(unknown[0], self.task_names)}; score the tasks that it was trained on"
+                f"{did_you_mean(unknown[0], self.task_names)}; score the tasks that it was trained on, or say what"
+                " stands in for others (evaluate.unseen: nearest or mean)"
             )
 
     def answer(self, tasks: Sequence[Task], asked: Sequence[Sequence[Example]], spec: EvaluateSpec) -> list[list[str]]:
@@ -412,8 +528,13 @@ class Answerer:
 
 
 def check_adapter(folder: RunFolder) -> None:
-    """RunError where the run has no adapter yet."""
+    """RunError where the run has no adapter yet, or only the scores of another run's."""
     if not (folder.adapter / "adapter_config.json").is_file():
+        if "adapter" in (facts := folder.environment() if folder.is_scored else {}):
+            raise RunError(
+                f"'{folder.path}' holds scores of the adapter in '{facts['adapter']}' and has none itself: evaluate that"
+                " run, with --tasks and another --out"
+            )
         raise RunError(
             f"'{folder.path}' has no adapter: its training did not end; go on with"
             f" `dyads train RECIPE --out {folder.path} --resume`"

@@ -60,7 +60,7 @@ def add_task(model: nn.Module, name: str, start: str = "mean", adapter: str = "d
         for layer, core in zip(layers, cores, strict=True)
         for tensor in _replace(layer, adapter, core, start, len(known), known)
     ]
-    vars(config).update(vars(larger))  # the object that PEFT saves
+    config.__dict__.update(larger.__dict__)  # the object that PEFT saves
     routing = layers[0].routing
     routing.names[adapter] = tuple(larger.task_names or ())
     if routing.held is not None:

@@ -87,7 +87,10 @@ class RoutingState:
         for task in self.task:
             if isinstance(task, str):
                 if task not in index:
-                    raise RoutingError(f"adapter '{adapter}' does not know task '{task}'{did_you_mean(task, names)}")
+                    raise RoutingError(
+                        f"adapter '{adapter}' does not know task '{task}'{did_you_mean(task, names)}"
+                        f" (`dyads.add_task(model, {task!r})` would add it)"
+                    )
                 ids.append(index[task])
             else:
                 if not 0 <= task < len(names):

@@ -1,0 +1,25 @@
+#!/bin/sh
+# The ablations: MoRE's parts and MoDE's routing stages, one at a time, for the seeds in $SEEDS (default: 0 1 2), and
+# their comparison, MoRE's rows with MoRE and MoDE's rows with MoDE.
+#   sh recipes/glue-ablations/run.sh [FOLDER]          (default: runs/glue-ablations)
+# $ROWS chooses among the recipes; $SET gives overrides, such as SET="train.steps=1000 train.threads=2".
+# Runs that are complete are kept, and one that was cut off goes on: start it again after an interruption.
+set -u
+out=${1:-runs/glue-ablations}
+here=$(dirname "$0")
+rows=${ROWS:-$(cd "$here" && ls -- *.yaml | sed 's/\.yaml$//')}
+settings=
+for setting in ${SET:-}; do settings="$settings --set $setting"; done
+for seed in ${SEEDS:-0 1 2}; do
+  for row in $rows; do
+    # shellcheck disable=SC2086  # settings are words on purpose
+    dyads train "$here/$row.yaml" --set seed=$seed $settings --out "$out/$row-seed$seed" --resume || exit 1
+  done
+done
+for whole in more mode; do
+  set -- "$out/$whole"-*seed*
+  if [ -e "$1" ] && [ $# -gt 1 ]; then
+    [ $whole = more ] && name=MoRE || name=MoDE
+    dyads compare "$@" --baseline $name
+  fi
+done
