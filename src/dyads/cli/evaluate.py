@@ -4,28 +4,60 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from dyads.tasks import FamilySpec
 
 
 @click.command(
     short_help="Score the adapter of a run.",
     epilog="""\b
+Other tasks than the run's own are those of a recipe, of a .jsonl or .csv
+file (`dyads tasks --family files`), or of another run. A task that the gates
+do not know is refused, or answered as --unseen says: as the nearest of the
+tasks that they know, by a few inputs or by description, or with the mean
+over them. An encoder has no head for such a task: `dyads adapt` learns one.
+\b
 Examples:
   dyads evaluate runs/demo/mode
-  dyads evaluate runs/demo/mode --split validation --limit 50""",
+  dyads evaluate runs/demo/mode --split validation --limit 50
+  dyads evaluate runs/more --tasks new.jsonl --unseen nearest --out runs/new""",
 )
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--split", help="test, validation or train. Default: the recipe's.")
 @click.option("--limit", type=click.IntRange(min=1), help="Instances per task. Default: the recipe's.")
-def command(run: Path, split: str | None, limit: int | None) -> None:
-    """Score the adapter in the folder RUN on all its tasks, replacing earlier scores."""
+@click.option("--tasks", type=click.Path(path_type=Path), help="Other tasks: a recipe, .jsonl, .csv, or a run.")
+@click.option("--unseen", type=click.Choice(["error", "nearest", "mean"]), help="Default: the recipe's, or error.")
+@click.option("--nearest-by", type=click.Choice(["inputs", "description"]), help="Default: the recipe's, or inputs.")
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep the scores in this new run folder, without the adapter; needed with --tasks.",
+)
+def command(
+    run: Path,
+    split: str | None,
+    limit: int | None,
+    tasks: Path | None,
+    unseen: str | None,
+    nearest_by: str | None,
+    out: Path | None,
+) -> None:
+    """Score the adapter in the folder RUN on all its tasks, replacing earlier scores, or on others."""
     from dyads.runs.folder import RunFolder
 
     folder = RunFolder.open(run)  # refused before torch is imported
+    how: dict[str, Any] = {"split": split, "limit": limit, "unseen": unseen, "nearest_by": nearest_by, "into": out}
+    if tasks is not None:
+        if out is None:
+            raise click.UsageError("--tasks needs --out, a new folder: the run keeps the scores of its own tasks")
+        how["suite"] = _tasks(tasks)
     from dyads.runs.evaluate import evaluate
 
-    scores = evaluate(folder, split=split, limit=limit)
+    scores = evaluate(folder, **how, told=click.echo)
     rows = [row for row in scores["scores"] if row["headline"]]
     width = max(len(row["task"]) for row in rows)
     for row in rows:
@@ -33,3 +65,17 @@ def command(run: Path, split: str | None, limit: int | None) -> None:
     click.echo(
         f"micro {scores['micro']['headline']:.1f}, macro {scores['macro']['headline']:.1f}, {scores['split']} split"
     )
+
+
+def _tasks(path: Path) -> FamilySpec:
+    """The tasks that a path means: a run's, those in a file, or a recipe's."""
+    from dyads.runs.config import parse_tasks
+    from dyads.runs.folder import RunFolder
+    from dyads.runs.layers import of_file
+    from dyads.tasks import FilesSpec
+
+    if path.is_dir():
+        return RunFolder.open(path).recipe().tasks
+    if path.suffix.lower() in (".jsonl", ".csv"):
+        return FilesSpec(path=(path,))
+    return parse_tasks(of_file(path), str(path), lambda key: f"add it to {path.name}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,10 @@ The answers are the same objects with a "prediction". An encoder with heads
 reads a text or a pair, "prompt": ["…", "…"], always needs the task, and
 answers with one of its labels or a number.
 \b
+The name of a task that the run does not know is refused, or answered as
+--unseen says: as the nearest of the known tasks, by the prompts given or by
+--description, or with the mean over them. An encoder has no head for it.
+\b
 Examples:
   dyads generate runs/demo/mode --task sort_words --prompt "Words: fox ..."
   dyads generate runs/demo/mode --file questions.jsonl --out answers.jsonl""",
@@ -35,6 +40,8 @@ Examples:
 @click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What the model reads; repeatable.")
 @click.option("--file", type=click.Path(dir_okay=False, path_type=Path), help="Prompts from a JSONL file.")
 @click.option("--task", help="The task of the prompts; needed where the method looks at the task.")
+@click.option("--unseen", type=click.Choice(["error", "nearest", "mean"]), default="error", show_default=True)
+@click.option("--description", metavar="TEXT", help="What the unseen task asks; for --unseen nearest.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write JSONL there, not to the screen.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
@@ -43,6 +50,8 @@ def command(
     prompts: tuple[str, ...],
     file: Path | None,
     task: str | None,
+    unseen: str,
+    description: str | None,
     out: Path | None,
     max_new_tokens: int,
     batch_size: int,
@@ -53,6 +62,8 @@ def command(
 
     if bool(prompts) == (file is not None):
         raise click.UsageError("give either --prompt or --file")
+    if description is not None and unseen != "nearest":
+        raise click.UsageError("--description is for --unseen nearest")
     if out is not None and not out.absolute().parent.is_dir():
         raise ConfigError(f"cannot write '{out}': there is no folder '{out.parent}'")
     folder = RunFolder.open(run)
@@ -60,7 +71,7 @@ def command(
         questions = _read(file, task)
     else:
         questions = [_Question(f"--prompt {prompt[:40]!r}", {"prompt": prompt}, task) for prompt in prompts]
-    _check_tasks(folder, questions)
+    _check_tasks(folder, questions, unseen)
     from dyads.runs.evaluate import generate
 
     answers = generate(
@@ -69,6 +80,9 @@ def command(
         [question.task for question in questions],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        unseen=unseen,
+        description=description,
+        told=partial(click.echo, err=True),
     )
     if file is None and out is None:
         for answer in answers:
@@ -133,8 +147,11 @@ def _row(line: str, where: str) -> dict[str, Any]:
     return row
 
 
-def _check_tasks(folder: RunFolder, questions: Sequence[_Question]) -> None:
-    """Refuse a task that is missing or unknown where it was written, and before a model is loaded."""
+def _check_tasks(folder: RunFolder, questions: Sequence[_Question], unseen: str) -> None:
+    """Refuse a task that is missing or unknown where it was written, and before a model is loaded.
+
+    An unknown name is left to the policy for unseen tasks.
+    """
     from dyads.errors import ConfigError, did_you_mean
 
     method, known = folder.recipe().method, folder.task_names()
@@ -151,5 +168,7 @@ def _check_tasks(folder: RunFolder, questions: Sequence[_Question]) -> None:
                 f"{question.where}: no task, and {why}; add {in_file}--task NAME{did_you_mean('', gates or known)}"
             )
         names = gates or known
+        if isinstance(task, str) and unseen != "error":
+            continue
         if task is not None and not (task in names if isinstance(task, str) else 0 <= task < len(names)):
             raise ConfigError(f"{question.where}: the run does not know task '{task}'{did_you_mean(str(task), names)}")

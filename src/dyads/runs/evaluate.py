@@ -57,8 +57,8 @@ def evaluate(
     """Score a run and keep predictions and scores in its folder.
 
     `split`, `limit`, `unseen` and `nearest_by` replace the recipe's own, `suite` its tasks. With `into` the results go
-    to a new run folder, and those of the run stay: it holds a recipe with these tasks, and no adapter. Where known tasks
-    stood in for unseen ones, the run has the policy in its name there. `told` hears of each before anything is scored.
+    to a new run folder, and those of the run stay: it holds a recipe with these tasks, and no adapter. Where something
+    stood in for unseen tasks, the run's name there ends with the policy. `told` hears of each before it is scored.
     """
     if split is not None and split not in SPLITS:
         raise ConfigError(f"cannot evaluate on split '{split}'{did_you_mean(split, SPLITS)}")
@@ -88,7 +88,10 @@ def evaluate(
     if into is not None:
         by = f"{spec.unseen}-by-description" if spec.nearest_by == "description" else spec.unseen
         name = f"{name}-{by}" if stand_ins else name
-        place = _beside(folder, into, recipe.model_copy(update={"name": name, "tasks": tasks_spec, "evaluate": spec}))
+        if RunFolder(into).is_run:
+            raise RunError(f"'{into}' already holds a run: choose another --out for these scores")
+        scored = recipe.model_copy(update={"name": name, "tasks": tasks_spec, "evaluate": spec})
+        place = RunFolder.create(into, scored)
         place.write_environment(seed=recipe.seed, tasks=[task.name for task in suite.tasks], adapter=str(folder.path))
     for stand_in in stand_ins:
         place.append_log({"event": "unseen", **asdict(stand_in)})
@@ -159,18 +162,6 @@ def _changed(spec: EvaluateSpec, changes: Mapping[str, Any]) -> EvaluateSpec:
         first = error.errors()[0]
         key = "".join(f"{step}: " for step in first["loc"])
         raise ConfigError(f"cannot evaluate: {key}{first.get('ctx', {}).get('error', first['msg'])}") from None
-
-
-def _beside(folder: RunFolder, into: str | Path, recipe: Recipe) -> RunFolder:
-    """A new run folder for scores of another folder's adapter."""
-    place = RunFolder(into)
-    if place.is_run:
-        same = place.path.resolve() == folder.path.resolve()
-        raise RunError(
-            f"'{place.path}' already holds {'the run itself' if same else 'a run'}, whose scores would be lost: choose"
-            " another --out"
-        )
-    return RunFolder.create(into, recipe)
 
 
 def check_answers(recipe: Recipe, tasks: Sequence[Task]) -> None:
@@ -530,10 +521,10 @@ class Answerer:
 def check_adapter(folder: RunFolder) -> None:
     """RunError where the run has no adapter yet, or only the scores of another run's."""
     if not (folder.adapter / "adapter_config.json").is_file():
-        if "adapter" in (facts := folder.environment() if folder.is_scored else {}):
+        facts = folder.environment() if folder.task_names() else {}
+        if "adapter" in facts:
             raise RunError(
-                f"'{folder.path}' holds scores of the adapter in '{facts['adapter']}' and has none itself: evaluate that"
-                " run, with --tasks and another --out"
+                f"'{folder.path}' holds scores of the adapter in '{facts['adapter']}' and none itself: name that folder"
             )
         raise RunError(
             f"'{folder.path}' has no adapter: its training did not end; go on with"
