@@ -150,13 +150,18 @@ class TaskDataset(Dataset[Encoded | EncodedPair]):
     tasks: Sequence[Task]
     encoder: Encoder | PairEncoder
     split: str = "train"
+    places: Sequence[int] = ()
+    """The tasks' ids for gates and heads; not given: 0, 1, …"""
     _encoded: dict[tuple[int, int], Encoded | EncodedPair] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.places = self.places or range(len(self.tasks))
 
     def __getitem__(self, at: tuple[int, int]) -> Encoded | EncodedPair:
         if at not in self._encoded:
             number, index = at
-            task = self.tasks[number]
-            self._encoded[at] = self.encoder.encode(task.split(self.split)[index], number, self._limit(task))
+            task, place = self.tasks[number], self.places[number]
+            self._encoded[at] = self.encoder.encode(task.split(self.split)[index], place, self._limit(task))
         return self._encoded[at]
 
     def __len__(self) -> int:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "UNTRAINED",
+    "AdaptSpec",
     "EvaluateSpec",
     "MethodSpec",
     "ModelSpec",
@@ -295,6 +296,21 @@ class EvaluateSpec(_Section):
         return sorted(order[: self.limit])
 
 
+class AdaptSpec(_Section):
+    """Which trained run learns the tasks, and how much of it changes (`dyads adapt` writes this section)."""
+
+    run: str = Field(min_length=1)
+    """The folder of the run whose adapter is the start; model and method must be its own"""
+    shots: Count | None = None
+    """Training examples of each task, chosen by the seed, label by label in turn; null: all"""
+    parts: Literal["task", "gate", "all"] = "task"
+    """What trains: task, what the method keeps per task, for the new ones alone, so that the others stay as they are to
+    the bit; gate, also routers and gates; all, also A and B. An encoder's new heads train in any case"""
+    start: Literal["nearest", "mean", "fresh"] | None = None
+    """What the new tasks start as: the most similar known one (by the contrastive score), the mean of the known ones,
+    or drawn anew; null: nearest where the method has a contrastive loss, else mean"""
+
+
 class Recipe(_Section):
     """Everything that decides a run."""
 
@@ -314,6 +330,14 @@ class Recipe(_Section):
     """How long, how fast and on what batches"""
     evaluate: EvaluateSpec = EvaluateSpec()
     """What is scored, and how answers are generated"""
+    adapt: AdaptSpec | None = None
+    """A trained run that learns the tasks as new ones; null: a fresh adapter is trained"""
+
+    @model_validator(mode="after")
+    def _adapts_what_trains(self) -> Recipe:
+        if self.adapt is not None and not self.method.trains:
+            raise ConfigError(f"method '{self.method.name}' trains nothing, so it cannot adapt '{self.adapt.run}'")
+        return self
 
     @field_validator("name")
     @classmethod

@@ -19,9 +19,10 @@ from __future__ import annotations
 import inspect
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -126,13 +127,25 @@ class TaskHeads(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(head.rows for head in heads), width))
         self.bias = nn.Parameter(torch.zeros(len(self.weight)))
         nn.init.normal_(self.weight, std=_START)
-        rows = torch.tensor([head.rows for head in heads])
-        for name, value in (
-            ("rows", rows),
-            ("first", rows.cumsum(0) - rows),
-            ("number", torch.tensor([not head.labels for head in heads])),
-        ):
+        self._place()
+
+    def _place(self) -> None:
+        """Write down which rows are whose."""
+        rows = torch.tensor([head.rows for head in self.heads], device=self.weight.device)
+        number = torch.tensor([not head.labels for head in self.heads], device=self.weight.device)
+        for name, value in (("rows", rows), ("first", rows.cumsum(0) - rows), ("number", number)):
             self.register_buffer(name, value, persistent=False)
+
+    @torch.no_grad()
+    def add(self, heads: Sequence[Head]) -> None:
+        """Put further heads below, drawn anew; those that there are stay as they are."""
+        count = sum(head.rows for head in heads)
+        weight = nn.init.normal_(self.weight.new_empty(count, self.weight.shape[1]), std=_START)
+        for name, more in (("weight", weight), ("bias", self.bias.new_zeros(count))):
+            before = getattr(self, name)
+            setattr(self, name, nn.Parameter(torch.cat([before, more]), requires_grad=before.requires_grad))
+        self.heads += tuple(heads)
+        self._place()
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """All heads' values (b rows) from hidden states (b t d) and their mask (b t), 1 where a token is."""
@@ -168,7 +181,7 @@ def _heads_in(model: nn.Module) -> Any:
 class _Targets:
     """What a head is to give for an example: its label's row, or its number, standardised. Can be sent to workers."""
 
-    tasks: tuple[Task, ...]
+    tasks: Mapping[int, Task]
     heads: tuple[Head, ...]
 
     def __call__(self, number: int, example: Example) -> float:
@@ -181,14 +194,14 @@ def encoder_of(
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
     heads: Sequence[Head] = (),
-    tasks: Sequence[Task] = (),
+    tasks: Mapping[int, Task] = MappingProxyType({}),
 ) -> PairEncoder:
     """The tokenizer with the smallest of its limits: the recipe's, its own, and the positions that the model has.
 
-    For training it is given the heads of the tasks, and then knows what they are to learn.
+    For training it is given the heads and by their numbers the tasks, and then knows what they are to learn.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or max_prompt_tokens
-    target = _Targets(tuple(tasks), tuple(heads))
+    target = _Targets(dict(tasks), tuple(heads))
     limit = min(max_prompt_tokens, tokenizer.model_max_length, positions)
     return PairEncoder(tokenizer, target, max_prompt_tokens=limit)
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from dyads.data.batches import (
     IGNORED,
@@ -36,14 +36,15 @@ from dyads.data.batches import (
 )
 from dyads.data.mixture import schedule
 from dyads.errors import ConfigError, DyadsError, RunError, TaskError
+from dyads.runs.adapt import Adapted, KeepRows, few_shot, load_adapted, start_of
 from dyads.runs.config import Recipe
 from dyads.runs.evaluate import check_answers
 from dyads.runs.evaluate import evaluate as evaluate_run
 from dyads.runs.folder import RunFolder
 from dyads.runs.heads import MODULE, attach, collator_of, encoder_of, head_loss, heads_of
 from dyads.runs.heads import write as write_heads
-from dyads.runs.model import kind_of, load_model, load_tokenizer
-from dyads.tasks import Suite, Task, load_suite
+from dyads.runs.model import Kind, kind_of, load_model, load_tokenizer
+from dyads.tasks import Suite, load_suite
 from dyads.tuner.routing import auxiliary_loss, find_routing
 
 __all__ = ["Training", "train"]
@@ -59,12 +60,15 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, evaluate: bo
         return RunFolder.create(out, recipe, resume=True)  # nothing to do, unless its recipe is another one
     _refuse_processes(int(os.environ.get("WORLD_SIZE", "1")), "processes")
     suite = load_suite(recipe.tasks)
+    if recipe.adapt is not None:
+        suite = few_shot(suite, recipe.adapt.shots, recipe.seed)
     check_answers(recipe, suite.tasks)
     training = Training(recipe, suite) if recipe.method.trains else None
     if training is not None:
         training.arguments(RunFolder(out))
     folder = RunFolder.create(out, recipe, resume=resume)
-    folder.write_environment(seed=recipe.seed, tasks=[task.name for task in suite.tasks])
+    names = training.names if training is not None else [task.name for task in suite.tasks]
+    folder.write_environment(seed=recipe.seed, tasks=list(names))
     if training is not None and not (folder.adapter / "adapter_config.json").is_file():
         training.run(folder, resume=resume)
     if evaluate:
@@ -91,32 +95,24 @@ class Training:
         if spec.threads:
             torch.set_num_threads(spec.threads)
         set_seed(recipe.seed)
-        names = tuple(task.name for task in suite.tasks)
-        config = recipe.method.peft_config(names)
         base = load_model(recipe.model)
         kind = kind_of(recipe.model.name, base.config, recipe.model.kind)
         self.encoder_decoder = kind == "seq2seq"
-        config.task_type = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}[kind]
-        config.revision = recipe.model.revision
+        self.adapted: Adapted | None = None
+        self.starts: dict[str, Any] = {}
         self.tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
-        self.heads = heads_of(suite.tasks) if kind == "encoder" else ()
-        set_seed(recipe.seed)  # again: the adapter's start must not depend on how the base was loaded
-        if self.heads:
-            attach(base, self.heads, recipe.model.pool)  # before the adapter: the same start for every method of a seed
-            config.modules_to_save = [*(config.modules_to_save or ()), MODULE]
-        try:
-            self.model = get_peft_model(base, config)
-        except DyadsError:
-            raise
-        except ValueError as error:  # target modules that the model does not have
-            raise ConfigError(
-                f"method '{recipe.method.name}' does not fit model '{recipe.model.name}': {error}"
-            ) from error
-        self._check_tasks(names)
         self.encoder: Encoder | PairEncoder
         self.collator: Collator | PairCollator
+        set_seed(recipe.seed)  # again: the adapter's start must not depend on how the base was loaded
+        if recipe.adapt is None:
+            self._begin(base, kind)
+        else:
+            self.adapted = load_adapted(recipe, base, suite.tasks, kind == "encoder")
+            self.model, self.names, self.heads = self.adapted.model, self.adapted.names, self.adapted.heads
+        places = range(len(self.names))[-len(suite.tasks) :]
         if self.heads:
-            self.encoder = encoder_of(base, self.tokenizer, spec.max_prompt_tokens, self.heads, suite.tasks)
+            by_place = dict(zip(places, suite.tasks, strict=True))
+            self.encoder = encoder_of(base, self.tokenizer, spec.max_prompt_tokens, self.heads, by_place)
             self.collator = collator_of(base, self.tokenizer)
         else:
             self.encoder = Encoder(
@@ -126,7 +122,9 @@ class Training:
                 encoder_decoder=self.encoder_decoder,
             )
             self.collator = Collator(pad_id_of(self.tokenizer), encoder_decoder=self.encoder_decoder)
-        self.dataset = TaskDataset(suite.tasks, self.encoder)
+        self.dataset = TaskDataset(suite.tasks, self.encoder, places=places)
+        if self.adapted is not None:
+            self._adapt(self.adapted)
         self.batches = schedule(
             self.dataset.lengths(),
             spec=recipe.mixture,
@@ -140,6 +138,38 @@ class Training:
                 f"train.validation_limit is {spec.validation_limit}, but there are no validation instances of"
                 f" {', '.join(empty)}: leave it out, or give them some"
             )
+
+    def _begin(self, base: PreTrainedModel, kind: Kind) -> None:
+        """A fresh adapter, and with an encoder fresh heads."""
+        recipe, tasks = self.recipe, self.suite.tasks
+        self.names = tuple(task.name for task in tasks)
+        config = recipe.method.peft_config(self.names)
+        config.task_type = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}[kind]
+        config.revision = recipe.model.revision
+        self.heads = heads_of(tasks) if kind == "encoder" else ()
+        if self.heads:
+            attach(base, self.heads, recipe.model.pool)  # before the adapter: the same start for every method of a seed
+            config.modules_to_save = [*(config.modules_to_save or ()), MODULE]
+        try:
+            self.model = get_peft_model(base, config)
+        except DyadsError:
+            raise
+        except ValueError as error:  # target modules that the model does not have
+            raise ConfigError(
+                f"method '{recipe.method.name}' does not fit model '{recipe.model.name}': {error}"
+            ) from error
+        self._check_tasks(self.names)
+
+    def _adapt(self, adapted: Adapted) -> None:
+        """Start the new tasks, and let the chosen parts train."""
+        assert self.recipe.adapt is not None
+        start = start_of(self.recipe, adapted)
+        self.starts = {"start": start}
+        if start == "nearest":
+            self.starts["similarity"] = adapted.start_from_most_similar(
+                self.dataset, self.collator, self.encoder_decoder
+            )
+        adapted.choose(self.recipe.adapt.parts, self.recipe.method.name)
 
     def _check_tasks(self, names: tuple[str, ...]) -> None:
         routing = find_routing(self.model)
@@ -155,13 +185,16 @@ class Training:
     @property
     def parameters(self) -> int:
         """Trainable parameters of the adapter, with routers, gates and embeddings; heads are counted apart."""
-        return _trainable(self.model) - self.head_parameters
+        return self._trainable(self.model) - self.head_parameters
 
     @property
     def head_parameters(self) -> int:
         """Trainable parameters of an encoder's heads, which every method has; 0 where the model answers in text."""
         heads = getattr(self.model.get_base_model(), MODULE, None)
-        return _trainable(heads) if heads is not None else 0
+        return self._trainable(heads) if heads is not None else 0
+
+    def _trainable(self, module: nn.Module) -> int:
+        return self.adapted.trainable(module) if self.adapted is not None else _trainable(module)
 
     def run(self, folder: RunFolder, *, resume: bool = False) -> None:
         """Train to the end and keep the adapter."""
@@ -169,6 +202,9 @@ class Training:
         trainer = _Trainer(self, folder, self.arguments(folder))
         log = _Log(folder, self.parameters, offset=_seconds_at(folder, checkpoint))
         trainer.add_callback(log)
+        if self.adapted is not None:
+            trainer.add_callback(KeepRows(self.adapted))
+            folder.append_log({"event": "adapted", "run": cast(Any, self.recipe.adapt).run, **self.starts})
         trainer.train(resume_from_checkpoint=checkpoint)
         folder.append_log(
             {
@@ -195,7 +231,7 @@ class Training:
         A label is a token, or with heads an instance.
         """
         self.model.eval()
-        dataset = TaskDataset(self.suite.tasks, self.encoder, split="validation")
+        dataset = TaskDataset(self.suite.tasks, self.encoder, split="validation", places=self.dataset.places)
         size = trainer.args.per_device_train_batch_size
         losses = []
         for number, task in enumerate(self.suite.tasks):
@@ -253,7 +289,7 @@ def _trainable(module: nn.Module) -> int:
 
 class _Trainer(Trainer):  # type: ignore[misc]
     def __init__(self, training: Training, folder: RunFolder, arguments: TrainingArguments) -> None:
-        self.tasks: Sequence[Task] = training.suite.tasks
+        self.names: Sequence[str] = training.names
         self.folder = folder
         size = arguments.per_device_train_batch_size
         self.batches = [batch[i : i + size] for batch in training.batches for i in range(0, len(batch), size)]
@@ -317,7 +353,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         return loss
 
     def _stop(self, what: str, task: Tensor) -> None:
-        names = sorted({self.tasks[int(i)].name for i in task.tolist()})
+        names = sorted({self.names[int(i)] for i in task.tolist()})
         kept = last_checkpoint(self.folder)
         way_out = f"the last checkpoint is kept ({kept})" if kept else "no checkpoint was saved before it"
         raise RunError(
