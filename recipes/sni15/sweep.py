@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-METHODS = ["lora", "molora", "molora-sd", "mode", "mode-grouped", "more"]
+METHODS = ["lora", "molora", "molora-sd", "mode", "mode-grouped", "more", "more-whole", "task-mode"]
 RATES = ["1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1"]
 SHORT = ["train.steps=30", "train.batch_size=8", "train.save_steps=null", "train.validation_limit=16"]
 

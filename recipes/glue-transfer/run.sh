@@ -1,0 +1,30 @@
+#!/bin/sh
+# Transfer to three new tasks from 4, 16 and 32 examples, starting from the runs that recipes/glue-minilm/run.sh made:
+# LoRA and MoDE with all parts training, MoRE with all parts, and with what it keeps for the new task alone.
+#   sh recipes/glue-transfer/run.sh [FOLDER [FOLDER OF THE GLUE RUNS]]
+#   (default: runs/glue-transfer runs/glue-minilm)
+# $SEEDS (default: 0 1 2) chooses among the runs, and with them the examples; $ROWS among "method:parts", $TASKS and
+# $SHOTS among the rest; $SET gives overrides. Runs that are complete are kept: start it again after an interruption.
+set -u
+out=${1:-runs/glue-transfer}
+glue=${2:-runs/glue-minilm}
+here=$(dirname "$0")
+settings=
+for setting in ${SET:-}; do settings="$settings --set $setting"; done
+for seed in ${SEEDS:-0 1 2}; do
+  for task in ${TASKS:-scitail cb boolq}; do
+    for shots in ${SHOTS:-4 16 32}; do
+      for row in ${ROWS:-lora:all mode:all more:all more:task}; do
+        method=${row%%:*} parts=${row##*:}
+        # shellcheck disable=SC2086  # settings are words on purpose
+        dyads adapt "$glue/$method-seed$seed" --task "$here/$task.yaml" --shots "$shots" --parts "$parts" \
+          --seed "$seed" --set name="$method $parts" $settings \
+          --out "$out/$task-$shots/$method-$parts-seed$seed" --resume || exit 1
+      done
+    done
+  done
+done
+for folder in "$out"/*/; do
+  echo "$folder"
+  dyads compare "$folder" --baseline "lora all"
+done
