@@ -23,8 +23,9 @@ from dyads.cli import main
 from dyads.errors import RunError
 from dyads.runs.config import Recipe, parse_recipe
 from dyads.runs.folder import Prediction, RunFolder, Scores
+from dyads.tasks import FilesSpec, StarterSpec
 
-VERBS = ("budget", "compare", "evaluate", "export", "generate", "inspect", "methods", "tasks", "train")
+VERBS = ("adapt", "budget", "compare", "evaluate", "export", "generate", "inspect", "methods", "tasks", "train")
 RECIPE = "name: a\nseed: 3\nmodel: {name: tiny}\nmethod: {name: zero-shot}\ntasks: {family: starter}\n"
 
 
@@ -205,18 +206,58 @@ def test_train_lists_the_keys_of_a_recipe() -> None:
 # --- evaluate, compare ------------------------------------------------------------------------------------------------
 
 
-def test_evaluate_hands_over_split_and_limit_and_prints_the_scores(tmp_path: Path, fake: Callable[..., None]) -> None:
+@pytest.fixture
+def scoring(tmp_path: Path, fake: Callable[..., None]) -> tuple[Path, list[dict[str, Any]]]:
+    """A run, and what is asked of the function that scores it; it tells of one unseen task if there is a policy."""
     folder = scored(tmp_path / "a")
-    seen: list[Any] = []
+    seen: list[dict[str, Any]] = []
 
-    def evaluate(run: RunFolder, **how: Any) -> Scores:
-        seen.append((run.path, how))
+    def evaluate(run: RunFolder, *, told: Callable[[str], object], **how: Any) -> Scores:
+        seen.append({"run": run.path, **{key: value for key, value in how.items() if value is not None}})
+        if how["unseen"]:
+            told("t is unseen: answered as u (similarity 0.50)")
         return folder.scores()
 
     fake("dyads.runs.evaluate", evaluate=evaluate)
-    result = dyads("evaluate", folder.path, "--split", "validation", "--limit", "5")
-    assert seen == [(folder.path, {"split": "validation", "limit": 5})]
+    return folder.path, seen
+
+
+def test_evaluate_hands_over_split_and_limit_and_prints_the_scores(scoring: tuple[Path, list[dict[str, Any]]]) -> None:
+    run, seen = scoring
+    result = dyads("evaluate", run, "--split", "validation", "--limit", "5")
+    assert seen == [{"run": run, "split": "validation", "limit": 5}]
     assert result.output.splitlines() == ["t  rouge_l        50.0  n=1", "micro 50.0, macro 50.0, test split"]
+
+
+def test_evaluate_takes_other_tasks_from_a_recipe_a_file_or_a_run(
+    scoring: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    run, seen = scoring
+    sheet, out = tmp_path / "new.csv", tmp_path / "out"
+    (tmp_path / "part.yaml").write_text("tasks: {family: starter, names: [initials]}\n")
+    for tasks in (tmp_path / "part.yaml", sheet, run):
+        result = dyads("evaluate", run, "--tasks", tasks, "--unseen", "nearest", "--out", out)
+        assert result.output.startswith("t is unseen: answered as u (similarity 0.50)\nt  rouge_l ")
+    suites = [StarterSpec(names=("initials",)), FilesSpec(path=(sheet,)), StarterSpec()]
+    assert seen == [{"run": run, "unseen": "nearest", "into": out, "suite": suite} for suite in suites]
+
+
+def test_evaluate_refuses_tasks_that_it_cannot_find_or_has_no_place_for(
+    scoring: tuple[Path, list[dict[str, Any]]], recipe: Path, tmp_path: Path
+) -> None:
+    run, seen = scoring
+    (tmp_path / "bare.yaml").write_text("name: a\n")
+    for options, message in [
+        (["--tasks", str(recipe)], "--tasks needs --out, a new folder: the run keeps the scores of its own tasks"),
+        (["--tasks", str(tmp_path / "no.yaml"), "--out", "x"], f"there is no recipe at '{tmp_path / 'no.yaml'}'"),
+        (["--tasks", str(tmp_path / "bare.yaml"), "--out", "x"], "'tasks' is missing"),
+        (["--tasks", str(tmp_path), "--out", "x"], f"'{tmp_path}' is no run: it has no config.yaml"),
+        (["--unseen", "nearst"], "'nearst' is not one of 'error', 'nearest', 'mean'"),
+    ]:
+        result = dyads("evaluate", run, *options)
+        assert result.exit_code == 2
+        assert message in result.output
+    assert not seen
 
 
 def test_compare_writes_every_format(tmp_path: Path) -> None:
@@ -259,8 +300,10 @@ def echo(tmp_path: Path, fake: Callable[..., None]) -> tuple[Path, list[Any]]:
     """A run whose model answers in capitals, and what it was asked."""
     seen: list[Any] = []
 
-    def generate(_: RunFolder, prompts: list[str], tasks: list[str | None], **how: Any) -> list[str]:
+    def generate(_: RunFolder, prompts: list[str], tasks: list[str | None], *, told: Any, **how: Any) -> list[str]:
         seen.append((prompts, tasks, how))
+        if how["unseen"] != "error":
+            told("a task is unseen")
         return [prompt.upper() for prompt in prompts]
 
     fake("dyads.runs.evaluate", generate=generate)
@@ -271,7 +314,17 @@ def test_generate_answers_a_prompt_with_its_task(echo: tuple[Path, list[Any]]) -
     run, seen = echo
     result = dyads("generate", run, "--prompt", "hello", "--task", "rte", "--max-new-tokens", "5")
     assert result.output == "HELLO\n"
-    assert seen == [(["hello"], ["rte"], {"max_new_tokens": 5, "batch_size": 16})]
+    how = {"max_new_tokens": 5, "batch_size": 16, "unseen": "error", "description": None}
+    assert seen == [(["hello"], ["rte"], how)]
+
+
+def test_generate_tells_what_stood_in_beside_the_answers(echo: tuple[Path, list[Any]]) -> None:
+    run, seen = echo
+    options = ("--prompt", "hello", "--task", "new", "--description", "Greet.")
+    result = dyads("generate", run, *options, "--unseen", "nearest")
+    assert (result.stdout, result.stderr) == ("HELLO\n", "a task is unseen\n")
+    assert (seen[0][2]["unseen"], seen[0][2]["description"]) == ("nearest", "Greet.")
+    assert "--description is for --unseen nearest" in dyads("generate", run, *options).output
 
 
 def test_generate_answers_a_file_line_by_line(echo: tuple[Path, list[Any]], tmp_path: Path) -> None:
@@ -363,6 +416,20 @@ def test_a_prompt_without_its_task_is_told_to_name_one(per_task: Path) -> None:
         r"Error: --prompt 'a\nb': no task, and the gates of 'more' look at the task; add --task NAME"
     )
     assert "does not know task 'x'" in dyads("generate", per_task, "--prompt", "a", "--task", "x").output
+
+
+def test_a_policy_lets_unknown_names_pass_but_neither_ids_nor_prompts_without_a_task(
+    per_task: Path, tmp_path: Path, fake: Callable[..., None]
+) -> None:
+    fake("dyads.runs.evaluate", generate=lambda folder, prompts, tasks, **how: prompts)
+    policy, file = ("--unseen", "mean"), tmp_path / "in.jsonl"
+    assert dyads("generate", per_task, "--prompt", "a", "--task", "new", *policy).output == "a\n"
+    for task, message in (
+        ("2", "the run does not know task '2'"),
+        ("null", "no task, and the gates of 'more' look at"),
+    ):
+        file.write_text(f'{{"prompt": "a", "task": {task}}}\n')
+        assert f"in.jsonl:1: {message}" in dyads("generate", per_task, "--file", file, *policy).output
 
 
 # --- methods, tasks, budget -------------------------------------------------------------------------------------------

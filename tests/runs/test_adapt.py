@@ -18,12 +18,14 @@ from torch import Tensor
 from dyads.cli import main
 from dyads.errors import ConfigError, RunError, TaskError
 from dyads.runs import train as training_module
-from dyads.runs.adapt import adapt_recipe, few_shot
+from dyads.runs.adapt import adapt_recipe
+from dyads.runs.compare import compare
 from dyads.runs.config import Recipe
-from dyads.runs.evaluate import Answerer, generate
+from dyads.runs.evaluate import Answerer, evaluate, generate
 from dyads.runs.folder import RunFolder
 from dyads.runs.train import train
 from dyads.tasks import Example, Suite, Task
+from dyads.tasks.shots import few_shot
 
 Make = Callable[..., Recipe]
 CONTRASTIVE = {"name": "more", "r": 4, "contrastive": 0.1}
@@ -232,8 +234,13 @@ def test_the_most_similar_task_is_reported_and_is_the_start(similar: RunFolder, 
     scores = line["similarity"]["last_word"]
     assert sorted(scores.values(), reverse=True) == list(scores.values())
     assert set(scores) == set(similar.task_names())
-    best = next(iter(scores))
-    assert torch.allclose(values(folder, "last_word"), values(similar, best), atol=1e-5)
+    best = similar.task_names().index(next(iter(scores)))
+    tables = {name: value for name, value in weights(folder).items() if name.endswith("embedding")}
+    assert len(tables) == 6
+    for table in tables.values():
+        nearest = (table[:-1] - table[-1]).abs().sum(1)
+        assert nearest.argmin() == best
+        assert nearest[best] < 1e-6 < nearest.sort().values[1]
 
 
 @pytest.mark.parametrize(("start", "same"), [("mean", True), ("fresh", False)])
@@ -331,6 +338,87 @@ def test_the_command_says_which_task_was_nearest_and_what_came_of_it(similar: Ru
     assert "already holds a run" in again.output
 
 
+def test_a_files_recipe_may_set_the_training_but_not_what_the_run_and_the_command_decide(
+    trained: Callable[..., RunFolder], new_task: Path, tmp_path: Path
+) -> None:
+    run, source = trained("more"), tmp_path / "new.yaml"
+    tasks = {"family": "files", "path": str(new_task)}
+    source.write_text(json.dumps({"tasks": tasks, "train": {"steps": 7}, "evaluate": {"limit": 2}}))
+    recipe = adapt_recipe(run.path, source, {"shots": 4}, seed=5)
+    assert (recipe.train.steps, recipe.evaluate.limit, recipe.seed, recipe.adapt.shots) == (7, 2, 5, 4)
+    assert recipe.name == "more, new 4-shot"
+    for key, value in (("adapt", None), ("seed", 1), ("method", {"name": "lora"})):
+        source.write_text(json.dumps({"tasks": tasks, key: value}))
+        with pytest.raises(ConfigError, match=f"has '{key}', which the run decides or the command line says"):
+            adapt_recipe(run.path, source, {"shots": 4})
+    with pytest.raises(ConfigError, match=r"--set adapt.shots=3: say it by --shots, --parts or --start"):
+        adapt_recipe(run.path, new_task, {}, ("adapt.shots=3",))
+
+
+def test_a_warm_up_in_steps_becomes_their_share(tiny: Make, tmp_path: Path, new_task: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", tiny("more", train={"steps": 40, "warmup": 10}))
+    assert adapt_recipe(run.path, new_task, {}, ("train.steps=20",)).train.warmup_steps == 5
+
+
+def test_columns_of_adapted_runs_are_over_seeds_and_tell_how_they_were_adapted(
+    trained: Callable[..., RunFolder], new_task: Path, tmp_path: Path
+) -> None:
+    run = trained("more")
+    shutil.copytree(run.path, tmp_path / "another")  # as a run of another seed would be
+    folders = []
+    for name, given in (("four", {"shots": 4}), ("all", {"parts": "all"})):
+        for seed, path in enumerate((run.path, tmp_path / "another")):
+            recipe = adapt_recipe(path, new_task, given, ("train.steps=2", f"name={name}"), seed=seed)
+            folders.append(train(recipe, tmp_path / f"{name}-{seed}").path)
+    comparison = compare(folders)
+    assert [column.label for column in comparison.columns] == ["four", "all"]
+    assert [len(column.seeds) for column in comparison.columns] == [2, 2]
+    assert "adapt.parts differs: task (four), all (all)" in comparison.notes
+    assert not any("adapt.run" in note for note in comparison.notes)
+
+
+def test_the_train_split_of_an_adapted_run_is_what_it_was_trained_on(
+    trained: Callable[..., RunFolder], new_task: Path
+) -> None:
+    folder = adapt(trained("more"), new_task, "new", shots=4, evaluate=True)
+    (row, *_) = evaluate(folder, split="train")["scores"]
+    assert row["n"] == 4
+
+
+def test_tasks_of_a_language_model_without_gates_are_known_too(
+    trained: Callable[..., RunFolder], new_task: Path
+) -> None:
+    run = trained("lora")
+    folder = adapt(run, new_task, "new", shots=4, parts="all")
+    assert folder.task_names() == (*run.task_names(), "last_word")
+    assert len(generate(folder, ["Words: fox", "Words: fox"], ["count_words", "last_word"], max_new_tokens=2)) == 2
+
+
+@pytest.mark.parametrize("method", ["lora", "more"])
+def test_several_new_tasks_are_learned_at_once(
+    method: str, trained: Callable[..., RunFolder], new_task: Path, tmp_path: Path
+) -> None:
+    run, both = trained(method), tmp_path / "both.jsonl"
+    both.write_text(new_task.read_text() + new_task.read_text().replace("last_word", "other_word"))
+    folder = adapt(run, both, "both", shots=4, parts="all" if method == "lora" else "task", evaluate=True)
+    assert folder.task_names() == (*run.task_names(), "last_word", "other_word")
+    assert {row["task"] for row in folder.scores()["scores"]} == {"last_word", "other_word"}
+    if method == "more":
+        for task in run.task_names():
+            assert torch.equal(values(folder, task), values(run, task))
+
+
+def test_an_encoder_decoder_learns_a_new_task(tiny: Make, t5: Path, new_task: Path, tmp_path: Path) -> None:
+    recipe = tiny("more", t5, train={"steps": 2})
+    method = {**recipe.resolved()["method"], "contrastive": 0.1}
+    run = train(Recipe.model_validate({**recipe.resolved(), "method": method}), tmp_path / "run", evaluate=False)
+    folder = adapt(run, new_task, "new", shots=4, evaluate=True)
+    (line,) = [line for line in folder.log() if line.get("event") == "adapted"]
+    assert set(line["similarity"]["last_word"]) == set(run.task_names())
+    before, after = weights(run), weights(folder)
+    assert all(torch.equal(after[name][: len(value)], value) for name, value in before.items())
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
@@ -348,6 +436,10 @@ def test_what_cannot_be_adapted_is_refused_before_a_folder_is_made(
         adapt(mode, new_task, "out", shots=4)
     with pytest.raises(ConfigError, match="'lora' has no parts of its own for a gate to train: adapt with --parts all"):
         adapt(lora, new_task, "out", parts="gate", shots=4)
+    frozen = {**more.recipe().resolved()["method"], "selector": "frozen_random"}
+    recipe = Recipe.model_validate({**more.recipe().resolved(), "method": frozen})
+    with pytest.raises(ConfigError, match="'more' has no parts of its own for a task to train"):
+        adapt(train(recipe, tmp_path / "frozen", evaluate=False), new_task, "out", shots=4)
     with pytest.raises(ConfigError, match=r"adapt\.start is mean, but 'mode' keeps nothing per task"):
         adapt(mode, new_task, "out", parts="all", start="mean", shots=4)
     with pytest.raises(RunError, match=r"was trained with method.r = 4, and the recipe that adapts it has 2"):

@@ -70,13 +70,14 @@ def command(
 
     given = {"shots": shots, "parts": parts, "start": start}
     recipe = adapt_recipe(run, source, {k: v for k, v in given.items() if v is not None}, overrides, seed=seed)
-    out = out or run.with_name("-".join([run.name, source.stem, *([str(shots)] if shots else [])]))
+    here = run if run.name else run.resolve()
+    out = out or here.with_name("-".join([here.name, source.stem, *([str(shots)] if shots else [])]))
     folder = train(recipe, out, resume=resume, evaluate=not no_evaluate)
-    for line in folder.log():
-        for task, scores in line.get("similarity", {}).items() if line.get("event") == "adapted" else ():
-            (best, score), *others = scores.items()
-            runner_up = f"; next {others[0][0]} {others[0][1]:.3f}" if others else ""
-            click.echo(f"{task} starts as its most similar task, {best} ({score:.3f}{runner_up})")
+    started = [line for line in folder.log() if line.get("event") == "adapted"][-1]  # again where it was resumed
+    for task, scores in started.get("similarity", {}).items():
+        (best, score), *others = scores.items()
+        runner_up = f"; next {others[0][0]} {others[0][1]:.3f}" if others else ""
+        click.echo(f"{task} starts as its most similar task, {best} ({score:.3f}{runner_up})")
     if not folder.is_scored:
         click.echo(f"{folder.path}: not scored; next: dyads evaluate {folder.path}")
         return

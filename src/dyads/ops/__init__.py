@@ -2,13 +2,14 @@
 """What is computed? The operator `dyadic`, the slow double sum it must equal, and its fast path `fused`."""
 
 from dyads.ops.dyadic import Gating, dyadic
-from dyads.ops.fused import Held, Splits, autocast_dtype, fused, plain
+from dyads.ops.fused import Held, Splits, Together, autocast_dtype, fused, plain
 from dyads.ops.oracle import dyadic_sum
 
 __all__ = [
     "Gating",
     "Held",
     "Splits",
+    "Together",
     "autocast_dtype",
     "dyadic",
     "dyadic_sum",

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dyads.ops.dyadic import Gating, dyadic
 
-__all__ = ["Held", "Splits", "fused", "plain"]
+__all__ = ["Held", "Splits", "Together", "autocast_dtype", "fused", "plain"]
 
 _ENABLED = True  # see `plain`
 
@@ -163,37 +163,111 @@ class Held:
 
     Decoding consists of such calls, of few rows each, in which every operation counts. `held(x, task, onto=…)` is
     `fused(x, A, B, gating, task, scale=…, onto=…)`; it serves while gradients and autocast are off, and it is on its
-    user to drop it when the weights change.
+    user to drop it when the weights change. `num_tasks` says how many tasks there are, where the gates look at them:
+    what they need from each is then computed once.
     """
 
-    __slots__ = ("A", "B", "_made", "_rows", "_splits", "core", "scale")
+    __slots__ = ("A", "B", "_made", "_rows", "_splits", "_table", "core", "num_tasks", "scale")
 
-    def __init__(self, A: Tensor, B: Tensor, gating: Gating, scale: float) -> None:
-        self.A, self.B, self.core, self.scale = A, B, cast(Any, gating), scale
+    def __init__(self, A: Tensor, B: Tensor, gating: Gating, scale: float, num_tasks: int = 0) -> None:
+        self.A, self.B, self.core, self.scale, self.num_tasks = A, B, cast(Any, gating), scale, num_tasks
         self._splits = getattr(gating, "splits", False)
         self._rows = max(A.shape[0], B.shape[0])
         self._made: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._table: Tensor | None = None
 
     def __call__(
-        self, x: Tensor, task: Tensor | None = None, *, onto: Tensor | None = None, in_place: bool = False
+        self,
+        x: Tensor,
+        task: Tensor | None = None,
+        *,
+        onto: Tensor | None = None,
+        in_place: bool = False,
+        together: Together | None = None,
     ) -> Tensor:
+        """`together` serves layers that see the same x one after the other."""
         if not _ENABLED or not self._splits:
             return dyadic(x, self.A, self.B, self.core, task, scale=self.scale, onto=onto)
-        core = self.core
         dtype = _cheap_dtype(x, self._rows)
-        down, up = self._made.get(dtype) or self._make(dtype)
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        if together is not None and task is None and _is_small(x, self._rows):
+            u = together.coefficients(self, x, dtype)
+        else:
+            u = self.coefficients(x, self.weights(dtype)[0], self.of_task(task))
+        return _up(u, self.weights(dtype)[1], 1.0, onto, x.dtype, in_place and _can_be_overwritten(onto))
+
+    def coefficients(self, x: Tensor, down: Tensor, of_task: Tensor | None = None, layers: int = 1) -> Tensor:
+        """What the rows of B are multiplied by: (… q), or (… layers q) with the weights of several layers in `down`."""
+        rows = x.reshape(-1, x.shape[-1]).to(down.dtype)
         # As in `_product`: the tokens innermost where they are many.
         z = torch.mm(rows, down) if _is_small(x, self._rows) else torch.mm(down.t(), rows.t()).t()
-        h, scores = _split(z.view(*x.shape[:-1], down.shape[1]), self.A.shape[0])
-        u = core.mix(h, core.select(h, scores, core.of_task(task)))
-        return _up(u, up, 1.0, onto, x.dtype, in_place and _can_be_overwritten(onto))
+        shape = x.shape[:-1] if layers == 1 else (*x.shape[:-1], layers)
+        h, scores = _split(z.view(*shape, down.shape[1] // layers), self.A.shape[0])
+        u: Tensor = self.core.mix(h, self.core.select(h, scores, of_task))
+        return u
 
-    def _make(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def of_task(self, task: Tensor | None) -> Tensor | None:
+        """core.of_task(task), from a table of all tasks."""
+        if task is None or not self.num_tasks:
+            return cast("Tensor | None", self.core.of_task(task))
+        if self._table is None:
+            self._table = self.core.of_task(torch.arange(self.num_tasks, device=task.device))
+        return None if self._table is None else self._table.index_select(0, task)
+
+    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """[A; W]ᵀ and scale · B."""
-        down = _down(self.A, self.core.router_rows(), dtype).t().contiguous()
-        made = self._made[dtype] = (down, (self.B * self.scale).to(dtype) if self.scale != 1.0 else self.B.to(dtype))
+        made = self._made.get(dtype)
+        if made is None:
+            down = _down(self.A, self.core.router_rows(), dtype).t().contiguous()
+            up = (self.B * self.scale).to(dtype) if self.scale != 1.0 else self.B.to(dtype)
+            made = self._made[dtype] = (down, up)
         return made
+
+    def is_like(self, other: Held) -> bool:
+        """Whether one call of `select` and `mix` can serve both: cores of one config that keep nothing of their own."""
+        alike = type(self.core) is type(other.core) and self.A.shape == other.A.shape
+        alike = alike and len(self.B) == len(other.B)
+        return alike and not any(True for core in (self.core, other.core) for _ in core.buffers())
+
+
+class Together:
+    """Layers of one adapter that see the same input, such as q, k and v: their products down are one, and their gates.
+
+    Which layers these are is seen as they are called: one after the other with the very same tensor. From the next
+    forward pass on the first of them computes for all, and the others find what is theirs. A layer that is called with
+    another tensor computes by itself. The tensor must not be changed in between.
+    """
+
+    def __init__(self) -> None:
+        self._x: Tensor | None = None
+        self._first: Held | None = None
+        self._found: dict[int, Tensor] = {}
+        self._siblings: dict[int, list[Held]] = {}
+        self._made: dict[tuple[int, int, torch.dtype], Tensor] = {}
+
+    def coefficients(self, held: Held, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """As `Held.coefficients`, for an operator whose gates look at no task."""
+        if x is self._x:
+            found = self._found.pop(id(held), None)
+            if found is not None:
+                return found
+            first = self._first
+            if first is not None and first is not held and held.is_like(first):
+                siblings = self._siblings.setdefault(id(first), [])
+                if held not in siblings:
+                    siblings.append(held)
+            return held.coefficients(x, held.weights(dtype)[0])
+        self._x, self._first, self._found = x, held, {}
+        siblings = self._siblings.get(id(held), [])
+        if not siblings:
+            return held.coefficients(x, held.weights(dtype)[0])
+        key = (id(held), len(siblings), dtype)
+        down = self._made.get(key)
+        if down is None:
+            down = self._made[key] = torch.cat([one.weights(dtype)[0] for one in (held, *siblings)], 1)
+        u = held.coefficients(x, down, layers=1 + len(siblings))
+        mine, *others = u.unbind(-2)
+        self._found = {id(one): theirs for one, theirs in zip(siblings, others, strict=True)}
+        return mine
 
 
 def _unwatched() -> bool:

@@ -15,8 +15,9 @@ The heads of known tasks never change.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,50 +27,27 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from dyads.data.batches import Collator, PairCollator, TaskDataset
-from dyads.errors import ConfigError, RunError, TaskError
+from dyads.errors import ConfigError, RunError
+from dyads.methods.base import Core
 from dyads.runs.config import Recipe, differences, recipe_keys
-from dyads.runs.evaluate import load_adapter
+from dyads.runs.evaluate import check_adapter, load_adapter
 from dyads.runs.folder import RunFolder
 from dyads.runs.heads import Head, TaskHeads, attach, heads_of
 from dyads.runs.heads import read as read_heads
 from dyads.runs.keys import validated
 from dyads.runs.layers import of_file, of_overrides, of_text, to_yaml
-from dyads.tasks import Example, Suite, Task
+from dyads.tasks import Task
 from dyads.tuner import DyadsLayer, add_task, similarity_to_tasks
 from dyads.tuner.routing import find_routing
 
-__all__ = ["Adapted", "KeepRows", "adapt_recipe", "few_shot", "load_adapted", "start_of"]
+__all__ = ["Adapted", "KeepRows", "adapt_recipe", "load_adapted", "source_of", "start_of"]
 
 
 _STEPS, _LARGEST_BATCH = 100, 16
 """Of a training on a few examples, unless the recipe says otherwise."""
-_COMPARED = 16
-"""Examples that are compared with the tasks at once."""
-
-
-def few_shot(suite: Suite, shots: int | None, seed: int) -> Suite:
-    """The suite with `shots` training examples of every task, chosen by the seed; all of them where shots is None.
-
-    With labels they are chosen label by label in turn, so that no label has two more than another as long as it has
-    examples left; which labels come first is chance too. TaskError for a task that has fewer.
-    """
-    return Suite(tuple(replace(task, train=_shots(task, shots, seed)) for task in suite.tasks), suite.notes)
-
-
-def _shots(task: Task, shots: int | None, seed: int) -> tuple[Example, ...]:
-    if shots is None:
-        return task.train
-    if len(task.train) < shots:
-        raise TaskError(f"task '{task.name}' has {len(task.train)} training examples, fewer than {shots} shots")
-    chance = random.Random(f"shots/{seed}/{task.name}")
-    order = chance.sample(range(len(task.train)), len(task.train))
-    if task.labels:
-        by_label: dict[str, list[int]] = {}
-        for i in order:
-            by_label.setdefault(task.train[i].references[0], []).append(i)
-        ranked = [(place, k, i) for k, places in enumerate(by_label.values()) for place, i in enumerate(places)]
-        order = [i for _, _, i in sorted(ranked)]
-    return tuple(task.train[i] for i in sorted(order[:shots]))
+_ADAPTER = "default"
+_COMPARED, _AT_ONCE = 64, 16
+"""Examples of a new task that are compared with the known ones, and how many of them at once."""
 
 
 @dataclass
@@ -84,7 +62,6 @@ class Adapted:
     """What the method keeps per task, in all layers."""
     new: int
     """How many tasks are new: the last rows."""
-    adapter: str = "default"
     kept: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
     """Parameters of which only the last rows train, with the rows before them."""
 
@@ -96,28 +73,42 @@ class Adapted:
 
     def choose(self, parts: str, method: str) -> None:
         """Let these parts train and nothing else; ConfigError where the method (its name) does not have them."""
-        layers = [m for m in self.model.modules() if isinstance(m, DyadsLayer)]
-        rows = [t for t in self.grown if isinstance(t, nn.Parameter)]
+        cores = [m.core(_ADAPTER) for m in self.model.modules() if isinstance(m, DyadsLayer)]
+        gates = [p for core in cores for p in core.parameters()]
         whole: list[nn.Parameter] = []
-        if parts != "task":
-            whole = [p for layer in layers for p in layer.core(self.adapter).parameters()]
+        if parts == "gate":
+            whole = gates
         if parts == "all":
             prefix = self.model.base_model.prefix
             whole = [p for name, p in self.model.named_parameters() if prefix in name]
-        heads = self.heads_module
-        if not whole and not rows and (heads is None or parts == "gate"):
-            ways = "--parts all" if parts == "gate" or not layers else "--parts gate or --parts all"
-            raise ConfigError(f"'{method}' has no parts of its own for a {parts} to train: adapt with {ways}")
         self.model.requires_grad_(False)
         for parameter in whole:
             parameter.requires_grad_(True)
-        if parts == "task":
-            for parameter in rows:
-                self._train_last_rows(parameter, self.new)
+        kept = len(self.kept)
+        if parts == "task" and self._rows_are_read(cores):
+            for tensor in self.grown:
+                if isinstance(tensor, nn.Parameter):
+                    self._train_last_rows(tensor, self.new)
+        heads = self.heads_module
+        if not whole and len(self.kept) == kept and (heads is None or parts == "gate"):
+            ways = "--parts gate or --parts all" if gates and parts == "task" else "--parts all"
+            raise ConfigError(f"'{method}' has no parts of its own for a {parts} to train: adapt with {ways}")
         if heads is not None:
             count = sum(head.rows for head in self.heads[-self.new :])
             self._train_last_rows(heads.weight, count)
             self._train_last_rows(heads.bias, count)
+
+    def _rows_are_read(self, cores: Sequence[Core]) -> bool:
+        """Whether gates depend on what is kept per task. One that was drawn once and for all may have embeddings beside
+        it, which nothing but a loss reads."""
+        rows = [t for t in self.grown if isinstance(t, nn.Parameter)]
+        for row in rows:
+            row.requires_grad_(True)
+        place = torch.tensor([len(self.names) - 1], device=rows[0].device) if rows else torch.tensor([0])
+        read = [core.of_task(place) for core in cores] if rows else []
+        for row in rows:
+            row.requires_grad_(False)
+        return any(gates is not None and gates.requires_grad for gates in read)
 
     def _train_last_rows(self, parameter: nn.Parameter, count: int) -> None:
         first = len(parameter) - count
@@ -142,22 +133,26 @@ class Adapted:
     ) -> dict[str, dict[str, float]]:
         """Start every new task as the known one that its examples are most like, by MoRE's contrastive score.
 
-        Gives, for every new task, the scores of all known ones, the most similar first.
+        Of many examples 64 are compared. Gives, for every new task, the scores of all known ones, the highest first.
         """
-        device = next(self.model.parameters()).device
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # where the Trainer puts the model
+        self.model.to(device)
         known = len(self.names) - self.new
         found: dict[str, dict[str, float]] = {}
         for number, task in enumerate(dataset.tasks):
             place, total = dataset.places[number], torch.zeros(known)
-            for start in range(0, len(task.train), _COMPARED):
-                at = range(start, min(start + _COMPARED, len(task.train)))
+            compared = range(len(task.train))
+            if len(compared) > _COMPARED:
+                compared = random.Random(f"compared/{task.name}").sample(compared, _COMPARED)  # type: ignore[assignment]
+            for start in range(0, len(compared), _AT_ONCE):
+                at = compared[start : start + _AT_ONCE]
                 batch: dict[str, Any] = dict(collator([dataset[number, i] for i in at]))  # type: ignore[arg-type,misc]
                 ids = batch.pop("task")
                 if not encoder_decoder:
                     batch.pop("labels")
                 inputs = {key: value.to(device) for key, value in batch.items()}
-                total += similarity_to_tasks(self.model, inputs, ids.to(device), self.adapter)[:, :known].sum(0).cpu()
-            scores = (total / len(task.train)).tolist()
+                total += similarity_to_tasks(self.model, inputs, ids.to(device), _ADAPTER)[:, :known].sum(0).cpu()
+            scores = (total / len(compared)).tolist()
             best = max(range(known), key=scores.__getitem__)
             for tensor in self.grown:
                 tensor[place] = tensor[best]
@@ -178,42 +173,53 @@ class KeepRows(TrainerCallback):  # type: ignore[misc]
             parameter[: len(rows)] = rows
 
 
-def load_adapted(recipe: Recipe, base: PreTrainedModel, tasks: Sequence[Task], is_encoder: bool) -> Adapted:
-    """The adapter of the run that recipe.adapt names, on its base model, with the new tasks in it.
+def source_of(recipe: Recipe, tasks: Sequence[Task]) -> RunFolder:
+    """The run that recipe.adapt names, looked at before anything is loaded.
 
-    RunError where there is no such run or its model or method is another one; ConfigError where it knows one of the
-    tasks already.
+    RunError where there is none, or its model or method is another one; ConfigError where it knows one of the tasks.
     """
     assert recipe.adapt is not None
     folder = RunFolder.open(recipe.adapt.run)
+    check_adapter(folder)
     theirs = folder.recipe()
     for what in ("model", "method"):
         changed = differences(getattr(theirs, what).model_dump(), getattr(recipe, what).model_dump())
+        changed.pop("attention", None)  # how, not what
         if changed:
             key, (then, now) = next(iter(changed.items()))
             raise RunError(
                 f"'{folder.path}' was trained with {what}.{key} = {then!r}, and the recipe that adapts it has {now!r}:"
                 f" leave the section {what} as it is there"
             )
-    new = tuple(task.name for task in tasks)
-    heads: tuple[Head, ...] = ()
-    if is_encoder:
-        heads = read_heads(folder.heads)
-        attach(base, heads, recipe.model.pool)
-    model = load_adapter(base, folder)
-    routing = find_routing(model)
-    gated = routing.names.get("default", ()) if routing else ()
-    known = tuple(head.task for head in heads) or gated
-    if twice := [name for name in new if name in known]:
+    known = folder.task_names()
+    if twice := [task.name for task in tasks if task.name in known]:
         raise ConfigError(
             f"'{folder.path}' knows task '{twice[0]}' already: give the new one another name, or train on with the old"
             " ones by `dyads train`"
         )
+    return folder
+
+
+def load_adapted(recipe: Recipe, folder: RunFolder, base: PreTrainedModel, tasks: Sequence[Task]) -> Adapted:
+    """The adapter of the run, on its base model, with the new tasks in it.
+
+    ConfigError where its tasks have numbers in the place of names.
+    """
+    assert recipe.adapt is not None
+    heads: tuple[Head, ...] = ()
+    if folder.heads.is_file():
+        heads = read_heads(folder.heads)
+        attach(base, heads, recipe.model.pool)
+    model = load_adapter(base, folder)
+    routing = find_routing(model)
+    gated = routing.names.get(_ADAPTER, ()) if routing else ()
+    known = tuple(head.task for head in heads) or gated or folder.task_names()
     if gated and gated == tuple(str(i) for i in range(len(gated))):
         raise ConfigError(
             f"the tasks of '{folder.path}' have numbers in the place of names (num_tasks), so a new one has no place"
             " among them: train it with `tasks`, or leave both out"
         )
+    new = tuple(task.name for task in tasks)
     grown: tuple[Tensor, ...] = ()
     start = "fresh" if recipe.adapt.start == "fresh" else "mean"
     for name in new if gated else ():
@@ -239,7 +245,7 @@ def start_of(recipe: Recipe, adapted: Adapted) -> str:
     if recipe.adapt.start is not None:
         return recipe.adapt.start
     layers = (m for m in adapted.model.modules() if isinstance(m, DyadsLayer))
-    return "nearest" if any(layer.core(adapted.adapter).compares_samples for layer in layers) else "mean"
+    return "nearest" if any(layer.core(_ADAPTER).compares_samples for layer in layers) else "mean"
 
 
 def adapt_recipe(
@@ -247,36 +253,46 @@ def adapt_recipe(
 ) -> Recipe:
     """The recipe that teaches a run the tasks in a file: the run's own, with what has to differ.
 
-    `source` is JSONL or CSV (family files), or a recipe whose sections lie on top of the run's; `given` goes into the
-    section `adapt`, and `overrides` are as for `dyads train --set`.
+    `source` is JSONL or CSV (family files), or a recipe: what it says of its tasks, of training and of scoring lies on
+    top of the run's. `given` is the section `adapt` without the run, and `overrides` are as for `dyads train --set`.
     """
     theirs = RunFolder.open(run).recipe()
     whole = theirs.resolved()
     del whole["tasks"]  # those of the source take their place whole, also where they are of the same family
-    whole["adapt"] = {"run": str(run), **given}
-    whole["name"] = ", ".join([theirs.name, *([f"{given['shots']}-shot"] if "shots" in given else [])])
+    whole["adapt"] = {"run": str(run if run.name else run.resolve()), **given}
+    told = [f"{given['shots']}-shot"] if "shots" in given else []
+    told += [str(given[key]) for key in ("parts", "start") if key in given]
+    whole["name"] = re.sub(r'[/\\:*?"<>|]', "-", ", ".join([theirs.name, " ".join([source.stem, *told])]))
+    whole["seed"] = theirs.seed if seed is None else seed
     whole["evaluate"] = {**whole["evaluate"], "limit": None, "split": "test"}
     size = min(_LARGEST_BATCH, theirs.train.batch_size, given.get("shots", _LARGEST_BATCH))
-    parts = max(n for n in range(1, theirs.train.gradient_accumulation + 1) if size % n == 0)
-    whole["train"] = {
-        **whole["train"],
+    whole["train"] |= {
         "steps": _STEPS,
         "batch_size": size,
-        "gradient_accumulation": parts,
+        "gradient_accumulation": max(n for n in range(1, theirs.train.gradient_accumulation + 1) if size % n == 0),
+        "warmup": min(theirs.train.warmup_steps / theirs.train.steps, 0.99),  # as a share: there are fewer steps here
         "validation_limit": None,
-        "warmup": min(theirs.train.warmup, _STEPS) if theirs.train.warmup >= 1 else theirs.train.warmup,
     }
-    whole["seed"] = theirs.seed if seed is None else seed
-    layer = of_text(to_yaml(whole), f"the recipe of {run}")
     if source.suffix.lower() in (".jsonl", ".csv"):
-        tasks = of_text(to_yaml({"tasks": {"family": "files", "path": [str(source)]}}), str(source))
         if not source.is_file():
             raise ConfigError(f"there is no file '{source}'; it is to hold the rows of the new task")
+        tasks = of_text(to_yaml({"tasks": {"family": "files", "path": [str(source)]}}), str(source))
     else:
         tasks = of_file(source)
         if "tasks" not in tasks.data:
             raise ConfigError(f"{source} has no section `tasks`, so it names no new task")
-    layer = tasks.over(layer)
+        if other := sorted(tasks.data.keys() - set(_SOURCE)):
+            raise ConfigError(
+                f"{source} has '{other[0]}', which the run decides or the command line says: beside `tasks` it may have"
+                f" {', '.join(_SOURCE[1:])}"
+            )
+    for override in overrides:
+        if override.startswith("adapt."):
+            raise ConfigError(f"--set {override}: say it by --shots, --parts or --start")
+    layer = tasks.over(of_text(to_yaml(whole), f"the recipe of {run}"))
     if overrides:
         layer = of_overrides(overrides).over(layer)
     return validated(Recipe, layer, str(source), recipe_keys)
+
+
+_SOURCE = ("tasks", "name", "mixture", "train", "evaluate")

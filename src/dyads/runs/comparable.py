@@ -24,6 +24,7 @@ _FLAT = 0.02  # a loss that still falls by more than this share between the last
 _UNIMPORTANT = (
     "name",
     "seed",
+    "adapt.run",  # every seed adapts a run of its own
     "evaluate.batch_size",
     "evaluate.limit",  # what was scored is compared itself, since it may differ from the recipe's
     "evaluate.split",

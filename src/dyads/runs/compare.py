@@ -269,7 +269,7 @@ def _recipe_notes(groups: Mapping[str, list[ScoredRun]]) -> list[str]:
     trained = [label for label, recipe in recipes.items() if recipe.method.trains]
     decoding = [label for label, recipe in recipes.items() if recipe.method.name != "majority"]
     notes = []
-    for labels, sections in ((trained, ("train.", "mixture.")), (decoding, ("evaluate.", "model."))):
+    for labels, sections in ((trained, ("train.", "mixture.", "adapt")), (decoding, ("evaluate.", "model."))):
         flat = {label: recipes[label] for label in labels}
         keys = dict.fromkeys(
             key

@@ -38,6 +38,7 @@ from dyads.runs.likelihood import Choice, log_likelihoods
 from dyads.runs.model import kind_of, load_model, load_tokenizer, model_config, same_model
 from dyads.runs.unseen import INPUTS, StandIn, by_mean, by_nearest, described, own_tasks
 from dyads.tasks import SPLITS, Example, FamilySpec, Suite, Task, load_suite
+from dyads.tasks.shots import few_shot
 from dyads.tuner.routing import find_routing
 
 __all__ = ["Answerer", "check_answers", "evaluate", "generate"]
@@ -72,6 +73,8 @@ def evaluate(
     tasks_spec = suite if isinstance(suite, FamilySpec) else recipe.tasks
     if not isinstance(suite, Suite):
         suite = load_suite(tasks_spec)
+        if recipe.adapt is not None and tasks_spec is recipe.tasks:
+            suite = few_shot(suite, recipe.adapt.shots, recipe.seed)  # what it trained on is its train split
     check_answers(recipe, suite.tasks)
     asked = [[task.split(spec.split)[i] for i in spec.pick(len(task.split(spec.split)))] for task in suite.tasks]
     if empty := [task.name for task, examples in zip(suite.tasks, asked, strict=True) if not examples]:

@@ -84,8 +84,8 @@ def heads_of(tasks: Sequence[Task]) -> tuple[Head, ...]:
     if free := [task.name for task in tasks if not task.labels and not task.regression]:
         raise TaskError(
             f"an encoder answers by a head, which needs labels or numbers, and {', '.join(free[:5])}"
-            f"{f', … ({len(free)} in all)' if len(free) > 5 else ''} asks for free text: take a model that generates,"
-            " or leave it out"
+            f"{f', … ({len(free)} in all)' if len(free) > 5 else ''} asks for free text: give its labels"
+            " (`tasks.labels: {TASK: [no, yes]}` for your own files), take a model that generates, or leave it out"
         )
     if untrained := [task.name for task in tasks if not task.train]:
         raise TaskError(

@@ -36,7 +36,7 @@ from dyads.data.batches import (
 )
 from dyads.data.mixture import schedule
 from dyads.errors import ConfigError, DyadsError, RunError, TaskError
-from dyads.runs.adapt import Adapted, KeepRows, few_shot, load_adapted, start_of
+from dyads.runs.adapt import Adapted, KeepRows, load_adapted, source_of, start_of
 from dyads.runs.config import Recipe
 from dyads.runs.evaluate import check_answers
 from dyads.runs.evaluate import evaluate as evaluate_run
@@ -45,6 +45,7 @@ from dyads.runs.heads import MODULE, attach, collator_of, encoder_of, head_loss,
 from dyads.runs.heads import write as write_heads
 from dyads.runs.model import Kind, kind_of, load_model, load_tokenizer
 from dyads.tasks import Suite, load_suite
+from dyads.tasks.shots import few_shot
 from dyads.tuner.routing import auxiliary_loss, find_routing
 
 __all__ = ["Training", "train"]
@@ -95,6 +96,7 @@ class Training:
         if spec.threads:
             torch.set_num_threads(spec.threads)
         set_seed(recipe.seed)
+        source = source_of(recipe, suite.tasks) if recipe.adapt is not None else None
         base = load_model(recipe.model)
         kind = kind_of(recipe.model.name, base.config, recipe.model.kind)
         self.encoder_decoder = kind == "seq2seq"
@@ -104,10 +106,10 @@ class Training:
         self.encoder: Encoder | PairEncoder
         self.collator: Collator | PairCollator
         set_seed(recipe.seed)  # again: the adapter's start must not depend on how the base was loaded
-        if recipe.adapt is None:
+        if source is None:
             self._begin(base, kind)
         else:
-            self.adapted = load_adapted(recipe, base, suite.tasks, kind == "encoder")
+            self.adapted = load_adapted(recipe, source, base, suite.tasks)
             self.model, self.names, self.heads = self.adapted.model, self.adapted.names, self.adapted.heads
         places = range(len(self.names))[-len(suite.tasks) :]
         if self.heads:

@@ -26,6 +26,7 @@ from torch import Tensor
 from dyads.data.batches import Collator, Encoder, pad_id_of
 from dyads.errors import DyadsError, RunError, TaskError
 from dyads.runs.config import Recipe
+from dyads.runs.folder import RunFolder
 from dyads.tasks import Example, Task, load_suite
 from dyads.tuner.add_task import add_task
 
@@ -118,9 +119,13 @@ def described(tasks: Iterable[Task]) -> dict[str, list[Example]]:
 
 
 def own_tasks(recipe: Recipe) -> tuple[Task, ...]:
-    """The tasks that a run was trained on, read again; RunError where that cannot be."""
+    """The tasks that a run was trained on, those of the run that it adapts first; RunError where one is not there."""
     try:
-        return load_suite(recipe.tasks).tasks
+        tasks = load_suite(recipe.tasks).tasks
+        while recipe.adapt is not None:
+            recipe = RunFolder.open(recipe.adapt.run).recipe()
+            tasks = (*load_suite(recipe.tasks).tasks, *tasks)
+        return tasks
     except (DyadsError, OSError) as error:
         raise RunError(
             f"unseen 'nearest' compares with the tasks that the run was trained on, which cannot be read: {error};"

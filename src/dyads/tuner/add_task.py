@@ -60,11 +60,10 @@ def add_task(model: nn.Module, name: str, start: str = "mean", adapter: str = "d
         for layer, core in zip(layers, cores, strict=True)
         for tensor in _replace(layer, adapter, core, start, len(known), known)
     ]
-    config.__dict__.update(larger.__dict__)  # the object that PEFT saves
+    model.peft_config[adapter] = larger  # type: ignore[index,operator]  # the one there may be another adapter's too
     routing = layers[0].routing
     routing.names[adapter] = tuple(larger.task_names or ())
-    if routing.held is not None:
-        routing.held.clear()
+    routing.forget_weights()
     return tuple(grown)
 
 
@@ -95,7 +94,7 @@ def _replace(layer: DyadsLayer, adapter: str, core: Core, start: str, count: int
 
 def _row(value: Tensor, start: str, known: Sequence[str]) -> Tensor:
     """(1 …): the mean over the tasks, in fp32 or wider, or one task's own."""
-    if start in known:
+    if start != "mean":
         return value[[list(known).index(start)]]
     wide = value.to(torch.promote_types(value.dtype, torch.float32))
     return wide.mean(0, keepdim=True).to(value.dtype)

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dyads.errors import ConfigError, MergeError
 from dyads.methods.base import Core, DyadsConfig
-from dyads.ops import Held, autocast_dtype, fused
+from dyads.ops import Held, Together, autocast_dtype, fused
 from dyads.tuner.routing import Routing
 
 __all__ = ["DyadsLayer"]
@@ -110,7 +110,8 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if operator is None and adapter in self.dyads_A:
                 core = self.core(adapter)
                 A, B = core.whole(self.dyads_A[adapter]), core.whole(self.dyads_B[adapter])
-                operator = kept[id(self), adapter] = Held(A, B, core, self.scaling[adapter])
+                tasks = len(self.routing.names[adapter]) if "task" in core.looks_at else 0
+                operator = kept[id(self), adapter] = Held(A, B, core, self.scaling[adapter], tasks)
             if operator is not None:
                 held.append((adapter, operator))
         return held
@@ -138,7 +139,8 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if held is not None:
             for adapter, operator in held:
                 task = self._task(adapter, operator.core, x)
-                result = operator(x, task, onto=result, in_place=fresh)
+                together = self.routing.together.setdefault(adapter, Together())
+                result = operator(x, task, onto=result, in_place=fresh, together=together)
             return result
         for adapter in self.active_adapters:
             if adapter not in self.dyads_A:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dyads.errors import RoutingError, did_you_mean
 from dyads.methods.base import Core
-from dyads.ops import Held
+from dyads.ops import Held, Together
 
 __all__ = ["Routing", "RoutingState", "TaskLike", "auxiliary_loss", "use_task"]
 
@@ -211,6 +211,8 @@ class Routing:
         """What holds where no `task=` is given: set inside `using`, for instance while generating."""
         self.held: dict[tuple[int, str], Held] | None = None
         """The operators by layer and adapter, while weights do not change (`frozen_weights`)."""
+        self.together: dict[str, Together] = {}
+        """What layers with the same input share meanwhile, by adapter."""
         self.call: TrainingCall | None = None
         """The call of the model in training that is under way."""
         self.untaken: Tensor | None = None
@@ -220,7 +222,7 @@ class Routing:
 
     def __getstate__(self) -> dict[str, Any]:
         # What a forward pass left over belongs to its graph, which can be neither copied nor stored.
-        return {**self.__dict__, "call": None, "untaken": None}
+        return {**self.__dict__, "call": None, "untaken": None, "held": None, "together": {}}
 
     @contextmanager
     def using(self, task: TaskLike | None) -> Iterator[None]:
@@ -244,6 +246,14 @@ class Routing:
             yield
         finally:
             self.held = before
+            if before is None:
+                self.together = {}
+
+    def forget_weights(self) -> None:
+        """What is held was made from weights that are no more."""
+        if self.held is not None:
+            self.held.clear()
+        self.together = {}
 
     def ids(self, adapter: str, x: Tensor) -> Tensor:
         """The task of every row (first axis) of a layer's input, on its device; a single row for a vector.
