@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dyads.methods import Core
 from dyads.methods.mode import MoDE
-from dyads.ops import Held, dyadic, dyadic_sum, fused, plain
+from dyads.ops import Held, Together, dyadic, dyadic_sum, fused, plain
 from tiny import TASKS, Variant
 
 # Ones and primes on purpose: an axis that is confused with another must show.
@@ -181,6 +181,26 @@ def test_operators_held_for_many_calls_give_what_fused_gives(variant: Variant) -
             with plain():
                 assert_close(held(rows, tasks, onto=onto), dyadic(rows, A, B, core, tasks, scale=0.5, onto=onto))
             assert_close(held(rows, tasks, onto=onto, in_place=True), expected)
+
+
+def test_layers_with_one_input_give_together_what_each_gives_alone(variant: Variant) -> None:
+    first, x, A, B, task = tiny(variant, 2, 3, 12, 5)
+    second, _, other_A, _, _ = tiny(variant, 2, 3, 12, 5)
+    other_B = torch.randn(first.q, 7).double()  # k and v are narrower than q
+    layers = [(first, A, B), (second, other_A, other_B)]
+    task = task if "task" in first.looks_at else None
+    with torch.no_grad():
+        expected = [fused(x, a, b, core, task, scale=0.5) for core, a, b in layers]
+        held = [Held(a, b, core, 0.5, len(TASKS)) for core, a, b in layers]
+        together = Together()
+        for rows in (x, x.clone(), x.clone()):  # the first pass finds out that both see it
+            for operator, alone in zip(held, expected, strict=True):
+                assert_close(operator(rows, task, together=together), alone)
+        # One of them is passed over, or sees something else: nothing of another input is used.
+        other = torch.randn_like(x)
+        held[0](x, task, together=together)
+        assert_close(held[1](other, task, together=together), fused(other, other_A, other_B, second, task, scale=0.5))
+        assert_close(held[1](x, task, together=together), expected[1])
 
 
 def test_fused_can_be_switched_off(variant: Variant) -> None:

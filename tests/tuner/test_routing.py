@@ -11,9 +11,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from dyads import MoREConfig, use_task
+from dyads import MoDEConfig, MoREConfig, use_task
 from dyads.errors import MergeError, RoutingError
 from dyads.methods import methods
 from dyads.ops import plain
@@ -443,3 +444,28 @@ def test_generate_joins_weights_once_and_sees_every_change_before_it(variant: Va
     assert not torch.equal(first, second)
     with plain():
         assert_close(logits(), second)
+
+
+def test_q_k_and_v_make_one_product_down_while_weights_are_frozen() -> None:
+    config = MoDEConfig(r=2, num_experts=3, target_modules=["q_proj", "k_proj", "v_proj"], init_weights=False)
+    model = get_peft_model(tiny_model("llama"), config).eval()
+    routing = next(m.routing for m in model.modules() if isinstance(m, DyadsLayer))
+    inputs = batch("llama")
+    widths: list[int] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.mm.default and len(args[1]) == 32:
+                widths.append(args[1].shape[1])
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        with routing.frozen_weights():
+            assert_close(model(**inputs).logits, expected)
+            with Products():
+                assert_close(model(**inputs).logits, expected)
+        assert routing.together == {}
+    rows = 2 + 2 * 3  # of A, and of the routers
+    assert widths.count(3 * rows) == 2  # once in each layer
+    assert rows not in widths
