@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from dyads.methods import Core
+from dyads.methods import Core, MoDEConfig
 from dyads.methods.mode import MoDE
 from dyads.ops import Held, Together, dyadic, dyadic_sum, fused, plain
 from tiny import TASKS, Variant
@@ -191,7 +191,7 @@ def test_layers_with_one_input_give_together_what_each_gives_alone(variant: Vari
     task = task if "task" in first.looks_at else None
     with torch.no_grad():
         expected = [fused(x, a, b, core, task, scale=0.5) for core, a, b in layers]
-        held = [Held(a, b, core, 0.5, len(TASKS)) for core, a, b in layers]
+        held = [Held(a, b, core, 0.5) for core, a, b in layers]
         together = Together()
         for rows in (x, x.clone(), x.clone()):  # the first pass finds out that both see it
             for operator, alone in zip(held, expected, strict=True):
@@ -201,6 +201,28 @@ def test_layers_with_one_input_give_together_what_each_gives_alone(variant: Vari
         held[0](x, task, together=together)
         assert_close(held[1](other, task, together=together), fused(other, other_A, other_B, second, task, scale=0.5))
         assert_close(held[1](x, task, together=together), expected[1])
+
+
+@pytest.mark.parametrize("change", ["in place", "another temperature", "another width"])
+def test_layers_that_do_not_see_the_same_or_are_not_alike_stay_apart(change: str) -> None:
+    x, B = torch.randn(2, 3, 12), torch.randn(6, 5)
+    options: dict[str, Any] = {"r": 2, "num_experts": 3}
+    cores = [MoDEConfig(**options).core(12) for _ in range(2)]
+    if change == "another temperature":
+        cores[1] = MoDEConfig(**options, temperature=0.1).core(12)
+    if change == "another width":
+        cores[1] = MoDEConfig(r=2, num_experts=1).core(12)
+    for core in cores:
+        core.reset_parameters()
+    with torch.no_grad():
+        held = [Held(torch.randn(2, 12), B[: core.q], core, 1.0) for core in cores]
+        together = Together()
+        for _ in range(3):
+            rows = x.clone()
+            held[0](rows, together=together)
+            if change == "in place":
+                rows.relu_()
+            assert_close(held[1](rows, together=together), fused(rows, held[1].A, held[1].B, cores[1]))
 
 
 def test_fused_can_be_switched_off(variant: Variant) -> None:

@@ -45,6 +45,34 @@ def test_a_new_task_leaves_the_others_as_they_were_to_the_bit(variant: Variant, 
     assert torch.isfinite(logits(model, "wic", "rte", "wic")).all()
 
 
+@pytest.mark.parametrize("count", [1, 2, 15])
+@pytest.mark.parametrize("score", ["x+task", "task"])
+def test_also_while_weights_are_frozen(score: str, count: int) -> None:
+    names = [f"t{i}" for i in range(count)]
+    config = TaskMoDEConfig(r=3, num_experts=5, score=score, tasks=names, target_modules=["q_proj"], init_weights=False)
+    model = get_peft_model(tiny_model("llama"), config).eval()
+    routing = next(m.routing for m in model.modules() if hasattr(m, "routing"))
+
+    def frozen(task: str) -> Tensor:
+        with routing.frozen_weights():
+            return logits(model, task, task, task)
+
+    before = [frozen(name) for name in names]
+    add_task(model, "wic", names[-1])
+    assert all(torch.equal(frozen(name), value) for name, value in zip(names, before, strict=True))
+    assert torch.equal(frozen("wic"), before[-1])
+
+
+def test_tasks_may_be_called_as_the_starts_are() -> None:
+    model = adapted(Variant("more"))
+    add_task(model, "fresh", "cola")
+    add_task(model, "mean", "rte")
+    add_task(model, "wic", 4)
+    assert torch.equal(logits(model, "wic", "fresh", "wic"), logits(model, "rte", "cola", "rte"))
+    with pytest.raises(ConfigError, match="cannot start from task 6: ids go from 0 to 5"):
+        add_task(model, "boolq", 6)
+
+
 @looking
 def test_a_task_that_starts_from_a_known_one_answers_as_that(variant: Variant) -> None:
     model = adapted(variant)

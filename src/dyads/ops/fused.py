@@ -163,18 +163,17 @@ class Held:
 
     Decoding consists of such calls, of few rows each, in which every operation counts. `held(x, task, onto=…)` is
     `fused(x, A, B, gating, task, scale=…, onto=…)`; it serves while gradients and autocast are off, and it is on its
-    user to drop it when the weights change. `num_tasks` says how many tasks there are, where the gates look at them:
-    what they need from each is then computed once.
+    user to drop it when the weights change. On a CPU, what the gates need from a task is computed once too.
     """
 
-    __slots__ = ("A", "B", "_made", "_rows", "_splits", "_table", "core", "num_tasks", "scale")
+    __slots__ = ("A", "B", "_made", "_of_tasks", "_rows", "_splits", "core", "scale")
 
-    def __init__(self, A: Tensor, B: Tensor, gating: Gating, scale: float, num_tasks: int = 0) -> None:
-        self.A, self.B, self.core, self.scale, self.num_tasks = A, B, cast(Any, gating), scale, num_tasks
+    def __init__(self, A: Tensor, B: Tensor, gating: Gating, scale: float) -> None:
+        self.A, self.B, self.core, self.scale = A, B, cast(Any, gating), scale
         self._splits = getattr(gating, "splits", False)
         self._rows = max(A.shape[0], B.shape[0])
         self._made: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-        self._table: Tensor | None = None
+        self._of_tasks: dict[int, Tensor] = {}
 
     def __call__(
         self,
@@ -206,12 +205,20 @@ class Held:
         return u
 
     def of_task(self, task: Tensor | None) -> Tensor | None:
-        """core.of_task(task), from a table of all tasks."""
-        if task is None or not self.num_tasks:
+        """core.of_task(task); for a task that was seen before, what it was then."""
+        if task is None or task.device.type != "cpu":  # an accelerator would have to wait for the ids
             return cast("Tensor | None", self.core.of_task(task))
-        if self._table is None:
-            self._table = self.core.of_task(torch.arange(self.num_tasks, device=task.device))
-        return None if self._table is None else self._table.index_select(0, task)
+        ids: list[int] = task.tolist()
+        for one in set(ids) - self._of_tasks.keys():
+            # Every task by itself: its row must not depend, not even by rounding, on which others there are.
+            row = self.core.of_task(task.new_tensor([one]))
+            if row is None:
+                return None
+            self._of_tasks[one] = row
+        first = self._of_tasks[ids[0]]
+        if ids.count(ids[0]) == len(ids):
+            return first.expand(len(ids), *first.shape[1:])
+        return torch.cat([self._of_tasks[one] for one in ids])
 
     def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """[A; W]ᵀ and scale · B."""
@@ -223,10 +230,17 @@ class Held:
         return made
 
     def is_like(self, other: Held) -> bool:
-        """Whether one call of `select` and `mix` can serve both: cores of one config that keep nothing of their own."""
+        """Whether one call of `select` and `mix` can serve both: cores that differ in nothing but their weights."""
+        ours, theirs = (one.core.router_rows() for one in (self, other))
         alike = type(self.core) is type(other.core) and self.A.shape == other.A.shape
-        alike = alike and len(self.B) == len(other.B)
+        alike = alike and len(self.B) == len(other.B) and (ours is None) == (theirs is None)
+        alike = alike and (ours is None or ours.shape == theirs.shape) and _plain(self.core) == _plain(other.core)
         return alike and not any(True for core in (self.core, other.core) for _ in core.buffers())
+
+
+def _plain(core: Any) -> dict[str, Any]:
+    """What a core is made with: its attributes that are neither PyTorch's nor weights."""
+    return {key: value for key, value in vars(core).items() if not key.startswith("_")}
 
 
 class Together:
@@ -234,11 +248,13 @@ class Together:
 
     Which layers these are is seen as they are called: one after the other with the very same tensor. From the next
     forward pass on the first of them computes for all, and the others find what is theirs. A layer that is called with
-    another tensor computes by itself. The tensor must not be changed in between.
+    another tensor, or one that was changed since, computes by itself (within `torch.inference_mode`, where tensors do
+    not count their changes, it must not be changed in between).
     """
 
     def __init__(self) -> None:
         self._x: Tensor | None = None
+        self._version = 0
         self._first: Held | None = None
         self._found: dict[int, Tensor] = {}
         self._siblings: dict[int, list[Held]] = {}
@@ -246,7 +262,8 @@ class Together:
 
     def coefficients(self, held: Held, x: Tensor, dtype: torch.dtype) -> Tensor:
         """As `Held.coefficients`, for an operator whose gates look at no task."""
-        if x is self._x:
+        version = 0 if x.is_inference() else x._version
+        if x is self._x and version == self._version:
             found = self._found.pop(id(held), None)
             if found is not None:
                 return found
@@ -256,7 +273,7 @@ class Together:
                 if held not in siblings:
                     siblings.append(held)
             return held.coefficients(x, held.weights(dtype)[0])
-        self._x, self._first, self._found = x, held, {}
+        self._x, self._version, self._first, self._found = x, version, held, {}
         siblings = self._siblings.get(id(held), [])
         if not siblings:
             return held.coefficients(x, held.weights(dtype)[0])
@@ -298,7 +315,7 @@ def _up(u: Tensor, up: Tensor, scale: float, onto: Tensor | None, dtype: torch.d
             onto.view(-1, o).addmm_(u.reshape(-1, q), up, alpha=scale)
             return onto
         return torch.addmm(onto.reshape(-1, o), u.reshape(-1, q), up, alpha=scale).view(onto.shape)
-    delta = (u.reshape(-1, q) @ up).view(onto.shape)
+    delta = torch.mm(u.reshape(-1, q), up).view(onto.shape)
     return onto.add_(delta, alpha=scale) if in_place else torch.add(onto, delta, alpha=scale).to(onto.dtype)
 
 

@@ -67,6 +67,8 @@ def evaluate(
         raise ConfigError(f"cannot evaluate {limit} instances of each task: limit is a whole number from 1")
     if into is not None and isinstance(suite, Suite):
         raise ConfigError(f"'{into}' is to say which tasks were scored: give their family and its options, not a Suite")
+    if into is not None and RunFolder(into).is_run:
+        raise RunError(f"'{into}' already holds a run: choose another --out for these scores")
     recipe = folder.recipe()
     changes = {"split": split, "limit": limit, "unseen": unseen, "nearest_by": nearest_by}
     spec = _changed(recipe.evaluate, {key: value for key, value in changes.items() if value is not None})
@@ -87,23 +89,25 @@ def evaluate(
         answerer = Answerer(folder)
         stand_ins = answerer.let_stand_in(suite.tasks, spec)
     answerer.check(suite.tasks)
+    for stand_in in stand_ins:
+        told(stand_in)
+    begin = time.perf_counter()
+    answers = answerer.answer(suite.tasks, asked, spec)
+    seconds = time.perf_counter() - begin
     place, name = folder, recipe.name
     if into is not None:
         by = f"{spec.unseen}-by-description" if spec.nearest_by == "description" else spec.unseen
         name = f"{name}-{by}" if stand_ins else name
-        if RunFolder(into).is_run:
-            raise RunError(f"'{into}' already holds a run: choose another --out for these scores")
-        scored = recipe.model_copy(update={"name": name, "tasks": tasks_spec, "evaluate": spec})
+        # Tasks that others adapted to are not what this recipe would adapt to.
+        adapt = recipe.adapt if tasks_spec is recipe.tasks else None
+        scored = recipe.model_copy(update={"name": name, "tasks": tasks_spec, "evaluate": spec, "adapt": adapt})
         place = RunFolder.create(into, scored)
         place.write_environment(seed=recipe.seed, tasks=[task.name for task in suite.tasks], adapter=str(folder.path))
     for stand_in in stand_ins:
         place.append_log({"event": "unseen", **asdict(stand_in)})
-        told(stand_in)
     answered: dict[str, list[Prediction]] = {}
     rows: list[ScoreRow] = []
     values: dict[str, list[tuple[float, int]]] = {}
-    begin = time.perf_counter()
-    answers = answerer.answer(suite.tasks, asked, spec)
     for task, examples, predictions in zip(suite.tasks, asked, answers, strict=True):
         scores = task.score(predictions, examples)
         answered[task.name] = [
@@ -143,7 +147,7 @@ def evaluate(
         parameters=trained[-1]["parameters"] if trained else 0,
         seconds={
             "train": trained[-1]["seconds"] if trained else 0.0,
-            "evaluate": time.perf_counter() - begin,
+            "evaluate": seconds,
         },
         steps=trained[-1]["step"] if trained else 0,
         scores=rows,
@@ -362,6 +366,11 @@ class Answerer:
             )
         texts = described(own) if spec.nearest_by == "description" else {t.name: t.train[:INPUTS] for t in own}
         known = {name: texts[called[name].name] for name in self.task_names}
+        if without := [name for name, examples in known.items() if not examples]:
+            raise RunError(
+                f"unseen 'nearest' compares with inputs of all tasks that the adapter knows, but"
+                f" {', '.join(without[:5])} has no training examples: compare descriptions (nearest_by: description), or choose mean"
+            )
         return by_nearest(self.model, self.encoder, unseen, known, batch_size=spec.batch_size)
 
     def check(self, tasks: Sequence[Task]) -> None:

@@ -57,10 +57,10 @@ class StandIn:
 
 def by_mean(model: PeftModel, unseen: Iterable[str]) -> list[StandIn]:
     """Give every unseen task the mean over the known ones."""
-    start = "mean"
+    start: str | int = "mean"
     for name in unseen:
-        add_task(model, name, start)
-        start = name  # those that follow: the same, rather than a mean that this one is part of
+        rows = add_task(model, name, start)
+        start = len(rows[0]) - 1  # those that follow: the same, rather than a mean that this one is part of
     return [StandIn(name) for name in unseen]
 
 
@@ -80,7 +80,7 @@ def by_nearest(
     ):
         values, places = similarities.sort(descending=True, stable=True)
         ranked = [(names[int(place)], float(value)) for place, value in zip(places, values, strict=True)]
-        add_task(model, task, ranked[0][0])
+        add_task(model, task, names.index(ranked[0][0]))
         found.append(StandIn(task, *ranked[0], *(ranked[1] if len(ranked) > 1 else (None, None))))
     return found
 
@@ -95,7 +95,7 @@ def _vectors(model: PeftModel, encoder: Encoder, texts: Sequence[Sequence[Exampl
     collator = Collator(pad_id_of(encoder.tokenizer))  # on the right also for a decoder: no position is moved
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     device = base.get_input_embeddings().weight.device
-    sums = torch.zeros(len(texts), int(base.config.hidden_size), device=device)
+    sums: Tensor | None = None
     with model.disable_adapter():
         for start in range(0, len(order), batch_size):
             at = order[start : start + batch_size]
@@ -103,7 +103,10 @@ def _vectors(model: PeftModel, encoder: Encoder, texts: Sequence[Sequence[Exampl
             ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
             hidden = body(input_ids=ids, attention_mask=mask).last_hidden_state.float()
             pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            if sums is None:
+                sums = pooled.new_zeros(len(texts), pooled.shape[1])
             sums.index_add_(0, torch.tensor([owners[i] for i in at], device=device), pooled)
+    assert sums is not None, "there are known tasks, and each has texts"
     return sums / torch.tensor([[len(examples)] for examples in texts], device=device)
 
 

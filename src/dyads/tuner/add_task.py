@@ -8,7 +8,6 @@ the bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -27,12 +26,13 @@ STARTS = ("mean", "fresh")
 
 
 @torch.no_grad()
-def add_task(model: nn.Module, name: str, start: str = "mean", adapter: str = "default") -> tuple[Tensor, ...]:
+def add_task(model: nn.Module, name: str, start: str | int = "mean", adapter: str = "default") -> tuple[Tensor, ...]:
     """Teach the adapter of a PEFT model a further task, `name`, and return what it now has per task.
 
     start: the row of the new task in each layer is the `mean` over the tasks there are, `fresh` (drawn as at the start
-    of a training), or that of the known task of this name. The tensors returned, (T+1 …) each, are the parameters and
-    buffers that have a row for every task; the last is the new one. They are new objects: make an optimizer afterwards.
+    of a training), or that of a known task: its name, or its id, for one that is itself called so. Returned are the
+    tensors (T+1 …), parameters and buffers, that have a row for every task; the last is the new one. They are new
+    objects: make an optimizer afterwards.
 
     The adapter's config then names the new task, so that it is saved and loaded as any other. ConfigError for a method
     that looks at no task, a name that is known already, a start that is not, and an adapter that is merged.
@@ -47,10 +47,14 @@ def add_task(model: nn.Module, name: str, start: str = "mean", adapter: str = "d
         )
     if name in known:
         raise ConfigError(f"adapter '{adapter}' knows a task '{name}' already: give the new one another name")
-    if start not in (*STARTS, *known):
+    if isinstance(start, int) and not 0 <= start < len(known):
+        raise ConfigError(f"a new task cannot start from task {start}: ids go from 0 to {len(known) - 1}")
+    if isinstance(start, str) and start not in (*STARTS, *known):
         raise ConfigError(f"a new task cannot start from '{start}'{did_you_mean(start, (*STARTS, *known))}")
     if any(adapter in layer.merged_adapters for layer in layers):
         raise ConfigError(f"adapter '{adapter}' is merged into the model: call unmerge_adapter() before adding a task")
+    if isinstance(start, str) and start not in STARTS:
+        start = known.index(start)
     larger = config.with_tasks((*known, name))
     cores = [larger.core(layer.in_features) for layer in layers]
     for core in cores[1:]:
@@ -58,7 +62,7 @@ def add_task(model: nn.Module, name: str, start: str = "mean", adapter: str = "d
     grown = [
         tensor
         for layer, core in zip(layers, cores, strict=True)
-        for tensor in _replace(layer, adapter, core, start, len(known), known)
+        for tensor in _replace(layer, adapter, core, start, len(known))
     ]
     model.peft_config[adapter] = larger  # type: ignore[index,operator]  # the one there may be another adapter's too
     routing = layers[0].routing
@@ -67,7 +71,7 @@ def add_task(model: nn.Module, name: str, start: str = "mean", adapter: str = "d
     return tuple(grown)
 
 
-def _replace(layer: DyadsLayer, adapter: str, core: Core, start: str, count: int, known: Sequence[str]) -> list[Tensor]:
+def _replace(layer: DyadsLayer, adapter: str, core: Core, start: str | int, count: int) -> list[Tensor]:
     """Put the larger core in the place of the layer's, with its values; gives the tensors that have a row per task."""
     before = layer.core(adapter)
     core.train(before.training)
@@ -79,7 +83,7 @@ def _replace(layer: DyadsLayer, adapter: str, core: Core, start: str, count: int
         value = values[key]
         new = value.detach().clone()
         if fresh.shape != value.shape:
-            row = fresh[count:].to(value) if start == "fresh" else _row(value, start, known)
+            row = fresh[count:].to(value) if start == "fresh" else _row(value, start)
             new = torch.cat([new, row])
         owner, _, leaf = key.rpartition(".")
         module = core.get_submodule(owner)
@@ -92,10 +96,10 @@ def _replace(layer: DyadsLayer, adapter: str, core: Core, start: str, count: int
     return grown
 
 
-def _row(value: Tensor, start: str, known: Sequence[str]) -> Tensor:
+def _row(value: Tensor, start: str | int) -> Tensor:
     """(1 …): the mean over the tasks, in fp32 or wider, or one task's own."""
-    if start != "mean":
-        return value[[list(known).index(start)]]
+    if isinstance(start, int):
+        return value[[start]]
     wide = value.to(torch.promote_types(value.dtype, torch.float32))
     return wide.mean(0, keepdim=True).to(value.dtype)
 

@@ -61,6 +61,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def update_layer(self, adapter_name: str, config: DyadsConfig) -> None:
         """Add an adapter to this layer, or make the one of that name anew."""
+        self.routing.forget_weights()
         core = config.core(self.in_features)
         self.r[adapter_name] = config.r
         self.scaling[adapter_name] = config.scaling
@@ -110,8 +111,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if operator is None and adapter in self.dyads_A:
                 core = self.core(adapter)
                 A, B = core.whole(self.dyads_A[adapter]), core.whole(self.dyads_B[adapter])
-                tasks = len(self.routing.names[adapter]) if "task" in core.looks_at else 0
-                operator = kept[id(self), adapter] = Held(A, B, core, self.scaling[adapter], tasks)
+                operator = kept[id(self), adapter] = Held(A, B, core, self.scaling[adapter])
             if operator is not None:
                 held.append((adapter, operator))
         return held

@@ -84,6 +84,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.routing.names.pop(adapter_name, None)
+        self.routing.forget_weights()
 
     def gates_of_tasks(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """By layer, the gates that every task has there (T …), in the order of the tasks' ids.
