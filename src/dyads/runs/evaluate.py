@@ -369,7 +369,8 @@ class Answerer:
         if without := [name for name, examples in known.items() if not examples]:
             raise RunError(
                 f"unseen 'nearest' compares with inputs of all tasks that the adapter knows, but"
-                f" {', '.join(without[:5])} has no training examples: compare descriptions (nearest_by: description), or choose mean"
+                f" {', '.join(without[:5])} has no training examples: compare descriptions (nearest_by: description), or"
+                " choose mean"
             )
         return by_nearest(self.model, self.encoder, unseen, known, batch_size=spec.batch_size)
 
