@@ -73,8 +73,8 @@ class Scoring:
 
     def __init__(self, folder: Path, limit: int, batch_size: int, new_tokens: int | None, threads: int) -> None:
         from dyads.data.tokens import Encoder
+        from dyads.runs.answerer import Answerer
         from dyads.runs.config import EvaluateSpec
-        from dyads.runs.evaluate import Answerer
         from dyads.runs.folder import RunFolder
         from dyads.tasks import load_suite
 

@@ -19,9 +19,10 @@ from dyads.cli import main
 from dyads.errors import ConfigError, RunError, TaskError
 from dyads.runs import train as training_module
 from dyads.runs.adapt import adapt_recipe
+from dyads.runs.answerer import Answerer
 from dyads.runs.compare import compare
 from dyads.runs.config import Recipe
-from dyads.runs.evaluate import Answerer, evaluate, generate
+from dyads.runs.evaluate import evaluate, generate
 from dyads.runs.folder import RunFolder
 from dyads.runs.train import train
 from dyads.tasks import Example, Suite, Task

@@ -15,9 +15,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dyads.errors import ConfigError, RunError, TaskError
+from dyads.runs.answerer import Answerer
 from dyads.runs.compare import compare
 from dyads.runs.config import Recipe
-from dyads.runs.evaluate import Answerer, evaluate, generate
+from dyads.runs.evaluate import evaluate, generate
 from dyads.runs.folder import RunFolder
 from dyads.runs.model import same_model
 from dyads.runs.train import train
@@ -94,7 +95,7 @@ def test_answers_are_those_of_the_models_own_generate(
 ) -> None:
     folder = trained(method)
     before, scores = predictions(folder), folder.scores()
-    monkeypatch.setattr("dyads.runs.evaluate.refusal", lambda model: "it is asked to")
+    monkeypatch.setattr("dyads.runs.answerer.refusal", lambda model: "it is asked to")
     evaluate(folder)
     assert predictions(folder) == before
     assert folder.scores()["scores"] == scores["scores"]
@@ -104,7 +105,7 @@ def test_beams_are_left_to_the_models_own_generate(trained: Trained, monkeypatch
     folder = trained("more")
     config = folder.path / "config.yaml"
     config.write_text(config.read_text().replace("num_beams: 1", "num_beams: 2"))
-    monkeypatch.setattr("dyads.runs.evaluate.decode", None)
+    monkeypatch.setattr("dyads.runs.answerer.decode", None)
     evaluate(folder)
     assert any(text for texts in predictions(folder).values() for text in texts)
 
@@ -155,7 +156,7 @@ def test_an_evaluation_that_is_cut_off_leaves_the_earlier_results(
     with pytest.raises(KeyboardInterrupt):
         evaluate(folder, split="validation")
     assert files(folder) == before
-    monkeypatch.setattr("dyads.runs.evaluate.decode", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("dyads.runs.answerer.decode", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         evaluate(folder, split="validation")
     assert files(folder) == before

@@ -23,10 +23,11 @@ from dyads.errors import ConfigError, RunError, TaskError
 from dyads.export import export
 from dyads.methods import build_config
 from dyads.runs import train as training_module
+from dyads.runs.answerer import Answerer
 from dyads.runs.budget import count
 from dyads.runs.compare import compare
 from dyads.runs.config import ModelSpec, Recipe
-from dyads.runs.evaluate import Answerer, evaluate, generate
+from dyads.runs.evaluate import evaluate, generate
 from dyads.runs.folder import RunFolder
 from dyads.runs.heads import Head, HeadQuestion, TaskHeads, answer, attach, head_loss, heads_of, read
 from dyads.runs.model import kind_of, load_model, model_config

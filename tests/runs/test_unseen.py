@@ -17,9 +17,10 @@ from torch.testing import assert_close
 
 from dyads.errors import ConfigError, RoutingError, RunError, TaskError
 from dyads.methods import Core
+from dyads.runs.answerer import Answerer
 from dyads.runs.compare import compare
 from dyads.runs.config import AdaptSpec, EvaluateSpec, Recipe, parse_recipe
-from dyads.runs.evaluate import Answerer, evaluate, generate
+from dyads.runs.evaluate import evaluate, generate
 from dyads.runs.folder import RunFolder
 from dyads.runs.model import load_model, load_tokenizer
 from dyads.runs.train import train

@@ -29,8 +29,8 @@ from transformers import PreTrainedModel, TrainerCallback
 from dyads.data.batches import Collator, PairCollator, TaskDataset
 from dyads.errors import ConfigError, RunError
 from dyads.methods.base import Core
+from dyads.runs.adapter import check_adapter, load_adapter
 from dyads.runs.config import Recipe, differences, recipe_keys
-from dyads.runs.evaluate import check_adapter, load_adapter
 from dyads.runs.folder import RunFolder
 from dyads.runs.heads import Head, TaskHeads, attach, heads_of
 from dyads.runs.heads import read as read_heads
