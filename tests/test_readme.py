@@ -12,7 +12,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
+from dyads.runs.adapt import adapt_recipe
 from dyads.runs.config import load_recipe, parse_recipe
+from dyads.runs.folder import RunFolder
 from tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +43,22 @@ def test_recipe_in_the_readme_is_one() -> None:
     assert recipe.tasks.family == "files"
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.name}")
+RECIPES = [path for path in sorted(ROOT.glob("recipes/*/*.yaml")) if path.parent.name != "glue-transfer"]
+NEW_TASKS = sorted(ROOT.glob("recipes/glue-transfer/*.yaml"))
+
+
+@pytest.mark.parametrize("path", NEW_TASKS, ids=lambda p: p.name)
+def test_every_new_task_that_is_shipped_can_be_adapted_to(path: Path, tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run", load_recipe(ROOT / "recipes/glue-minilm/more.yaml"))
+    recipe = adapt_recipe(run.path, path, {"shots": 4})
+    assert (recipe.tasks.family in ("scitail", "superglue"), recipe.train.steps, recipe.method.name) == (
+        True,
+        60,
+        "more",
+    )
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_every_recipe_that_is_shipped_can_be_read(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.tasks.family
