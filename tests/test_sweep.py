@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does the search for a learning rate end at a rate that has a worse one on either side?"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dyads.runs.config import load_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def sweep() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("sweep", ROOT / "recipes" / "sweep.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        ("1e-3", ["3e-4", "1e-3", "3e-3"]),
+        ("3e-3", ["1e-3", "3e-3", "1e-2"]),
+        ("3e-2", ["1e-3", "3e-3", "1e-2", "3e-2", "1e-1"]),
+        ("1e-1", ["1e-3", "3e-3", "1e-2", "3e-2", "1e-1"]),
+        ("1e-5", ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3"]),
+    ],
+)
+def test_the_walk_ends_beside_a_worse_rate(
+    sweep: ModuleType, best: str, tried: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    centre = sweep.RATES.index(best)
+    monkeypatch.setattr(sweep, "loss", lambda recipe, rate, out, settings: abs(sweep.RATES.index(rate) - centre))
+    losses, found = sweep.walk(Path("a.yaml"), ["1e-3", "3e-3"], Path("out"), [])
+    assert found == best
+    assert list(losses) == tried
+
+
+@pytest.mark.parametrize("study", ["glue-minilm", "sni15"])
+def test_a_study_names_recipes_rates_and_settings_that_there_are(sweep: ModuleType, study: str) -> None:
+    told = json.loads((ROOT / "recipes" / study / "sweep.json").read_text())
+    assert set(told["rates"]) < set(sweep.RATES)
+    for method in told["methods"]:
+        load_recipe(ROOT / "recipes" / study / f"{method}.yaml", told["set"])
