@@ -56,7 +56,7 @@ class Adapted:
 
     model: PeftModel
     names: tuple[str, ...]
-    """All tasks it knows now, the new ones last; the new ones alone where it keeps nothing per task."""
+    """All tasks that the run knows now, the new ones last."""
     heads: tuple[Head, ...]
     grown: tuple[Tensor, ...]
     """What the method keeps per task, in all layers."""
