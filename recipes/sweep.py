@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("methods", nargs="*", metavar="method")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # methods may stand after --set too
     study = json.loads((arguments.study / "sweep.json").read_text())
     out = arguments.out or Path("runs") / f"{arguments.study.name}-sweep"
     print(f"{'method':14}{'rate':>8}{'val. loss':>10}")

@@ -91,33 +91,47 @@ def test_gradients_agree_with_finite_differences(variant: Variant, operator: Any
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1, 3, 2), (5, 7, 13, 11), (8, 16, 32, 24)])
-@pytest.mark.parametrize(("scale", "in_place"), [(1.0, False), (0.3, False), (0.3, True)])
+@pytest.mark.parametrize(("scale", "bias"), [(1.0, False), (0.3, False), (0.3, True)])
+@pytest.mark.parametrize("on", ["onto", "base"])
 def test_fused_equals_plain_in_every_dtype(
-    method_variant: Variant, shape: tuple[int, int, int, int], dtype: torch.dtype, scale: float, in_place: bool
+    method_variant: Variant, shape: tuple[int, int, int, int], dtype: torch.dtype, scale: float, bias: bool, on: str
 ) -> None:
     core, x, A, B, task = tiny(method_variant, *shape)
     x, A, B, onto = x.to(dtype), A.float(), B.float(), torch.randn(*shape[:2], shape[3]).to(dtype)
+    base = (torch.randn(shape[3], shape[2]).to(dtype), torch.randn(shape[3]).to(dtype) if bias else None)
     core = core.float()
 
     def run(operator: Any) -> list[Tensor]:
-        leaves = [t.detach().clone().requires_grad_() for t in (x, A, B, onto)]
+        leaves = [t.detach().clone().requires_grad_() for t in ((x, A, B, onto) if on == "onto" else (x, A, B))]
         core.zero_grad()
-        more = {"in_place": in_place} if operator is fused else {}
-        base = leaves[3] * 1
-        y = operator(*leaves[:3], core, task, scale=scale, onto=base, **more)
-        assert (y.data_ptr() == base.data_ptr()) == (core.splits and bool(more.get("in_place")))
+        beneath = {"onto": leaves[3]} if on == "onto" else {"base": base}
+        y = operator(*leaves[:3], core, task, scale=scale, **beneath)
         y.backward(torch.ones_like(y))
         with torch.no_grad():
-            z = operator(x, A, B, core, task, scale=scale, onto=onto.clone(), **more)
+            z = operator(x, A, B, core, task, scale=scale, **beneath)
         grads = [t.grad for t in (*leaves, *core.parameters())]
         assert all(g is not None for g in grads)
         return [y.detach(), z, *grads]  # type: ignore[list-item]
 
+    before = [t.clone() for t in (onto, *base) if t is not None]
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 1e-2}[dtype]
     for ours, theirs in zip(run(fused), run(dyadic), strict=True):
         assert ours.dtype == theirs.dtype
         scale_of = theirs.abs().max().clamp(min=1)
         assert_close(ours / scale_of, theirs / scale_of, atol=tolerance, rtol=0)
+    assert_close([t for t in (onto, *base) if t is not None], before, atol=0, rtol=0)
+
+
+@OPERATORS
+def test_a_base_layer_is_what_the_sum_is_added_to(variant: Variant, operator: Any) -> None:
+    core, x, A, B, task = tiny(variant, 2, 3, 5, 4)
+    weight, bias = torch.randn(4, 5).double(), torch.randn(4).double()
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    results = []
+    for beneath in ({"base": (weight, bias)}, {"onto": torch.nn.functional.linear(x, weight, bias)}):
+        y = operator(*leaves, core, task, scale=0.7, **beneath)
+        results.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    assert_close(*results)
 
 
 def test_an_override_does_not_inherit_the_gradients_of_another_gate() -> None:
@@ -145,7 +159,7 @@ def test_selective_checkpointing_finds_what_it_kept_unchanged(variant: Variant) 
     leaves = [t.requires_grad_() for t in (x, A, B)]
 
     def run(x: Tensor) -> Tensor:
-        return fused(x, A, B, core, task, onto=torch.nn.functional.linear(x, W), in_place=True)
+        return fused(x, A, B, core, task, base=(W, None))
 
     def keep_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         product = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
@@ -180,7 +194,8 @@ def test_operators_held_for_many_calls_give_what_fused_gives(variant: Variant) -
             assert_close(held(rows, tasks, onto=onto), expected)
             with plain():
                 assert_close(held(rows, tasks, onto=onto), dyadic(rows, A, B, core, tasks, scale=0.5, onto=onto))
-            assert_close(held(rows, tasks, onto=onto, in_place=True), expected)
+            base = (torch.randn(5, 4, dtype=rows.dtype), torch.randn(5, dtype=rows.dtype))
+            assert_close(held(rows, tasks, base=base), fused(rows, A, B, core, tasks, scale=0.5, base=base))
 
 
 def test_layers_with_one_input_give_together_what_each_gives_alone(variant: Variant) -> None:

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from dyads.errors import ConfigError, MergeError
+from dyads.ops import plain
 from dyads.tuner import DyadsLayer
 from tiny import MLP, TARGETS, TASKS, Variant, batch, task_of, tiny_model
 
@@ -485,6 +486,25 @@ def test_what_others_hold_of_the_base_layer_stays_as_it_was(
             undo.remove()
     (kept, expected), *_ = held
     assert torch.equal(kept, expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_base_layer_that_trains_gets_its_gradients(variant: Variant, bias: bool) -> None:
+    torch.manual_seed(0)
+    config = variant.config(target_modules=["lin0", "lin1"])
+    model = get_peft_model(MLP(), config)
+    bases = [m.base_layer for m in model.modules() if isinstance(m, DyadsLayer)]
+    x, task = torch.randn(3, 6), task_of(config, "rte", "cola", "sst2")
+    trained = [base.bias for base in bases if base.bias is not None] if bias else [base.weight for base in bases]
+    frozen = torch.autograd.grad(model(x.requires_grad_(), **task).square().sum(), x)
+    for parameter in trained:
+        parameter.requires_grad_()
+    ours = torch.autograd.grad(model(x, **task).square().sum(), [x, *trained])
+    with plain():
+        theirs = torch.autograd.grad(model(x, **task).square().sum(), [x, *trained])
+    assert_close(ours, theirs)
+    assert_close(ours[0], frozen[0])
+    assert all(g.abs().sum() > 0 for g in ours)
 
 
 def test_shapes_can_be_asked_for_without_memory(variant: Variant) -> None:

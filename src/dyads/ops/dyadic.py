@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Gating", "dyadic"]
+__all__ = ["Frozen", "Gating", "dyadic"]
+
+Frozen = tuple[Tensor, Tensor | None]
+"""Weight (o d) and bias (o) of a linear map that gets no gradients."""
 
 
 class Gating(Protocol):
@@ -39,14 +42,18 @@ def dyadic(
     *,
     scale: float = 1.0,
     onto: Tensor | None = None,
+    base: Frozen | None = None,
     inner: Tensor | None = None,
 ) -> Tensor:
-    """delta(x) = scale · Bᵀ mix(A x; route(A x, x, task)), or onto + delta(x).
+    """delta(x) = scale · Bᵀ mix(A x; route(A x, x, task)), or onto + delta(x), or base(x) + delta(x).
 
     Shapes: x (… d), A (p d), B (q o), task (b) with b = x.shape[0], onto and the result (… o). `inner` replaces x in
     A x but not in the gate's view (adapter dropout); it has the shape of x. A and B are brought to the dtype of x, so
-    that fp32 masters serve a half-precision base; inside autocast the products follow autocast.
+    that fp32 masters serve a half-precision base; inside autocast the products follow autocast. `base` is the frozen
+    layer that is adapted, in the dtype of x, and stands in the place of `onto`.
     """
+    if base is not None:
+        onto = F.linear(x, *base)
     h = F.linear(x if inner is None else inner, A.to(x.dtype))
     u = gating.mix(h, gating.route(h, x, task))
     if scale != 1.0:

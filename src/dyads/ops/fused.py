@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """How is the same operator computed with less traffic?
 
-Four things differ from `dyadic`, and none of them changes the result beyond rounding:
+Five things differ from `dyadic`, and none of them changes the result beyond rounding:
 
 - A and the router see the same input, so [A; W] x is one product;
 - it is stored with the tokens innermost: a gate's softmax goes over a handful of numbers, and along the tokens it is
   one vector operation for many of them (LOG.md, 2026-11-22: up to six times faster on a CPU);
 - backward forms coefficients again from a few numbers per token: kept for it are x, h, and the scores or their gates;
-- the sum may be written over `onto`.
+- the sum is written over what the base layer gave;
+- so is the gradient for x over the base layer's: of neither is there ever a second copy.
 
 `fused` has the signature of `dyadic` and hands over to it where it cannot serve: inside `torch.compile` (which fuses
 by itself) and torch.func, with adapter dropout (A and the router then see different inputs), and for gates that are
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dyads.ops.dyadic import Gating, dyadic
+from dyads.ops.dyadic import Frozen, Gating, dyadic
 
 __all__ = ["Held", "Splits", "Together", "autocast_dtype", "fused", "plain"]
 
@@ -103,15 +104,10 @@ def fused(
     *,
     scale: float = 1.0,
     onto: Tensor | None = None,
+    base: Frozen | None = None,
     inner: Tensor | None = None,
-    in_place: bool = False,
 ) -> Tensor:
-    """As `dyadic`, with the same shapes.
-
-    `in_place` lets the sum overwrite `onto`, where nobody else reads it; a view (such as the output of a biased layer
-    for an input of three axes) is never overwritten. Gradients of gradients are refused by PyTorch: take them inside
-    `plain()`.
-    """
+    """As `dyadic`, with the same shapes. Gradients of gradients are refused by PyTorch: take them inside `plain()`."""
     if (
         not _ENABLED
         or inner is not None
@@ -119,13 +115,15 @@ def fused(
         or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
     ):
-        return dyadic(x, A, B, gating, task, scale=scale, onto=onto, inner=inner)
+        return dyadic(x, A, B, gating, task, scale=scale, onto=onto, base=base, inner=inner)
     gating = cast(Splits, gating)
     dtype = autocast_dtype(x)
     if dtype is None:
-        return _fused(x, A, B, gating, task, scale, onto, in_place)
+        return _fused(x, A, B, gating, task, scale, onto, base)
+    if base is not None:
+        onto = F.linear(x, *base)  # as autocast does it
     with torch.autocast(x.device.type, enabled=False):
-        return _fused(x.to(dtype), A, B, gating, task, scale, onto, in_place)
+        return _fused(x.to(dtype), A, B, gating, task, scale, onto, None)
 
 
 def _fused(
@@ -136,16 +134,16 @@ def _fused(
     task: Tensor | None,
     scale: float,
     onto: Tensor | None,
-    in_place: bool,
+    base: Frozen | None,
 ) -> Tensor:
-    in_place = in_place and _can_be_overwritten(onto)
     of_task = gating.of_task(task)
     if torch.is_grad_enabled():
-        W = gating.router_rows()
-        return cast(Tensor, _Fused.apply(x, A, W, B, of_task, onto, gating, scale, in_place))  # type: ignore[no-untyped-call]
+        W, (weight, bias) = gating.router_rows(), base or (None, None)
+        return cast(Tensor, _Fused.apply(x, A, W, B, of_task, onto, weight, bias, gating, scale))  # type: ignore[no-untyped-call]
     down, up = _down(A, gating.router_rows(), _cheap_dtype(x, max(A.shape[0], B.shape[0]))), B
     h, scores = _split(_product(x.to(down.dtype), down), A.shape[0])
     u = gating.mix(h, gating.select(h, scores, of_task))
+    onto, in_place = (onto, False) if base is None else (F.linear(x, *base), _unwatched())
     return _up(u, up.to(down.dtype), scale, onto, x.dtype, in_place)
 
 
@@ -154,15 +152,11 @@ def _cheap_dtype(x: Tensor, rows: int) -> torch.dtype:
     return torch.float32 if x.device.type == "cpu" and x.dtype in _HALF and _is_small(x, rows) else x.dtype
 
 
-def _can_be_overwritten(onto: Tensor | None) -> bool:
-    return onto is not None and onto.is_contiguous() and not onto._is_view() and _unwatched()
-
-
 class Held:
     """The operator for weights that stay as they are and ask for no gradients: joined and cast once for many calls.
 
-    Decoding consists of such calls, of few rows each, in which every operation counts. `held(x, task, onto=…)` is
-    `fused(x, A, B, gating, task, scale=…, onto=…)`; it serves while gradients and autocast are off, and it is on its
+    Decoding consists of such calls, of few rows each, in which every operation counts. `held(x, task, base=…)` is
+    `fused(x, A, B, gating, task, scale=…, base=…)`; it serves while gradients and autocast are off, and it is on its
     user to drop it when the weights change. On a CPU, what the gates need from a task is computed once too.
     """
 
@@ -181,18 +175,19 @@ class Held:
         task: Tensor | None = None,
         *,
         onto: Tensor | None = None,
-        in_place: bool = False,
+        base: Frozen | None = None,
         together: Together | None = None,
     ) -> Tensor:
         """`together` serves layers that see the same x one after the other."""
         if not _ENABLED or not self._splits:
-            return dyadic(x, self.A, self.B, self.core, task, scale=self.scale, onto=onto)
+            return dyadic(x, self.A, self.B, self.core, task, scale=self.scale, onto=onto, base=base)
         dtype = _cheap_dtype(x, self._rows)
         if together is not None and task is None and _is_small(x, self._rows):
             u = together.coefficients(self, x, dtype)
         else:
             u = self.coefficients(x, self.weights(dtype)[0], self.of_task(task))
-        return _up(u, self.weights(dtype)[1], 1.0, onto, x.dtype, in_place and _can_be_overwritten(onto))
+        onto, in_place = (onto, False) if base is None else (F.linear(x, *base), _unwatched())
+        return _up(u, self.weights(dtype)[1], 1.0, onto, x.dtype, in_place)
 
     def coefficients(self, x: Tensor, down: Tensor, of_task: Tensor | None = None, layers: int = 1) -> Tensor:
         """What the rows of B are multiplied by: (… q), or (… layers q) with the weights of several layers in `down`."""
@@ -324,11 +319,13 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor, W: Tensor | None, B: Tensor, of_task: Tensor | None,
-                onto: Tensor | None, gating: Splits, scale: float, in_place: bool) -> Tensor:  # fmt: skip
+                onto: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+                gating: Splits, scale: float) -> Tensor:  # fmt: skip
         down, up = _down(A, W, x.dtype), B.to(x.dtype)
         kept = _product(x, down)
         h, scores = _split(kept, A.shape[0])
         g = gating.select(h, scores, of_task)
+        onto, in_place = (onto, False) if weight is None else (F.linear(x, weight, bias), _unwatched())
         y = _up(gating.mix(h, g), up, scale, onto, x.dtype, in_place)
         gates = None
         if scores is not None and gating.keeps_gates and _unwatched():
@@ -337,26 +334,25 @@ class _Fused(torch.autograd.Function):
                 kept, gates = h.clone(), g
             else:
                 gates = scores.copy_(g.reshape(scores.shape)).view(g.shape)
-        if in_place:
-            ctx.mark_dirty(onto)
         # Casts are small beside x, and cost two passes over the weights. In the dtype of x there are none to keep.
         casts = (None, None) if A.dtype == x.dtype else (down, up)
-        ctx.save_for_backward(x, kept, gates, A, W, B, of_task, *casts)
+        ctx.save_for_backward(x, kept, gates, A, W, B, of_task, weight, *casts)
         ctx.gating, ctx.scale = gating, scale
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, kept, gates, A, W, B, of_task, down, up = ctx.saved_tensors
+        x, kept, gates, A, W, B, of_task, weight, down, up = ctx.saved_tensors
         need_x, need_A, need_W, need_B, need_task, need_onto = ctx.needs_input_grad[:6]
         p, (q, o), dtype = A.shape[0], B.shape, x.dtype
         s = 0 if W is None else W.shape[0]
         flat = dy.to(dtype).reshape(-1, o)
-        if ctx.scale != 1.0:
-            flat = flat * ctx.scale
         up = B.to(dtype) if up is None else up
-        du = (up @ flat.t()).t().view(*x.shape[:-1], q)  # tokens innermost
+        du = up @ flat.t()
+        if ctx.scale != 1.0:
+            du *= ctx.scale
+        du = du.t().view(*x.shape[:-1], q)  # tokens innermost
         dz, d_task = du.new_empty(p + s, flat.shape[0]), None
         if gates is not None:
             h = kept[..., :p]
@@ -382,10 +378,14 @@ class _Fused(torch.autograd.Function):
         dx = dA = dW = dB = None
         if need_B:
             dB = (u.reshape(-1, q).t() @ flat).to(B.dtype)
+            if ctx.scale != 1.0:
+                dB *= ctx.scale
         if need_A or need_W:
             d_down = dz @ x.reshape(-1, x.shape[-1])
             dA = d_down[:p].to(A.dtype) if need_A else None
             dW = d_down[p:].to(W.dtype) if need_W else None
         if need_x:
-            dx = (dz.t() @ (_down(A, W, dtype) if down is None else down)).view(x.shape)
-        return dx, dA, dW, dB, d_task, dy if need_onto else None, None, None, None
+            down = _down(A, W, dtype) if down is None else down
+            dx = dz.t() @ down if weight is None else (flat @ weight).addmm_(dz.t(), down)
+            dx = dx.view(x.shape)
+        return dx, dA, dW, dB, d_task, dy if need_onto else None, None, None, None, None

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dyads.errors import ConfigError, MergeError
 from dyads.methods.base import Core, DyadsConfig
-from dyads.ops import Held, Together, autocast_dtype, fused
+from dyads.ops import Frozen, Held, Together, autocast_dtype, fused
 from dyads.tuner.routing import Routing
 
 __all__ = ["DyadsLayer"]
@@ -98,69 +98,71 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _task(self, adapter: str, core: Core, x: Tensor) -> Tensor | None:
         return self.routing.ids(adapter, x) if "task" in core.looks_at else None
 
-    def _held(self, x: Tensor) -> list[tuple[str, Held]] | None:
+    def _held(self, x: Tensor, adapters: list[str]) -> dict[str, Held] | None:
         """The adapters' operators for as long as weights are known to stay as they are; None where they may change."""
         kept = self.routing.held
         if kept is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if autocast_dtype(x) is not None:
             return None  # the products have another dtype then
-        held = []
-        for adapter in self.active_adapters:
+        held = {}
+        for adapter in adapters:
             operator = kept.get((id(self), adapter))
-            if operator is None and adapter in self.dyads_A:
+            if operator is None:
                 core = self.core(adapter)
                 A, B = core.whole(self.dyads_A[adapter]), core.whole(self.dyads_B[adapter])
                 operator = kept[id(self), adapter] = Held(A, B, core, self.scaling[adapter])
-            if operator is not None:
-                held.append((adapter, operator))
+            held[adapter] = operator
         return held
 
-    def _makes_new_outputs(self) -> bool:
-        """Whether nobody else can hold what the base layer returns: no hook, and no forward put in its place."""
+    def _frozen(self) -> Frozen | None:
+        """Weight and bias of the base layer where the operator may take its place; None where it must be called."""
         base = self.base_layer
-        watched = base._forward_hooks or torch.nn.modules.module._global_forward_hooks or "forward" in vars(base)
-        return type(base) is nn.Linear and not watched
+        if type(base) is not nn.Linear or "forward" in vars(base) or _is_watched(base):
+            return None
+        weight, bias = base.weight, base.bias
+        if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
+            return None  # another kind of tensor (a quantised one, a sharded one) has products of its own
+        return weight, bias
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            base: Tensor = self.base_layer(x, *args, **kwargs)
-            return base
-        result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.merged:
-            for adapter in self.merged_adapters:
-                self.routing.check_merged(adapter)
-            return result
-        dtype = result.dtype
-        fresh = self._makes_new_outputs()
-        held = self._held(x)
-        if held is not None:
-            for adapter, operator in held:
-                task = self._task(adapter, operator.core, x)
-                together = self.routing.together.setdefault(adapter, Together())
-                result = operator(x, task, onto=result, in_place=fresh, together=together)
-            return result
-        for adapter in self.active_adapters:
-            if adapter not in self.dyads_A:
-                continue
-            core, dropout = self.core(adapter), self.dyads_dropout[adapter]
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        for adapter in self.merged_adapters:
+            self.routing.check_merged(adapter)
+        idle = self.disable_adapters or self.merged
+        adapters = [] if idle else [name for name in self.active_adapters if name in self.dyads_A]
+        frozen = self._frozen() if adapters and not args and not kwargs else None
+        result: Tensor | None = self.base_layer(x, *args, **kwargs) if frozen is None else None
+        held = self._held(x, adapters)
+        for adapter in adapters:
+            core = self.core(adapter)
             task = self._task(adapter, core, x)
-            if core.has_auxiliary_loss and self.training:
-                self.routing.collect(adapter, core, x, task, self.of_decoder)
-            result = fused(
-                x,
-                core.whole(self.dyads_A[adapter]),
-                core.whole(self.dyads_B[adapter]),
-                core,
-                task,
-                scale=self.scaling[adapter],
-                onto=result,
-                inner=dropout(x) if dropout.training and not isinstance(dropout, nn.Identity) else None,
-                in_place=fresh,
-            )
-        return result.to(dtype)
+            if held is not None:
+                together = self.routing.together.setdefault(adapter, Together())
+                result = held[adapter](x, task, onto=result, base=frozen, together=together)
+            else:
+                if core.has_auxiliary_loss and self.training:
+                    self.routing.collect(adapter, core, x, task, self.of_decoder)
+                result = self._sum(adapter, x, task, result, frozen)
+            frozen = None  # the first adapter adds to the base layer, the others to what it gave
+        assert result is not None
+        return result
+
+    def _sum(self, adapter: str, x: Tensor, task: Tensor | None, onto: Tensor | None, base: Frozen | None) -> Tensor:
+        core, dropout = self.core(adapter), self.dyads_dropout[adapter]
+        y = fused(
+            x,
+            core.whole(self.dyads_A[adapter]),
+            core.whole(self.dyads_B[adapter]),
+            core,
+            task,
+            scale=self.scaling[adapter],
+            onto=onto,
+            base=base,
+            inner=dropout(x) if dropout.training and not isinstance(dropout, nn.Identity) else None,
+        )
+        return y if onto is None else y.to(onto.dtype)
 
     def check_merge(self, adapter: str) -> None:
         """MergeError where no weight update equals the adapter."""
@@ -245,6 +247,12 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return "dyads." + super().__repr__()
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether someone's hook sees what goes in or comes out, and so may keep or change it."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def features(base_layer: nn.Module) -> tuple[int, int, bool]:
