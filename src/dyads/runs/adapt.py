@@ -201,10 +201,7 @@ def source_of(recipe: Recipe, tasks: Sequence[Task]) -> RunFolder:
 
 
 def load_adapted(recipe: Recipe, folder: RunFolder, base: PreTrainedModel, tasks: Sequence[Task]) -> Adapted:
-    """The adapter of the run, on its base model, with the new tasks in it.
-
-    ConfigError where its tasks have numbers in the place of names.
-    """
+    """The adapter of the run, on its base model, with the new tasks in it."""
     assert recipe.adapt is not None
     heads: tuple[Head, ...] = ()
     if folder.heads.is_file():
@@ -214,11 +211,6 @@ def load_adapted(recipe: Recipe, folder: RunFolder, base: PreTrainedModel, tasks
     routing = find_routing(model)
     gated = routing.names.get(_ADAPTER, ()) if routing else ()
     known = tuple(head.task for head in heads) or gated or folder.task_names()
-    if gated and gated == tuple(str(i) for i in range(len(gated))):
-        raise ConfigError(
-            f"the tasks of '{folder.path}' have numbers in the place of names (num_tasks), so a new one has no place"
-            " among them: train it with `tasks`, or leave both out"
-        )
     new = tuple(task.name for task in tasks)
     grown: tuple[Tensor, ...] = ()
     start = "fresh" if recipe.adapt.start == "fresh" else "mean"

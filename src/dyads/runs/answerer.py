@@ -88,8 +88,6 @@ class Answerer:
                 encoder_decoder=bool(base.config.is_encoder_decoder),
             )
         self.routing = find_routing(self.model)
-        self.trained_on = folder.task_names()
-        self.nameless = self.task_names == tuple(str(i) for i in range(len(self.task_names)))
 
     @property
     def needs_task(self) -> bool:
@@ -103,20 +101,12 @@ class Answerer:
             return tuple(head.task for head in self.heads)
         return next(iter(self.routing.names.values())) if self.routing and self.routing.names else ()
 
-    def _name(self, task: Task, number: int) -> str:
-        """What the gates call the number-th of some tasks. Where they know numbers, those of the training."""
-        if not self.nameless:
-            return task.name
-        if not self.trained_on:
-            return str(number)
-        return str(self.trained_on.index(task.name)) if task.name in self.trained_on else task.name
-
     def let_stand_in(self, tasks: Sequence[Task], spec: EvaluateSpec) -> list[StandIn]:
         """Teach the gates the names of tasks that they do not know, as `spec.unseen` says.
 
         Nothing is done where no gate looks at the task, with the policy `error`, and for heads: they are not made up.
         """
-        unseen = [task for number, task in enumerate(tasks) if self._name(task, number) not in self.task_names]
+        unseen = [task for task in tasks if task.name not in self.task_names]
         if not unseen or spec.unseen == "error" or self.heads or not self.needs_task:
             return []
         if spec.nearest_by == "description":
@@ -130,14 +120,13 @@ class Answerer:
         if spec.unseen == "mean":
             return by_mean(self.model, list(unseen))
         own = own_tasks(self.recipe)
-        called = {self._name(task, number): task for number, task in enumerate(own)}
-        if gone := [name for name in self.task_names if name not in called]:
+        if gone := [name for name in self.task_names if name not in {task.name for task in own}]:
             raise RunError(
                 f"unseen 'nearest' compares with all tasks that the adapter knows, but the tasks of its recipe lack"
                 f" {', '.join(gone)}: put their data back, or choose mean"
             )
         texts = described(own) if spec.nearest_by == "description" else {t.name: t.train[:INPUTS] for t in own}
-        known = {name: texts[called[name].name] for name in self.task_names}
+        known = {name: texts[name] for name in self.task_names}
         if without := [name for name, examples in known.items() if not examples]:
             raise RunError(
                 "unseen 'nearest' compares with inputs of all tasks that the adapter knows, but"
@@ -161,8 +150,7 @@ class Answerer:
                     f"the head of '{task.name}' was trained on labels {', '.join(head.labels) or '(numbers)'}, but the"
                     f" task now has {', '.join(task.labels) or '(numbers)'}: train the run again"
                 )
-        named = [(task.name, self._name(task, number)) for number, task in enumerate(tasks)]
-        if self.needs_task and (unknown := [task for task, name in named if name not in self.task_names]):
+        if self.needs_task and (unknown := [task.name for task in tasks if task.name not in self.task_names]):
             raise RunError(
                 f"the adapter was trained on {len(self.task_names)} tasks and does not know '{unknown[0]}'"
                 f"{did_you_mean(unknown[0], self.task_names)}; score the tasks that it was trained on, or say what"
@@ -170,14 +158,14 @@ class Answerer:
             )
 
     def answer(self, tasks: Sequence[Task], asked: Sequence[Sequence[Example]], spec: EvaluateSpec) -> list[list[str]]:
-        """Answers to the examples asked of every task, in their order. A task's place is its number for the gates."""
+        """Answers to the examples asked of every task, in their order."""
         places = {head.task: place for place, head in enumerate(self.heads)}
         by_heads: list[HeadQuestion] = []
         choices: list[Choice] = []
         questions: list[Question] = []
-        for number, (task, examples) in enumerate(zip(tasks, asked, strict=True)):
+        for task, examples in zip(tasks, asked, strict=True):
             limits = [n for n in (task.max_prompt_tokens, self.encoder.max_prompt_tokens) if n is not None]
-            limit, name = min(limits) if limits else None, self._name(task, number)
+            limit = min(limits) if limits else None
             if isinstance(self.encoder, PairEncoder):
                 by_heads += self._for_heads(self.encoder, examples, [places[task.name]] * len(examples), limit)
                 continue
@@ -185,9 +173,9 @@ class Answerer:
                 prompt = self.encoder.prompt(example, limit)
                 if spec.answer == "likelihood":
                     given = task.choices(example)
-                    choices.append(Choice(prompt, given, [self.encoder.choice(example, c) for c in given], name))
+                    choices.append(Choice(prompt, given, [self.encoder.choice(example, c) for c in given], task.name))
                 else:
-                    questions.append(Question(prompt, spec.max_new_tokens or task.max_new_tokens, name))
+                    questions.append(Question(prompt, spec.max_new_tokens or task.max_new_tokens, task.name))
         if by_heads:
             texts = self._ask_heads(by_heads, spec, "scoring")
         elif choices:
