@@ -19,6 +19,7 @@ from scipy.stats import bootstrap
 from dyads.errors import RunError
 from dyads.report import to_csv, to_json, to_markdown, to_terminal
 from dyads.runs.compare import compare
+from dyads.runs.folder import RunFolder
 
 Run = Callable[..., Path]
 
@@ -205,6 +206,16 @@ def test_a_loss_that_still_falls_is_told_and_one_that_is_flat_is_not(run: Run) -
     assert (curve.before, curve.last) == pytest.approx((10 - 85.5 / 20, 10 - 95.5 / 20))
     told = [note for note in found.notes if "still fell" in note]
     assert told == ["a: training loss still fell in the last tenth of the steps, 5.725 → 5.225"]
+
+
+def test_the_loss_of_the_tasks_is_compared_not_what_a_method_adds(run: Run) -> None:
+    folder = run("a", {"t": [1]}, losses=[])
+    for step in range(1, 101):
+        RunFolder.open(folder).append_log({"step": step, "loss": 5.0 + 100 / step, "auxiliary_loss": 100 / step})
+    found = compare([folder, run("b", {"t": [1]})])
+    (curve,) = found.columns[0].curves
+    assert (curve.before, curve.last) == pytest.approx((5, 5))
+    assert not [note for note in found.notes if "still fell" in note]
 
 
 NO_FORM = "bare: an untrained model rarely answers in the expected form, so a low score says little about what it knows"

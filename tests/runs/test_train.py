@@ -171,16 +171,27 @@ def test_only_label_positions_go_through_the_head(kind: str, tiny: Tiny, t5: Pat
     assert not head._forward_pre_hooks, "nothing stays behind on the head"
 
 
-def test_what_a_method_adds_to_the_loss_is_in_it_once(tiny: Tiny, tmp_path: Path) -> None:
-    first = {}
+def test_what_a_method_adds_to_the_loss_is_in_it_once_and_told_apart(tiny: Tiny, tmp_path: Path) -> None:
+    first, apart = {}, {}
     for weight, parts in ((0.0, 1), (0.1, 1), (0.2, 1), (0.2, 4)):
         recipe = tiny("more", options={"contrastive": weight}, train={"steps": 1, "gradient_accumulation": parts})
         folder = train(recipe, tmp_path / f"{weight}-{parts}", evaluate=False)
-        first[weight, parts] = next(line["loss"] for line in folder.log() if "loss" in line)
+        (line,) = [line for line in folder.log() if "loss" in line]
+        first[weight, parts], apart[weight, parts] = line["loss"], line.get("auxiliary_loss")
     added = first[0.1, 1] - first[0.0, 1]
     assert added > 0.01
     assert first[0.2, 1] - first[0.0, 1] == pytest.approx(2 * added, rel=1e-3)
     assert first[0.2, 4] == pytest.approx(first[0.2, 1], rel=1e-4), "parts of a batch add their share"
+    assert apart.pop((0.0, 1)) is None
+    assert all(first[key] - value == pytest.approx(first[0.0, 1], rel=1e-4) for key, value in apart.items())
+
+
+def test_every_line_of_the_log_tells_its_own_part_of_the_added_loss(tiny: Tiny, tmp_path: Path) -> None:
+    each, pairs = (
+        train(tiny("more", train={"steps": 4, "logging_steps": n}), tmp_path / str(n), evaluate=False) for n in (1, 2)
+    )
+    first, second = ([line["auxiliary_loss"] for line in f.log() if "loss" in line] for f in (each, pairs))
+    assert second == pytest.approx([(first[0] + first[1]) / 2, (first[2] + first[3]) / 2])
 
 
 # --- equivalences -----------------------------------------------------------------------------------------------------

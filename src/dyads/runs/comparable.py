@@ -41,7 +41,10 @@ _UNIMPORTANT = (
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A run's training loss: its mean over the last tenth of the steps, and over the tenth before."""
+    """A run's training loss: its mean over the last tenth of the steps, and over the tenth before.
+
+    The loss of the tasks, without what a method adds for itself (a contrastive or load-balancing loss).
+    """
 
     seed: int
     before: float
@@ -148,7 +151,8 @@ def read(folder: RunFolder) -> ScoredRun:
 
 def _curve(folder: RunFolder, seed: int) -> Curve | None:
     # A resumed run logs the steps after its checkpoint again; the later line counts.
-    points = {line["step"]: line["loss"] for line in folder.log() if _is_number(line.get("loss")) and "step" in line}
+    lines = [line for line in folder.log() if _is_number(line.get("loss")) and "step" in line]
+    points = {line["step"]: line["loss"] - (line.get("auxiliary_loss") or 0.0) for line in lines}
     if not points:
         return None
     end = max(points)

@@ -297,6 +297,7 @@ class _Trainer(Trainer):  # type: ignore[misc]
         self.batches = [batch[i : i + size] for batch in training.batches for i in range(0, len(batch), size)]
         self.routed = find_routing(training.model) is not None
         self.encoder_decoder, self.heads = training.encoder_decoder, bool(training.heads)
+        self.auxiliary: list[Tensor] = []  # of the parts of batches since the last line of the log
         super().__init__(
             model=training.model,
             args=arguments,
@@ -333,9 +334,17 @@ class _Trainer(Trainer):  # type: ignore[misc]
         auxiliary = auxiliary_loss(self.accelerator.unwrap_model(model))
         if auxiliary is not None:  # of this part of the batch; all parts have equally many samples
             loss = loss + auxiliary / self.args.gradient_accumulation_steps
+            self.auxiliary.append(auxiliary.detach())
         if not torch.isfinite(loss):
             self._stop("loss", inputs["task"])
         return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's; says which part of the loss is not the tasks' own."""
+        if "loss" in logs and self.auxiliary:
+            logs = {**logs, "auxiliary_loss": torch.stack(self.auxiliary).float().mean().item()}
+            self.auxiliary.clear()
+        super().log(logs, start_time)
 
     def label_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(sum of the losses of a batch's labels, their number)."""
