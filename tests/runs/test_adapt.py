@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dyads.cli import main
@@ -48,10 +48,10 @@ def trained(
 ) -> Callable[..., RunFolder]:
     """A copy of a run of a method, which is trained once: a decoder on the starter tasks, or an encoder on pairs."""
 
-    def copy(method: str, encoder: bool = False) -> RunFolder:
-        name = method + "-encoder" * encoder
+    def copy(method: str, encoder: bool = False, **options: Any) -> RunFolder:
+        name = "-".join([method, *["encoder"] * encoder, *map(str, options)])
         if name not in kept:
-            sections: dict[str, Any] = {"train": {"steps": 6, "save_steps": None}}
+            sections: dict[str, Any] = {"train": {"steps": 6, "save_steps": None}, "options": options}
             if encoder:
                 sections |= {"tasks": pairs, "evaluate": {"max_new_tokens": None}, "model": bert}
             recipe = tiny(method, **sections)
@@ -99,6 +99,12 @@ def adapt(run: RunFolder, source: Path, out: str, *overrides: str, evaluate: boo
 
 def weights(folder: RunFolder) -> dict[str, Tensor]:
     return load_file(folder.adapter / "adapter_model.safetensors")
+
+
+def parameters(folder: RunFolder) -> int:
+    """How many numbers trained, without heads."""
+    (line,) = [line for line in folder.log() if line.get("event") == "trained"]
+    return int(line["parameters"])
 
 
 def values(folder: RunFolder, task: str) -> Tensor:
@@ -185,6 +191,41 @@ def test_all_parts_may_train(method: str, trained: Callable[..., RunFolder], new
     before, after = weights(run), weights(folder)
     changed = {name for name in before if not torch.equal(after[name][: len(before[name])], before[name])}
     assert {name for name in before if "_A" in name or "_B" in name} <= changed
+    assert parameters(folder) == parameters(run) + sum(
+        len(after[name][len(value) :].flatten()) for name, value in before.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "encoder", "options", "beside"),
+    [
+        ("lora", True, {"bias": "all"}, ".bias"),
+        ("lora", True, {"bias": "lora_only"}, ".bias"),
+        ("lora", True, {"modules_to_save": ["LayerNorm"]}, "LayerNorm"),
+        ("more", False, {"modules_to_save": ["norm"]}, "norm"),
+    ],
+)
+def test_what_trained_beside_the_adapter_trains_again_with_all_parts_and_with_no_others(
+    method: str,
+    encoder: bool,
+    options: dict[str, Any],
+    beside: str,
+    trained: Callable[..., RunFolder],
+    new_task: Path,
+    new_pairs: Path,
+) -> None:
+    run, source = trained(method, encoder, **options), new_pairs if encoder else new_task
+    before = weights(run)
+    others = {name for name in before if beside in name and "task_heads" not in name}
+    assert others
+    for parts in ("task", "gate", "all") if method == "more" else ("task", "all"):
+        folder = adapt(run, source, parts, "train.weight_decay=0.5", parts=parts, shots=4)
+        after = weights(folder)
+        changed = {name for name in before if not torch.equal(after[name][: len(before[name])], before[name])}
+        assert changed & others == (others if parts == "all" else set())
+        assert not any("task_heads" in name for name in changed)
+    grown = sum(len(after[n][len(v) :].flatten()) for n, v in before.items() if "task_heads" not in n)
+    assert parameters(folder) == parameters(run) + grown
 
 
 @pytest.mark.parametrize("method", ["mode", "more"])
@@ -212,7 +253,7 @@ def test_what_trains_is_counted(trained: Callable[..., RunFolder], new_task: Pat
     run = trained("more")
     folder = adapt(run, new_task, "new", shots=4)
     rows = sum(v.shape[1] for name, v in weights(folder).items() if name.endswith("embedding"))
-    assert [line["parameters"] for line in folder.log() if line.get("event") == "trained"] == [rows]
+    assert parameters(folder) == rows
 
 
 # --- where it starts --------------------------------------------------------------------------------------------------
@@ -304,7 +345,14 @@ def test_a_cut_off_adaptation_ends_as_if_it_had_not_been(
     steps = ("train.steps=6", "train.save_steps=2", "train.weight_decay=0.1")
     whole = adapt(run, new_task, "whole", *steps, shots=4)
     recipe = adapt_recipe(run.path, new_task, {"shots": 4}, steps)
-    out, steps_run = run.path.with_name("cut"), 0
+    folder = train(recipe, cut_off(recipe, run.path.with_name("cut"), monkeypatch), resume=True, evaluate=False)
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(folder)[name], value)
+
+
+def cut_off(recipe: Recipe, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Train until the fourth step, which fails."""
+    steps_run = 0
     plain = training_module._Trainer.training_step
 
     def cut(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -314,13 +362,51 @@ def test_a_cut_off_adaptation_ends_as_if_it_had_not_been(
             raise KeyboardInterrupt
         return plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(training_module._Trainer, "training_step", cut)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, out, evaluate=False)
-    monkeypatch.setattr(training_module._Trainer, "training_step", plain)
-    folder = train(recipe, out, resume=True, evaluate=False)
-    for name, value in weights(whole).items():
-        assert torch.equal(weights(folder)[name], value)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module._Trainer, "training_step", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, out, evaluate=False)
+    return out
+
+
+def test_a_cut_off_adaptation_goes_on_from_no_other_adapter(
+    trained: Callable[..., RunFolder], new_task: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained("more")
+    recipe = adapt_recipe(run.path, new_task, {"shots": 4}, ("train.steps=6", "train.save_steps=2"))
+    out = cut_off(recipe, run.path.with_name("cut"), monkeypatch)
+    file = run.adapter / "adapter_model.safetensors"
+    began = file.read_bytes()
+    save_file({name: value + 1 for name, value in weights(run).items()}, file)  # as if it had been trained anew
+    here = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(
+        RunError,
+        match=rf"cannot resume '{out}': the adapter of '{run.path}' is not the one that it began from \(SHA-256 "
+        r"[0-9a-f]{12}… then, [0-9a-f]{12}… now; was that run trained anew\?\), and the two would be mixed: put the "
+        "earlier one back, or adapt the new one from the start with another --out",
+    ):
+        train(recipe, out, resume=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == here
+    other = shutil.copytree(out, out.with_name("older"))
+    facts = json.loads((other / "env.json").read_text())
+    del facts["source_adapter"]
+    (other / "env.json").write_text(json.dumps(facts))
+    assert train(recipe, other, resume=True, evaluate=False).adapter.is_dir(), "begun before this was kept"
+    file.write_bytes(began)
+    assert train(recipe, out, resume=True, evaluate=False).adapter.is_dir()
+
+
+def test_an_adaptation_whose_training_ended_is_scored_without_the_run_that_it_adapted(
+    trained: Callable[..., RunFolder], new_task: Path
+) -> None:
+    run = trained("more")
+    recipe = adapt_recipe(run.path, new_task, {"shots": 4}, ("train.steps=2",))
+    folder = train(recipe, run.path.with_name("new"), evaluate=False)
+    adapter = weights(folder)
+    shutil.rmtree(run.path)
+    assert train(recipe, folder.path, resume=True).is_scored
+    assert folder.environment()["resumed"][-1]["tasks"] == list(folder.task_names())
+    assert all(torch.equal(value, adapter[name]) for name, value in weights(folder).items())
 
 
 def test_the_command_says_which_task_was_nearest_and_what_came_of_it(similar: RunFolder, new_task: Path) -> None:

@@ -30,7 +30,7 @@ Examples:
     "--parts",
     type=click.Choice(["task", "gate", "all"]),
     help="What trains: what is kept for the new task alone, so that old tasks stay as they are to the bit; also"
-    " routers and gates; or also A and B. Default: task.",
+    " routers and gates; or everything that the run trained. Default: task.",
 )
 @click.option(
     "--start",

@@ -7,9 +7,9 @@ train as the recipe says:
 
     task   the rows of the new tasks alone: the outputs of all others stay as they are, to the bit
     gate   what decides about the ranks as well: embeddings, routers, gates
-    all    A and B as well
+    all    everything that the run trained: A and B as well, and what its config trains beside them
 
-The heads of known tasks never change.
+The heads of known tasks never change. An adaptation that was cut off goes on only from the adapter that it began from.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from dyads.data.batches import Collator, PairCollator, TaskDataset
 from dyads.errors import ConfigError, RunError
 from dyads.methods.base import Core
-from dyads.runs.adapter import check_adapter, load_adapter
+from dyads.runs.adapter import check_adapter, fingerprint, load_adapter
 from dyads.runs.config import Recipe, differences, recipe_keys
 from dyads.runs.folder import RunFolder
 from dyads.runs.heads import Head, TaskHeads, attach, heads_of
@@ -40,12 +40,14 @@ from dyads.tasks import Task
 from dyads.tuner import DyadsLayer, add_task, similarity_to_tasks
 from dyads.tuner.routing import find_routing
 
-__all__ = ["Adapted", "KeepRows", "adapt_recipe", "load_adapted", "source_of", "start_of"]
+__all__ = ["Adapted", "KeepRows", "adapt_recipe", "facts_of_source", "load_adapted", "source_of", "start_of"]
 
 
 _STEPS, _LARGEST_BATCH = 100, 16
 """Of a training on a few examples, unless the recipe says otherwise."""
 _ADAPTER = "default"
+_FACT = "source_adapter"
+"""The key of a run's environment that tells by a fingerprint which adapter it began from."""
 _COMPARED, _AT_ONCE = 64, 16
 """Examples of a new task that are compared with the known ones, and how many of them at once."""
 
@@ -79,8 +81,7 @@ class Adapted:
         if parts == "gate":
             whole = gates
         if parts == "all":
-            prefix = self.model.base_model.prefix
-            whole = [p for name, p in self.model.named_parameters() if prefix in name]
+            whole = [p for p in self.model.parameters() if p.requires_grad]  # as PEFT loads it to be trained again
         self.model.requires_grad_(False)
         for parameter in whole:
             parameter.requires_grad_(True)
@@ -200,6 +201,24 @@ def source_of(recipe: Recipe, tasks: Sequence[Task]) -> RunFolder:
     return folder
 
 
+def facts_of_source(recipe: Recipe, folder: RunFolder) -> dict[str, str]:
+    """What the run in `folder` keeps in its environment about the run that it adapts: which adapter it began from.
+
+    RunError where it began from another one than is there now: what is trained of it would lie on what is not.
+    """
+    assert recipe.adapt is not None
+    source = RunFolder.open(recipe.adapt.run)
+    now = fingerprint(source)
+    began = folder.environment().get(_FACT, now) if folder.task_names() else now
+    if began != now:
+        raise RunError(
+            f"cannot resume '{folder.path}': the adapter of '{source.path}' is not the one that it began from (SHA-256"
+            f" {began[:12]}… then, {now[:12]}… now; was that run trained anew?), and the two would be mixed: put the"
+            " earlier one back, or adapt the new one from the start with another --out"
+        )
+    return {_FACT: now}
+
+
 def load_adapted(recipe: Recipe, folder: RunFolder, base: PreTrainedModel, tasks: Sequence[Task]) -> Adapted:
     """The adapter of the run, on its base model, with the new tasks in it."""
     assert recipe.adapt is not None
@@ -207,7 +226,7 @@ def load_adapted(recipe: Recipe, folder: RunFolder, base: PreTrainedModel, tasks
     if folder.heads.is_file():
         heads = read_heads(folder.heads)
         attach(base, heads, recipe.model.pool)
-    model = load_adapter(base, folder)
+    model = load_adapter(base, folder, trains=True)
     routing = find_routing(model)
     gated = routing.names.get(_ADAPTER, ()) if routing else ()
     known = tuple(head.task for head in heads) or gated or folder.task_names()

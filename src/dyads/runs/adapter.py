@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a run's adapter fit its model? It is loaded only where every weight has its place."""
+"""Does a run's adapter fit its model, and which one is it? It is loaded only where every weight has its place."""
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -13,7 +14,9 @@ from dyads.errors import RunError
 from dyads.runs.folder import RunFolder
 from dyads.runs.model import same_model
 
-__all__ = ["check_adapter", "load_adapter"]
+__all__ = ["check_adapter", "fingerprint", "load_adapter"]
+
+_WEIGHTS = "adapter_model.safetensors"
 
 
 def check_adapter(folder: RunFolder) -> None:
@@ -28,14 +31,23 @@ def check_adapter(folder: RunFolder) -> None:
             f"'{folder.path}' has no adapter: its training did not end; go on with"
             f" `dyads train RECIPE --out {folder.path} --resume`"
         )
+    if not (folder.adapter / _WEIGHTS).is_file():
+        raise RunError(f"'{folder.adapter}' has no {_WEIGHTS}; adapters are read from safetensors only")
 
 
-def load_adapter(base: nn.Module, folder: RunFolder) -> PeftModel:
-    """The run's adapter on its base model; RunError where there is none, or where it was made for another model."""
-    path, weights = folder.adapter, folder.adapter / "adapter_model.safetensors"
+def fingerprint(folder: RunFolder) -> str:
+    """SHA-256 of the weights of the run's adapter: equal means the same adapter. RunError where there is none."""
     check_adapter(folder)
-    if not weights.is_file():
-        raise RunError(f"'{path}' has no adapter_model.safetensors; adapters are read from safetensors only")
+    return hashlib.sha256((folder.adapter / _WEIGHTS).read_bytes()).hexdigest()
+
+
+def load_adapter(base: nn.Module, folder: RunFolder, *, trains: bool = False) -> PeftModel:
+    """The run's adapter on its base model, in evaluation mode; RunError where there is none that was made for it.
+
+    All is frozen, unless `trains`: then what the run trained can be trained again.
+    """
+    path, weights = folder.adapter, folder.adapter / _WEIGHTS
+    check_adapter(folder)
     import dyads.tuner  # noqa: F401  # PEFT has to know the methods
 
     spec = folder.recipe().model
@@ -54,7 +66,7 @@ def load_adapter(base: nn.Module, folder: RunFolder) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # refused below, unlike in PEFT
-            model = PeftModel.from_pretrained(base, str(path), config=config)
+            model = PeftModel.from_pretrained(base, str(path), config=config, is_trainable=trains)
     except (RuntimeError, ValueError) as error:
         shown = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise misfit(shown[min(1, len(shown) - 1)][:200]) from error
@@ -69,6 +81,7 @@ def load_adapter(base: nn.Module, folder: RunFolder) -> PeftModel:
             f" {_called(spec.name, spec.revision)}; if that is the same model in another place, write it into"
             " adapter/adapter_config.json too (base_model_name_or_path, revision)"
         )
+    model.eval()
     return model
 
 

@@ -305,7 +305,7 @@ class AdaptSpec(_Section):
     """Training examples of each task, chosen by the seed, label by label in turn; null: all"""
     parts: Literal["task", "gate", "all"] = "task"
     """What trains: task, what the method keeps per task, for the new ones alone, so that the others stay as they are to
-    the bit; gate, also routers and gates; all, also A and B. An encoder's new heads train in any case"""
+    the bit; gate, also routers and gates; all, what the run trained. An encoder's new heads train in any case"""
     start: Literal["nearest", "mean", "fresh"] | None = None
     """What the new tasks start as: the most similar known one (by the contrastive score), the mean of the known ones,
     or drawn anew; null: nearest where the method has a contrastive loss, else mean"""

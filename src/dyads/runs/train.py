@@ -36,7 +36,7 @@ from dyads.data.batches import (
 )
 from dyads.data.mixture import schedule
 from dyads.errors import ConfigError, DyadsError, RunError, TaskError
-from dyads.runs.adapt import Adapted, KeepRows, load_adapted, source_of, start_of
+from dyads.runs.adapt import Adapted, KeepRows, facts_of_source, load_adapted, source_of, start_of
 from dyads.runs.config import Recipe
 from dyads.runs.evaluate import check_answers
 from dyads.runs.evaluate import evaluate as evaluate_run
@@ -57,20 +57,27 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, evaluate: bo
     Everything that can be refused is refused before the folder is touched. With `resume` a run that was cut off goes on
     from its last checkpoint, and one that is complete is left as it is.
     """
-    if resume and RunFolder(out).is_scored:
-        return RunFolder.create(out, recipe, resume=True)  # nothing to do, unless its recipe is another one
+    folder = RunFolder(out)
+    if folder.is_run:
+        RunFolder.create(out, recipe, resume=resume)  # refused where it is not this run that goes on
+        if folder.is_scored:
+            return folder
     _refuse_processes(int(os.environ.get("WORLD_SIZE", "1")), "processes")
     suite = load_suite(recipe.tasks)
     if recipe.adapt is not None:
         suite = few_shot(suite, recipe.adapt.shots, recipe.seed)
     check_answers(recipe, suite.tasks)
-    training = Training(recipe, suite) if recipe.method.trains else None
-    if training is not None:
-        training.arguments(RunFolder(out))
+    training: Training | None = None
+    facts: dict[str, str] = {}
+    if recipe.method.trains and not (folder.adapter / "adapter_config.json").is_file():
+        if recipe.adapt is not None:
+            facts = facts_of_source(recipe, folder)
+        training = Training(recipe, suite)
+        training.arguments(folder)
     folder = RunFolder.create(out, recipe, resume=resume)
-    names = training.names if training is not None else [task.name for task in suite.tasks]
-    folder.write_environment(seed=recipe.seed, tasks=list(names))
-    if training is not None and not (folder.adapter / "adapter_config.json").is_file():
+    names = training.names if training is not None else folder.task_names() or [task.name for task in suite.tasks]
+    folder.write_environment(seed=recipe.seed, tasks=list(names), **facts)
+    if training is not None:
         training.run(folder, resume=resume)
     if evaluate:
         training = None
