@@ -82,5 +82,6 @@ def test_options_of_a_recipe_are_checked_by_name() -> None:
 
 def test_task_conditioned_methods_learn_the_tasks_of_the_suite_unless_told_otherwise() -> None:
     assert build_config("more", {"r": 2}, ("a", "b")).tasks == ["a", "b"]
+    assert build_config("more", {"r": 2, "num_tasks": 2}, ("a", "b")).tasks == ["a", "b"]
     assert build_config("more", {"r": 2, "num_tasks": 5}, ("a", "b")).task_names == ("0", "1", "2", "3", "4")
     assert build_config("mode", {"r": 2}, ("a", "b")).task_names is None

@@ -134,6 +134,46 @@ def test_a_base_layer_is_what_the_sum_is_added_to(variant: Variant, operator: An
     assert_close(*results)
 
 
+@pytest.mark.parametrize("beneath", ["base", "onto", "nothing"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_the_operator_gives_may_be_changed_in_place(variant: Variant, beneath: str, autocast: bool) -> None:
+    core, x, A, B, task = tiny(variant, 2, 3, 8, 4)
+    core, leaves = core.float(), [t.float().requires_grad_() for t in (x, A, B)]
+    weight, bias = torch.randn(4, 8), torch.randn(4)
+    results = []
+    for operator in (dyadic, fused):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            onto = torch.nn.functional.linear(leaves[0], weight, bias)
+            more = {"base": {"base": (weight, bias)}, "onto": {"onto": onto}, "nothing": {}}[beneath]
+            y = operator(*leaves, core, task, **more).mul_(2)
+        results.append([y.detach(), *torch.autograd.grad(y.sum(), leaves)])
+    for theirs, ours in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        tolerance = 0.05 if autocast else 1e-5
+        assert_close(ours.float(), theirs.float(), atol=tolerance * float(theirs.abs().max()), rtol=0)
+
+
+def test_backward_may_run_inside_an_autocast_that_forward_did_not_see(variant: Variant) -> None:
+    core, x, A, B, task = tiny(variant, 2, 3, 8, 4)
+    core, leaves = core.float(), [t.float().requires_grad_() for t in (x, A, B)]
+    y = fused(*leaves, core, task, base=(torch.randn(4, 8), None))
+    if "Fused" not in type(y.grad_fn).__name__:
+        pytest.skip("the gradients are PyTorch's own, which follow autocast")
+    outside = torch.autograd.grad(y.sum(), leaves, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y.sum(), leaves)
+    assert_close(inside, outside, atol=0, rtol=0)
+
+
+def test_backward_is_that_of_the_weights_that_forward_saw(variant: Variant) -> None:
+    core, x, A, B, task = tiny(variant, 2, 3, 8, 4)
+    weight = torch.nn.Parameter(torch.randn(4, 8).double(), requires_grad=False)
+    y = fused(x.requires_grad_(), A, B, core, task, base=(weight, None))
+    (before,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    weight.data = weight.data + 1  # as merging does
+    assert_close(torch.autograd.grad(y.sum(), x)[0], before, atol=0, rtol=0)
+
+
 def test_an_override_does_not_inherit_the_gradients_of_another_gate() -> None:
     class Sharp(MoDE):
         def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:

@@ -517,17 +517,9 @@ def test_tasks_without_training_examples_are_refused(tiny: Tiny, tmp_path: Path)
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_tasks": 2}, "num_tasks = 2, but tasks names 3: leave num_tasks out"),
-        ({"tasks": ["has_animal", "count_words", "first_word"]}, "the suite has 3 .*leave 'tasks' and 'num_tasks' out"),
-    ],
-)
-def test_tasks_that_are_not_the_suites_are_refused(
-    options: dict[str, Any], message: str, tiny: Tiny, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match=message):
+@pytest.mark.parametrize("options", [{"num_tasks": 2}, {"tasks": ["has_animal", "count_words", "first_word"]}])
+def test_tasks_that_are_not_the_suites_are_refused(options: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the suite has 3 .*leave 'tasks' and 'num_tasks' out"):
         train(tiny("more", options=options), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -457,10 +457,10 @@ def test_adapter_names_are_refused(variant: Variant) -> None:
         logits(model, variant, adapter_names=["default"] * 3)
 
 
-@pytest.mark.parametrize("watcher", ["hook", "global hook", "forward"])
+@pytest.mark.parametrize("watcher", ["hook", "global hook", "forward", "forward of the class"])
 @pytest.mark.parametrize("with_gradients", [False, True])
 def test_what_others_hold_of_the_base_layer_stays_as_it_was(
-    variant: Variant, watcher: str, with_gradients: bool
+    variant: Variant, watcher: str, with_gradients: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted(variant)
     layer = next(m for m in model.modules() if isinstance(m, DyadsLayer))
@@ -475,6 +475,15 @@ def test_what_others_hold_of_the_base_layer_stays_as_it_was(
         base.register_forward_hook(keep)
     elif watcher == "global hook":
         undo = nn.modules.module.register_module_forward_hook(keep)
+    elif watcher == "forward of the class":
+        of_class = nn.Linear.forward
+
+        def watched(module: nn.Linear, x: Tensor) -> Tensor:
+            output = of_class(module, x)
+            keep(module, (x,), output)
+            return output
+
+        monkeypatch.setattr(nn.Linear, "forward", watched)
     else:
         plain = base.forward
         base.forward = lambda x: held.append((plain(x), plain(x))) or held[-1][0]

@@ -379,7 +379,7 @@ def build_config(name: str, options: dict[str, Any], task_names: tuple[str, ...]
     """The PEFT config of a method from the options of a recipe.
 
     Unknown options are refused with the nearest names. A task-conditioned method that is not told `tasks` learns the
-    given task names; `num_tasks` must then be how many they are.
+    given task names, unless `num_tasks` says that there are more or fewer.
     """
     if name == "lora":
         from peft import LoraConfig
@@ -397,7 +397,13 @@ def build_config(name: str, options: dict[str, Any], task_names: tuple[str, ...]
     if name == "lora" and "lora_alpha" not in options:
         # PEFT's default alpha is 8 whatever the rank; ours is scale 1, and a fair baseline has the same.
         options["lora_alpha"] = options.get("r", 8)
-    if task_names and name != "lora" and "tasks" not in options and config_class.learns_tasks(options):
+    if (
+        task_names
+        and name != "lora"
+        and "tasks" not in options
+        and options.get("num_tasks", len(task_names)) == len(task_names)
+        and config_class.learns_tasks(options)
+    ):
         options["tasks"] = list(task_names)
     try:
         return config_class(**options)

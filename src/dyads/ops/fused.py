@@ -7,8 +7,8 @@ Five things differ from `dyadic`, and none of them changes the result beyond rou
 - it is stored with the tokens innermost: a gate's softmax goes over a handful of numbers, and along the tokens it is
   one vector operation for many of them (LOG.md, 2026-11-22: up to six times faster on a CPU);
 - backward forms coefficients again from a few numbers per token: kept for it are x, h, and the scores or their gates;
-- the sum is written over what the base layer gave;
-- so is the gradient for x over the base layer's: of neither is there ever a second copy.
+- the sum is written over what the base layer gave, and the gradient for x over the base layer's, where `base` is given:
+  of neither is there a second copy.
 
 `fused` has the signature of `dyadic` and hands over to it where it cannot serve: inside `torch.compile` (which fuses
 by itself) and torch.func, with adapter dropout (A and the router then see different inputs), and for gates that are
@@ -336,56 +336,66 @@ class _Fused(torch.autograd.Function):
                 gates = scores.copy_(g.reshape(scores.shape)).view(g.shape)
         # Casts are small beside x, and cost two passes over the weights. In the dtype of x there are none to keep.
         casts = (None, None) if A.dtype == x.dtype else (down, up)
-        ctx.save_for_backward(x, kept, gates, A, W, B, of_task, weight, *casts)
+        # As it is now, and only where it is needed: a layer may be merged before backward comes.
+        frozen = weight.detach() if weight is not None and ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, kept, gates, A, W, B, of_task, frozen, *casts)
         ctx.gating, ctx.scale = gating, scale
-        return y
+        # What a function gives as a view must not be changed in place, and models do that (`clamp_`).
+        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, kept, gates, A, W, B, of_task, weight, down, up = ctx.saved_tensors
-        need_x, need_A, need_W, need_B, need_task, need_onto = ctx.needs_input_grad[:6]
-        p, (q, o), dtype = A.shape[0], B.shape, x.dtype
-        s = 0 if W is None else W.shape[0]
-        flat = dy.to(dtype).reshape(-1, o)
-        up = B.to(dtype) if up is None else up
-        du = up @ flat.t()
+        if autocast_dtype(dy) is None:
+            return _gradients(ctx, dy)
+        with torch.autocast(dy.device.type, enabled=False):  # it has nothing to say about what ran without it
+            return _gradients(ctx, dy)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, kept, gates, A, W, B, of_task, weight, down, up = ctx.saved_tensors
+    need_x, need_A, need_W, need_B, need_task, need_onto = ctx.needs_input_grad[:6]
+    p, (q, o), dtype = A.shape[0], B.shape, x.dtype
+    s = 0 if W is None else W.shape[0]
+    flat = dy.to(dtype).reshape(-1, o)
+    up = B.to(dtype) if up is None else up
+    du = up @ flat.t()
+    if ctx.scale != 1.0:
+        du *= ctx.scale
+    du = du.t().view(*x.shape[:-1], q)  # tokens innermost
+    dz, d_task = du.new_empty(p + s, flat.shape[0]), None
+    if gates is not None:
+        h = kept[..., :p]
+        u = ctx.gating.mix(h, gates)
+        d_h, d_scores = ctx.gating.gradients(h, gates, du)
+    else:
+        with torch.enable_grad():
+            h, scores = _split(kept, p)
+            h = h.detach().requires_grad_()
+            scores = None if scores is None else scores.detach().requires_grad_()
+            if of_task is not None:
+                of_task = of_task.detach().requires_grad_(need_task)
+            u = ctx.gating.mix(h, ctx.gating.select(h, scores, of_task))
+        inputs = [h, *([] if scores is None else [scores]), *([of_task] if need_task else [])]
+        # A gate that does not depend on one of them has the gradient zero there, not none.
+        grads = list(torch.autograd.grad(u, inputs, du, allow_unused=True, materialize_grads=True))
+        d_task = grads.pop() if need_task else None
+        d_h, d_scores = grads[0], grads[-1]
+        u = u.detach()
+    dz[:p] = d_h.reshape(-1, p).t()
+    if s:
+        dz[p:] = d_scores.reshape(-1, s).t()
+    dx = dA = dW = dB = None
+    if need_B:
+        dB = (u.reshape(-1, q).t() @ flat).to(B.dtype)
         if ctx.scale != 1.0:
-            du *= ctx.scale
-        du = du.t().view(*x.shape[:-1], q)  # tokens innermost
-        dz, d_task = du.new_empty(p + s, flat.shape[0]), None
-        if gates is not None:
-            h = kept[..., :p]
-            u = ctx.gating.mix(h, gates)
-            d_h, d_scores = ctx.gating.gradients(h, gates, du)
-        else:
-            with torch.enable_grad():
-                h, scores = _split(kept, p)
-                h = h.detach().requires_grad_()
-                scores = None if scores is None else scores.detach().requires_grad_()
-                if of_task is not None:
-                    of_task = of_task.detach().requires_grad_(need_task)
-                u = ctx.gating.mix(h, ctx.gating.select(h, scores, of_task))
-            inputs = [h, *([] if scores is None else [scores]), *([of_task] if need_task else [])]
-            # A gate that does not depend on one of them has the gradient zero there, not none.
-            grads = list(torch.autograd.grad(u, inputs, du, allow_unused=True, materialize_grads=True))
-            d_task = grads.pop() if need_task else None
-            d_h, d_scores = grads[0], grads[-1]
-            u = u.detach()
-        dz[:p] = d_h.reshape(-1, p).t()
-        if s:
-            dz[p:] = d_scores.reshape(-1, s).t()
-        dx = dA = dW = dB = None
-        if need_B:
-            dB = (u.reshape(-1, q).t() @ flat).to(B.dtype)
-            if ctx.scale != 1.0:
-                dB *= ctx.scale
-        if need_A or need_W:
-            d_down = dz @ x.reshape(-1, x.shape[-1])
-            dA = d_down[:p].to(A.dtype) if need_A else None
-            dW = d_down[p:].to(W.dtype) if need_W else None
-        if need_x:
-            down = _down(A, W, dtype) if down is None else down
-            dx = dz.t() @ down if weight is None else (flat @ weight).addmm_(dz.t(), down)
-            dx = dx.view(x.shape)
-        return dx, dA, dW, dB, d_task, dy if need_onto else None, None, None, None, None
+            dB *= ctx.scale
+    if need_A or need_W:
+        d_down = dz @ x.reshape(-1, x.shape[-1])
+        dA = d_down[:p].to(A.dtype) if need_A else None
+        dW = d_down[p:].to(W.dtype) if need_W else None
+    if need_x:
+        down = _down(A, W, dtype) if down is None else down
+        dx = dz.t() @ down if weight is None else (flat @ weight).addmm_(dz.t(), down)
+        dx = dx.view(x.shape)
+    return dx, dA, dW, dB, d_task, dy if need_onto else None, None, None, None, None

@@ -24,6 +24,8 @@ from dyads.tuner.routing import Routing
 
 __all__ = ["DyadsLayer"]
 
+_FORWARD = nn.Linear.forward
+
 
 class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A frozen linear map with gated sums of rank-one terms beside it.
@@ -118,7 +120,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _frozen(self) -> Frozen | None:
         """Weight and bias of the base layer where the operator may take its place; None where it must be called."""
         base = self.base_layer
-        if type(base) is not nn.Linear or "forward" in vars(base) or _is_watched(base):
+        if type(base) is not nn.Linear or _is_watched(base):
             return None
         weight, bias = base.weight, base.bias
         if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
@@ -249,8 +251,10 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return "dyads." + super().__repr__()
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether someone's hook sees what goes in or comes out, and so may keep or change it."""
+def _is_watched(module: nn.Linear) -> bool:
+    """Whether someone sees what goes in or comes out, and so may keep or change it: a hook, or another forward."""
+    if "forward" in vars(module) or nn.Linear.forward is not _FORWARD:
+        return True
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
