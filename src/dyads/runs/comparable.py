@@ -35,6 +35,7 @@ _UNIMPORTANT = (
     "train.report_to",
     "train.save_steps",
     "train.threads",
+    "train.trainer.disable_tqdm",
 )
 """Recipe keys that two runs may differ in without a word."""
 
