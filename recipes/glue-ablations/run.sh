@@ -10,6 +10,7 @@ here=$(dirname "$0")
 rows=${ROWS:-$(cd "$here" && ls -- *.yaml | sed 's/\.yaml$//')}
 settings=
 for setting in ${SET:-}; do settings="$settings --set $setting"; done
+dyads train "$here/../glue-minilm/majority.yaml" --set evaluate.limit=300 --out "$out/majority" --resume || exit 1
 for seed in ${SEEDS:-0 1 2}; do
   for row in $rows; do
     # shellcheck disable=SC2086  # settings are words on purpose
@@ -20,6 +21,6 @@ for whole in more mode; do
   set -- "$out/$whole"-*seed*
   if [ -e "$1" ] && [ $# -gt 1 ]; then
     [ $whole = more ] && name=MoRE || name=MoDE
-    dyads compare "$@" --baseline $name
+    dyads compare "$out/majority" "$@" --baseline $name
   fi
 done
