@@ -143,7 +143,7 @@ def _fused(
     down, up = _down(A, gating.router_rows(), _cheap_dtype(x, max(A.shape[0], B.shape[0]))), B
     h, scores = _split(_product(x.to(down.dtype), down), A.shape[0])
     u = gating.mix(h, gating.select(h, scores, of_task))
-    onto, in_place = (onto, False) if base is None else (F.linear(x, *base), _unwatched())
+    onto, in_place = _beneath(x, onto, base)
     return _up(u, up.to(down.dtype), scale, onto, x.dtype, in_place)
 
 
@@ -186,7 +186,7 @@ class Held:
             u = together.coefficients(self, x, dtype)
         else:
             u = self.coefficients(x, self.weights(dtype)[0], self.of_task(task))
-        onto, in_place = (onto, False) if base is None else (F.linear(x, *base), _unwatched())
+        onto, in_place = _beneath(x, onto, base)
         return _up(u, self.weights(dtype)[1], 1.0, onto, x.dtype, in_place)
 
     def coefficients(self, x: Tensor, down: Tensor, of_task: Tensor | None = None, layers: int = 1) -> Tensor:
@@ -287,6 +287,11 @@ def _unwatched() -> bool:
     return torch._C._len_torch_dispatch_stack() == 0
 
 
+def _beneath(x: Tensor, onto: Tensor | None, base: Frozen | None) -> tuple[Tensor | None, bool]:
+    """What the sum is added to, and whether it may be written over."""
+    return (onto, False) if base is None else (F.linear(x, *base), _unwatched())
+
+
 def _product(x: Tensor, down: Tensor) -> Tensor:
     """[A; W] x (… p + s), a view of a matrix that has the tokens innermost where they are many."""
     if _is_small(x, down.shape[0]):
@@ -325,7 +330,7 @@ class _Fused(torch.autograd.Function):
         kept = _product(x, down)
         h, scores = _split(kept, A.shape[0])
         g = gating.select(h, scores, of_task)
-        onto, in_place = (onto, False) if weight is None else (F.linear(x, weight, bias), _unwatched())
+        onto, in_place = _beneath(x, onto, None if weight is None else (weight, bias))
         y = _up(gating.mix(h, g), up, scale, onto, x.dtype, in_place)
         gates = None
         if scores is not None and gating.keeps_gates and _unwatched():
