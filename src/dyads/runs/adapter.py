@@ -21,7 +21,7 @@ _WEIGHTS = "adapter_model.safetensors"
 
 def check_adapter(folder: RunFolder) -> None:
     """RunError where the run has no adapter yet, or only the scores of another run's."""
-    if not (folder.adapter / "adapter_config.json").is_file():
+    if not folder.has_adapter:
         facts = folder.environment() if folder.task_names() else {}
         if "adapter" in facts:
             raise RunError(

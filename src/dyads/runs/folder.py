@@ -164,6 +164,11 @@ class RunFolder:
         return self.path / _CHECKPOINTS
 
     @property
+    def has_adapter(self) -> bool:
+        """Whether the training ended, and left its adapter."""
+        return (self.adapter / "adapter_config.json").is_file()
+
+    @property
     def is_scored(self) -> bool:
         """Whether an evaluation was finished."""
         return (self.path / _SCORES).is_file()

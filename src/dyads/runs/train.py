@@ -69,7 +69,7 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, evaluate: bo
     check_answers(recipe, suite.tasks)
     training: Training | None = None
     facts: dict[str, str] = {}
-    if recipe.method.trains and not (folder.adapter / "adapter_config.json").is_file():
+    if recipe.method.trains and not folder.has_adapter:
         if recipe.adapt is not None:
             facts = facts_of_source(recipe, folder)
         training = Training(recipe, suite)
