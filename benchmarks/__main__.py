@@ -45,7 +45,7 @@ Examples:
   python -m benchmarks --quick                       does it run at all?""",
 )
 @click.option("--setting", "parts", multiple=True, type=click.Choice(PARTS), help="Default: all but tiny.")
-@click.option("--rounds", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=14, show_default=True)
 @click.option("--run-rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Of training and scoring.")
 @click.option("--only", metavar="NAMES", help="Contenders, comma-separated; results go to OUT/only.")
 @click.option("--attention", type=click.Choice(["eager", "sdpa"]), help="Default: the setting's own, for all alike.")

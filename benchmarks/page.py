@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bars import BARS, Bar
+from benchmarks.bars import BARS, TRIED, Bar
 from benchmarks.contenders import SETTINGS
 from benchmarks.profile import KINDS, PROFILED
 from benchmarks.training import LABELS as TRAINING_LABELS
@@ -132,6 +132,24 @@ def absolute(results: list[dict[str, Any]], part: str) -> str:
     if found := spread(results, part, "saved", setting.reference):
         said.append(f"{found.median / MEGA:,.0f} MB kept for backward")
     return f"1.00 is {setting.contenders[setting.reference].label}: {', '.join(said)}."
+
+
+def asked(results: list[dict[str, Any]], part: str) -> str:
+    """How often every question was asked: rounds of steps 14, of forward passes 7, …; from – to where groups differ."""
+    said = []
+    for question, name in (("step", "steps"), ("forward", "forward passes"), ("decode", "decoding")):
+        times = sorted({sum(question in r for r in group["rounds"]) for group in of_part(results, part)})
+        said.append(f"of {name} {'–'.join(str(n) for n in dict.fromkeys((times[0], times[-1])))}")
+    return f"rounds {', '.join(said)}"
+
+
+def tried(results: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(the bars, what was tried) for all that is not met and that there is something to say about."""
+    said: dict[str, list[str]] = {}
+    for bar in BARS:
+        if verdict(bar, results)[1] == "not met" and (text := TRIED.get((bar.question, bar.bottom or ""))):
+            said.setdefault(text, []).append(bar.what)
+    return [("; ".join(bars), text) for text, bars in said.items()]
 
 
 def training(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -261,10 +279,11 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         "",
         measured,
         "",
-        "Every contender runs in a process of its own; in a round each question goes to all contenders of a group, one",
-        "after the other, in an order that rotates. Ratios are taken within a round. Shown are the median over rounds",
-        "and, in brackets, the quartiles. Warm-up is not counted. Before anything was measured, the operator, adapted",
-        "layers and whole models of our methods were compared with the plain double sum, outputs and gradients.",
+        "Every contender runs in a process of its own; in a round each question goes once to all contenders of a",
+        "group, one after the other, in an order that rotates. Ratios are taken within a round. Shown are the median",
+        "over rounds and, in brackets, the quartiles. Warm-up is not counted. Before anything was measured, the",
+        "operator, adapted layers and whole models of our methods were compared with the plain double sum, outputs and",
+        "gradients.",
         "`python -m benchmarks --help` says how to run a part of it.",
         "",
         "## What it must reach",
@@ -275,9 +294,8 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         if part == "tiny" or not of_part(results, part):
             continue
         attention = {r["settings"].get("attention") or setting.attention for r in of_part(results, part)}
-        rounds = {len(r["rounds"]) for r in of_part(results, part)}
         about = (
-            f"{absolute(results, part)} Attention: {', '.join(attention)}; rounds: {', '.join(map(str, rounds))}."
+            f"{absolute(results, part)} Attention: {', '.join(attention)}; {asked(results, part)}."
             f" Decoding is greedy: {setting.batch} prompts of {setting.prompt} tokens, {setting.new_tokens} new each."
         )
         lines += [
@@ -317,6 +335,9 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         lines += [text for line in failures(results, "training") for text in ("", line)]
     if said := scoring(results):
         lines += ["", "## Scoring", "", said]
+    if texts := tried(results):
+        lines += ["", "## What was tried where a bar is not met"]
+        lines += [line for what, text in texts for line in ("", f"*{what}.* {text}")]
     return "\n".join(lines) + "\n"
 
 

@@ -2,7 +2,8 @@
 """How are contenders measured side by side? Each in its own process, interleaved, over several rounds.
 
 In a round every question goes to all contenders of a group, one after the other, in an order that rotates; only one of
-them works at a time. Ratios are taken within a round, so that what the machine does meanwhile hits both sides.
+them works at a time, and each does a thing once: one step, then the next one's step. Ratios are taken within a round,
+so that what the machine does meanwhile hits both sides, and the shorter a round, the more alike it hits them.
 """
 
 from __future__ import annotations
@@ -114,10 +115,9 @@ def measure_group(
                 say(f"{name} failed: {failed}")
                 workers.pop(name).close()
         for number in range(rounds):
-            order = rotated(list(workers), number)
             answers: dict[str, dict[str, float]] = {}
-            for question in ("step", "forward", "decode"):
-                for name in order:
+            for question, every in setting.every.items():
+                for name in rotated(list(workers), number // every) if number % every == 0 else ():
                     if name not in workers or question not in contenders[name].questions:
                         continue
                     try:

@@ -7,12 +7,12 @@ import json
 import platform
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from benchmarks.__main__ import environment, main
-from benchmarks.bars import BARS, Bar
+from benchmarks.bars import BARS, TRIED, Bar
 from benchmarks.contenders import SETTINGS, TINY
 from benchmarks.gate import OPERATORS, GateError, check
 from benchmarks.measure import Bench
@@ -157,6 +157,44 @@ def test_a_contender_that_fails_is_told_and_does_not_stop_the_others(tmp_path: P
     assert found["rounds"][0]["forward"]["frozen"] > 0
 
 
+class Echo:
+    """In the place of a process: says what it was asked, and counts."""
+
+    asked: ClassVar[list[tuple[str, str]]] = []
+
+    def __init__(self, module: str, job: dict[str, Any], threads: int, log: Path) -> None:
+        self.name = log.stem
+
+    def read(self) -> dict[str, Any]:
+        return {"facts": {"parameters": 1}}
+
+    def ask(self, question: str) -> dict[str, Any]:
+        self.asked.append((question, self.name))
+        return {"value": 1.0}
+
+    def close(self) -> None:
+        pass
+
+
+def test_contenders_take_turns_and_long_questions_come_less_often(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("benchmarks.rounds.Worker", Echo)
+    monkeypatch.setattr(Echo, "asked", [])
+    setting = replace(TINY, every={"step": 1, "forward": 2})
+    contenders = {name: TINY.contenders[name] for name in ("lora", "poly", "frozen")}  # no step of a frozen model
+    found = measure_group(
+        "tiny", setting, contenders, rounds=3, out=tmp_path, logs=tmp_path, attention=None, say=silent
+    )
+    assert [sorted(r) for r in found["rounds"]] == [["forward", "step"], ["step"], ["forward", "step"]]
+    turns = {question: [name for asked, name in Echo.asked if asked == question] for question in ("step", "forward")}
+    assert turns["step"] == ["lora", "poly", "poly", "lora", "lora", "poly"]
+    assert turns["forward"] == ["lora", "poly", "frozen", "poly", "frozen", "lora"]
+    assert [asked for asked, _ in Echo.asked] == ["step"] * 2 + ["forward"] * 3 + ["step"] * 4 + ["forward"] * 3
+    written = page.asked([{"part": "tiny", "group": "main", **found}], "tiny")
+    assert written == "rounds of steps 3, of forward passes 2, of decoding 0"
+
+
 def test_ratios_are_taken_within_a_round() -> None:
     rounds = [{"step": {"mode-16x4": 1.0 * slow, "lora": 2.0 * slow}} for slow in (1, 5, 9)]
     facts = {"mode-16x4": {"saved": 30}, "lora": {"saved": 40}}
@@ -178,7 +216,23 @@ def test_the_page_has_tables_and_verdicts_and_names_no_machine() -> None:
     assert "| decoding: MoDE 16×4 ÷ PEFT LoRA, tokens/s | ≥ 0.95 | 0.90 | not met |" in text
     assert "| MoDE 16×4 | 9 | 0.90 | – | 0.90 | 1.00 | – |" in text
     assert "1.00 is PEFT LoRA, equal parameters: 2.000 s a step, 100 tokens/s" in text
+    assert "rounds of steps 1, of forward passes 0, of decoding 1" in text
+    assert f"*{BARS[13].what}.* {TRIED['decode', 'lora']}" in text
+    assert TRIED["step", "poly"] not in text  # it was not measured
     assert platform.node() not in text
+
+
+def test_what_was_tried_stands_where_a_bar_is_not_met_and_only_there() -> None:
+    assert set(TRIED) <= {(bar.question, bar.bottom) for bar in BARS}
+    slow = [{"step": {"molora-8x8": 1.2, "mode": 1.1, "poly": 1.0, "lora": 1.3}}]
+    facts = {n: {"label": n, "options": {}, "parameters": 9, "saved": 8, "peak": 1} for n in slow[0]["step"]}
+    (both,) = page.tried([result("llama", facts, slow)])
+    assert both == (
+        "training step: MoLORA 8×8 ÷ PEFT Poly; training step: MoDE ÷ PEFT Poly",
+        TRIED["step", "poly"],
+    )
+    slow[0]["step"]["poly"] = 2.0
+    assert page.tried([result("llama", facts, slow)]) == []
 
 
 def test_a_profile_counts_all_work_once_and_its_floor_is_below_the_step(tmp_path: Path) -> None:
