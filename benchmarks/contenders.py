@@ -62,17 +62,34 @@ ONLY_FORWARD = ("forward", "decode")
 _RIVALS = {
     "frozen": Contender("frozen model", "frozen", questions=ONLY_FORWARD),
     "lora-bf16": Contender("PEFT LoRA, bf16 adapters", "lora", {"autocast_adapter_dtype": False}, solve="r"),
-    "poly": Contender("PEFT Poly, 8 skills", "poly", {"n_skills": 8}, solve="r/8", tasks="mixed"),
-    "mhr": Contender("PEFT MHR, 8 skills, 8 heads", "poly", {"n_skills": 8, "n_splits": 8}, solve="r/8", tasks="mixed"),
+    "poly": Contender("PEFT Poly, 8 skills", "peft-poly", {"n_skills": 8}, solve="r/8", tasks="mixed"),
+    "mhr": Contender(
+        "PEFT MHR, 8 skills, 8 heads", "peft-poly", {"n_skills": 8, "n_splits": 8}, solve="r/8", tasks="mixed"
+    ),
     "xlora": Contender("PEFT X-LoRA, 8 trained experts", "xlora", {"experts": 8}, solve="r/8"),
     "arrow": Contender("PEFT Arrow, 8 fixed experts", "arrow", {"experts": 8}, solve="r/8", questions=ONLY_FORWARD),
 }
 _OURS = {
-    "molora-sd": Contender("MoLORA-SD, 8 experts", "molora", {"num_experts": 8, "shared_down": True}, solve="r"),
+    "molora-sd": Contender(
+        "MoLORA-SD (HydraLoRA), 8 experts", "molora", {"num_experts": 8, "shared_down": True}, solve="r"
+    ),
     "more": Contender("MoRE, a batch of one task", "more", {"num_tasks": TASKS}, solve="r", tasks="one"),
     "more-mixed": Contender("MoRE, a batch of 8 tasks", "more", {"num_tasks": TASKS}, solve="r", tasks="mixed"),
     "more-merged": Contender(
         "MoRE merged for a task", "more", {"num_tasks": TASKS, "merged": True}, solve="r", questions=ONLY_FORWARD
+    ),
+}
+
+_RELATIVES = {
+    # Its experts share the rank, which they must divide.
+    "moelora": Contender(
+        "MOELoRA, 8 experts", "moelora", {"r": 64, "num_experts": 8, "num_tasks": TASKS}, tasks="mixed"
+    ),
+    "mtl-lora": Contender("MTL-LoRA, 3 up-projections", "mtl_lora", {"num_tasks": TASKS}, solve="r", tasks="mixed"),
+    "smora": Contender("SMoRA, 8 ranks a token", "smora", {"top_k": 8}, solve="r"),
+    "poly-ours": Contender("Poly, 8 skills", "poly", {"num_experts": 8, "num_tasks": TASKS}, solve="r", tasks="mixed"),
+    "task-mode": Contender(
+        "TaskMoDE of rank 8", "task_mode", {"r": 8, "num_tasks": TASKS}, solve="num_experts", tasks="mixed"
     ),
 }
 
@@ -141,11 +158,13 @@ LLAMA = Setting(
         "mode": Contender("MoDE of rank 8", "mode", {"r": 8}, solve="num_experts"),
         "mode-grouped": Contender("MoDE, rank 16 in groups of 4", "mode", {"r": 16, "group_size": 4}, "num_experts"),
         **_OURS,
+        **_RELATIVES,
     },
     groups={
         "main": ("lora", "molora-8x8", "mode", "poly", "xlora", "frozen"),
         "family": ("lora", "mode-grouped", "molora-sd", "more", "more-mixed", "lora-rank"),
         "rivals": ("lora", "molora-8x8", "mode", "mhr", "arrow", "more-merged"),
+        "relatives": ("lora", "moelora", "mtl-lora", "smora", "poly-ours", "task-mode"),
     },
     every={"step": 1, "forward": 2, "decode": 4},  # X-LoRA decodes seven tokens a second
 )
@@ -272,7 +291,7 @@ def build(setting: Setting, contender: Contender, out: Path) -> Any:
         autocast = options.pop("autocast_adapter_dtype", True)
         config = LoraConfig(**common, **options, lora_alpha=options["r"])
         model = get_peft_model(base, config, autocast_adapter_dtype=autocast)
-    elif contender.builder == "poly":
+    elif contender.builder == "peft-poly":
         from peft import PolyConfig
 
         model = get_peft_model(base, PolyConfig(**common, **options, n_tasks=TASKS))

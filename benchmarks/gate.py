@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dyads.tuner  # noqa: F401  # PEFT has to know the methods
 from benchmarks.contenders import TASKS, Contender
-from dyads.methods import Core, build_config
+from dyads.methods import Core, build_config, methods
 from dyads.ops import dyadic, dyadic_sum, fused
 from dyads.tuner.layer import DyadsLayer
 
@@ -38,7 +38,8 @@ class GateError(Exception):
 
 def check(contenders: dict[str, Contender], *, dtype: str, width: int, say: Callable[[str], None]) -> None:
     """GateError at the first difference. `contenders` with their resolved sizes; others than ours are skipped."""
-    ours = {name: c for name, c in contenders.items() if c.builder in ("mode", "molora", "more")}
+    family = {method.key for method in methods()}
+    ours = {name: c for name, c in contenders.items() if c.builder in family}
     seen: set[str] = set()
     for name, contender in ours.items():
         options = {k: v for k, v in contender.options.items() if k not in ("merged", "autocast_adapter_dtype")}

@@ -41,7 +41,7 @@ class Bench:
             return {}
         rows = torch.arange(self.setting.batch) % TASKS
         tasks = rows if self.contender.tasks == "mixed" else torch.zeros_like(rows)
-        return {"task_ids" if self.contender.builder == "poly" else "task": tasks}
+        return {"task_ids" if self.contender.builder == "peft-poly" else "task": tasks}
 
     def loss(self) -> Tensor:
         """The same loss code for all: the model's own."""

@@ -20,6 +20,7 @@ from benchmarks.rounds import measure_group, rotated
 from click.testing import CliRunner
 
 from benchmarks import page, profile, startup
+from dyads.methods import methods
 from dyads.tuner.layer import DyadsLayer
 
 MODE = {"mode-16x4": TINY.contenders["mode-16x4"]}
@@ -105,6 +106,12 @@ def test_contenders_and_bars_name_each_other() -> None:
         if bar.part in SETTINGS:
             sides = {bar.top, bar.bottom}
             assert any(sides <= set(names) for names in SETTINGS[bar.part].groups.values()), bar.what
+
+
+def test_every_method_is_measured() -> None:
+    built = {contender.builder for setting in SETTINGS.values() for contender in setting.contenders.values()}
+    # HydraLoRA is a preset of MoLORA-SD, which is there.
+    assert {method.key for method in methods()} - built == {"hydralora"}
 
 
 def test_kept_bytes_are_counted_once_and_without_parameters(tmp_path: Path) -> None:
