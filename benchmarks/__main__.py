@@ -121,10 +121,14 @@ class _Keeper:
 
     def __call__(self, part: str, group: str, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
         path = self.out / f"{part}-{group}.json"
-        settings = json.loads(json.dumps({**settings, "source": source()}))
-        if self.resume and path.is_file() and json.loads(path.read_text(encoding="utf-8"))["settings"] == settings:
-            self.say(f"{part}, group {group}: kept")
-            return
+        here = environment()
+        settings = {**settings, "source": source(), "versions": here["versions"], "cpu": here["cpu"]}
+        settings = json.loads(json.dumps(settings))
+        if self.resume and path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["settings"] == settings and not found["errors"]:
+                self.say(f"{part}, group {group}: kept")
+                return
         self.say(f"{part}, group {group}")
         begin = time.perf_counter()
         result = {
@@ -184,7 +188,10 @@ def _gate(contenders: dict[str, Contender], *, dtype: str, width: int, say: Call
 
 
 def _profile(keep: _Keeper, *, rounds: int, say: Callable[[str], None]) -> None:
-    for name in PROFILED:
+    for name, profiled in PROFILED.items():
+        setting = SETTINGS[name]
+        found = resolved(setting, keep.out, profiled)
+        _gate(found, dtype=setting.dtype, width=setting.config.get("hidden_size", 576), say=say)
 
         def measure(name: str = name) -> dict[str, Any]:
             job = {"setting": name, "rounds": rounds, "out": str(keep.out)}

@@ -36,6 +36,8 @@ class Setting:
     """A base model, a batch, and contenders in groups that are measured together."""
 
     title: str
+    about: str
+    """What a reader has to know to read the table rightly."""
     model: str
     """A name that dyads loads; or `llama`, built from `config` with random weights."""
     targets: tuple[str, ...]
@@ -61,7 +63,9 @@ ONLY_FORWARD = ("forward", "decode")
 
 _RIVALS = {
     "frozen": Contender("frozen model", "frozen", questions=ONLY_FORWARD),
-    "lora-bf16": Contender("PEFT LoRA, bf16 adapters", "lora", {"autocast_adapter_dtype": False}, solve="r"),
+    "lora-bf16": Contender(
+        "PEFT LoRA, equal parameters, bf16 adapters", "lora", {"autocast_adapter_dtype": False}, solve="r"
+    ),
     "poly": Contender("PEFT Poly, 8 skills", "peft-poly", {"n_skills": 8}, solve="r/8", tasks="mixed"),
     "mhr": Contender(
         "PEFT MHR, 8 skills, 8 heads", "peft-poly", {"n_skills": 8, "n_splits": 8}, solve="r/8", tasks="mixed"
@@ -95,6 +99,11 @@ _RELATIVES = {
 
 SMOLLM2 = Setting(
     title="SmolLM2-135M, bf16, q/k/v/o, batch 8×128, two threads",
+    about=(
+        "Adapters are in fp32 unless a row says otherwise, which is PEFT's default. PEFT then multiplies in fp32; dyads"
+        " casts the adapter's weights and multiplies in bf16, as the base model does. Adapters in bf16 have gradients"
+        " and optimizer states in bf16 too."
+    ),
     model="packaged:smollm2-135m",
     targets=("q_proj", "k_proj", "v_proj", "o_proj"),
     batch=8,
@@ -105,7 +114,7 @@ SMOLLM2 = Setting(
     reference="lora",
     budget="mode-16x4",
     contenders={
-        "lora": Contender("PEFT LoRA, equal parameters", "lora", solve="r"),
+        "lora": Contender("PEFT LoRA, equal parameters (r=66)", "lora", solve="r"),
         # 66 ranks fill no tile of a matrix unit; 64 do, with 3 % fewer parameters.
         "lora-64": Contender("PEFT LoRA r=64", "lora", {"r": 64}),
         "lora-rank": Contender("PEFT LoRA of equal rank", "lora", {"r": 4}),
@@ -123,15 +132,16 @@ SMOLLM2 = Setting(
         "mode-64x4": Contender("MoDE of rank 4, 64 experts", "mode", {"r": 4, "num_experts": 64}, questions=("step",)),
     },
     groups={
-        "main": ("lora", "mode-16x4", "lora-bf16", "mode-bf16", "mode-grouped", "frozen"),
+        "main": ("lora", "mode-16x4", "lora-bf16", "mode-bf16", "lora-64", "frozen"),
         "family": ("lora", "lora-rank", "molora", "molora-sd", "mode-4x4", "mode-64x4"),
-        "tasks": ("lora", "lora-64", "more", "more-mixed", "more-merged", "frozen"),
+        "tasks": ("lora", "mode-grouped", "more", "more-mixed", "more-merged", "frozen"),
         "rivals": ("lora", "mode-16x4", "poly", "mhr", "xlora", "arrow"),
     },
 )
 
 LLAMA = Setting(
     title="Llama-shaped (width 576, 4 layers, vocabulary 2,048), fp32, all linears, batch 4×128, one thread",
+    about="Poly mixes skills of rank 8 for every example; the mixtures and LoRA multiply every token by rank 64.",
     model="llama",
     config={
         "hidden_size": 576,
@@ -158,6 +168,7 @@ LLAMA = Setting(
         "mode": Contender("MoDE of rank 8", "mode", {"r": 8}, solve="num_experts"),
         "mode-grouped": Contender("MoDE, rank 16 in groups of 4", "mode", {"r": 16, "group_size": 4}, "num_experts"),
         **_OURS,
+        "more-mixed": replace(_OURS["more-mixed"], label="MoRE, a batch of 4 tasks"),  # one for every row
         **_RELATIVES,
     },
     groups={
@@ -171,6 +182,7 @@ LLAMA = Setting(
 
 TINY = Setting(
     title="tiny model, for trying the benchmark out; its numbers mean nothing",
+    about="",
     model="llama",
     config={
         "hidden_size": 32,
@@ -244,7 +256,7 @@ def base_name(setting: Setting, out: Path) -> str:
         return setting.model
     from transformers import LlamaConfig
 
-    folder = out / "models" / "-".join(f"{setting.config[k]}" for k in ("hidden_size", "num_hidden_layers"))
+    folder = out / "models" / "-".join(str(size) for size in setting.config.values())
     if not (folder / "config.json").is_file():
         LlamaConfig(**setting.config, bos_token_id=0, eos_token_id=1, pad_token_id=1).save_pretrained(folder)
     return str(folder)

@@ -42,14 +42,18 @@ def check(contenders: dict[str, Contender], *, dtype: str, width: int, say: Call
     ours = {name: c for name, c in contenders.items() if c.builder in family}
     seen: set[str] = set()
     for name, contender in ours.items():
-        options = {k: v for k, v in contender.options.items() if k not in ("merged", "autocast_adapter_dtype")}
+        options = dict(contender.options)
+        merged, in_fp32 = options.pop("merged", False), options.pop("autocast_adapter_dtype", True)
+        here = (getattr(torch, dtype), width)
+        if merged:
+            _merged(f"{name}, merged", contender.builder, options, *here)
+        for tokens in (1, 80):  # fast paths may depend on how large a product is
+            _layer(f"{name}, one layer", contender.builder, options, *here, tokens, in_fp32)
         if (key := f"{contender.builder} {sorted(options.items())}") in seen:
             continue
         seen.add(key)
         for shape in SHAPES:
             _operator(name, contender.builder, options, *shape)
-        for tokens in (1, 80):  # fast paths may depend on how large a product is
-            _layer(f"{name}, one layer", contender.builder, options, getattr(torch, dtype), width, tokens)
         _model(f"{name}, whole model", contender.builder, options)
         say(f"{name}: operator, layer and model agree with the double sum, outputs and gradients")
     _one_expert_is_lora()
@@ -140,14 +144,32 @@ def _start(layers: Iterable[DyadsLayer]) -> None:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
 
-def _layer(what: str, method: str, options: dict[str, Any], dtype: torch.dtype, width: int, tokens: int) -> None:
-    """As it is measured: base in the setting's dtype, adapter in fp32."""
+def _one(
+    method: str, options: dict[str, Any], dtype: torch.dtype, width: int, in_fp32: bool = True
+) -> tuple[Any, DyadsLayer, _ByTheSum]:
+    """A model of one layer, that layer, and the same written out."""
     torch.manual_seed(4)
     config = build_config(method, {**options, "target_modules": ["lin"]})
-    model = get_peft_model(_One(width).to(dtype), config)
+    model = get_peft_model(_One(width).to(dtype), config, autocast_adapter_dtype=in_fp32)
     layer = next(m for m in model.modules() if isinstance(m, DyadsLayer))
     _start([layer])
-    slow = _ByTheSum(layer)
+    return model, layer, _ByTheSum(layer)
+
+
+def _merged(what: str, method: str, options: dict[str, Any], dtype: torch.dtype, width: int) -> None:
+    """What is left of the layer when a task's update is in its weights."""
+    model, _, slow = _one(method, options, dtype, width)
+    x = torch.randn(2, 5, width).to(dtype)
+    slow.task = torch.zeros(2, dtype=torch.long)
+    with torch.no_grad():
+        _agree(what, [model.merge_and_unload(task=0)(x)], [slow(x.double())], dtype)
+
+
+def _layer(
+    what: str, method: str, options: dict[str, Any], dtype: torch.dtype, width: int, tokens: int, in_fp32: bool
+) -> None:
+    """As it is measured: base in the setting's dtype, adapter in fp32 or the same."""
+    model, layer, slow = _one(method, options, dtype, width, in_fp32)
     x = torch.randn(2, tokens, width).to(dtype).requires_grad_()
     x64 = x.detach().double().requires_grad_()
     task = torch.tensor([0, TASKS - 1])

@@ -224,7 +224,7 @@ def failures(results: list[dict[str, Any]], part: str) -> list[str]:
     for group in of_part(results, part):
         for name, reason in group["errors"].items():
             label = SETTINGS[part].contenders[name].label if part in SETTINGS else TRAINING_LABELS.get(name, name)
-            said[label] = reason
+            said[label if part in SETTINGS or part == "training" else f"{part} of {name}"] = reason
     return [f"{label} failed: {reason}" for label, reason in said.items()]
 
 
@@ -256,6 +256,9 @@ def to_terminal(results: list[dict[str, Any]], console: Console) -> None:
             console.print(line, markup=False)
     if said := scoring(results):
         console.print(f"scoring: {said}", markup=False)
+    for part in ("profile", "scoring"):
+        for line in failures(results, part):
+            console.print(line, markup=False)
     table = Table("what", "bar", "measured", "", title="bars")
     for what, limit, found, said in bars(results):
         if said != "not measured":
@@ -268,10 +271,8 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
     """The page."""
     environments = [r["environment"] for r in results]
     dates = sorted({e["date"][:10] for e in environments})
-    first = environments[0]
-    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-    measured = f"Measured {when} on {first['cpu']} ({first['cores']} cores), Python {first['python']}, {versions}."
+    measured = f"Measured {when} on {'; and on '.join(dict.fromkeys(map(_machine, environments)))}."
     lines = [
         "# Benchmarks",
         "",
@@ -279,11 +280,11 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         "",
         measured,
         "",
-        "Every contender runs in a process of its own; in a round each question goes once to all contenders of a",
-        "group, one after the other, in an order that rotates. Ratios are taken within a round. Shown are the median",
-        "over rounds and, in brackets, the quartiles. Warm-up is not counted. Before anything was measured, the",
-        "operator, adapted layers and whole models of our methods were compared with the plain double sum, outputs and",
-        "gradients.",
+        "Every contender runs in a process of its own. When a question's turn comes, it goes once to all contenders",
+        "of a group that have it, one after the other, in an order that rotates: a step is asked in every round, what",
+        "takes longer in every second or fourth. Ratios are taken within a round. Shown are the median over rounds",
+        "and, in brackets, the quartiles. Warm-up is not counted. Before anything was measured, the operator, adapted",
+        "layers and whole models of our methods were compared with the plain double sum, outputs and gradients.",
         "`python -m benchmarks --help` says how to run a part of it.",
         "",
         "## What it must reach",
@@ -295,7 +296,7 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
             continue
         attention = {r["settings"].get("attention") or setting.attention for r in of_part(results, part)}
         about = (
-            f"{absolute(results, part)} Attention: {', '.join(attention)}; {asked(results, part)}."
+            f"{setting.about} {absolute(results, part)} Attention: {', '.join(attention)}; {asked(results, part)}."
             f" Decoding is greedy: {setting.batch} prompts of {setting.prompt} tokens, {setting.new_tokens} new each."
         )
         lines += [
@@ -308,11 +309,12 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         ]
         lines += [text for line in failures(results, part) for text in ("", line)]
     for name, table in profiles(results).items():
+        (rounds,) = (len(group["rounds"]) for group in of_part(results, "profile") if group["group"] == name)
         about = (
-            f"{SETTINGS[name].title}. All sides in one process, {len(of_part(results, 'profile')[0]['rounds'])} rounds."
-            " The floor of an adapter is the step of the frozen model with gradients to its input, plus the six matrix"
-            " products of every adapted layer timed alone: no gates, sums, casts, optimizer or Python. Right of it, the"
-            " milliseconds of a step by kind of work, as the profiler sees them."
+            f"{SETTINGS[name].title}. All sides in one process, {rounds} rounds. The floor of an adapter is the step of"
+            " the frozen model, with gradients down to its first adapted layers, plus the matrix products of every"
+            " adapted layer timed alone, two forward and four backward: no gates, sums, casts, optimizer or Python."
+            " Right of it, the milliseconds of a step by kind of work, as the profiler sees them."
         )
         lines += ["", f"## Where the time of a step goes: {name}", "", about, "", *_markdown(PROFILE_HEADS, table)]
     if rows := training(results):
@@ -335,10 +337,18 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         lines += [text for line in failures(results, "training") for text in ("", line)]
     if said := scoring(results):
         lines += ["", "## Scoring", "", said]
+    lines += [text for part in ("profile", "scoring") for line in failures(results, part) for text in ("", line)]
     if texts := tried(results):
         lines += ["", "## What was tried where a bar is not met"]
         lines += [line for what, text in texts for line in ("", f"*{what}.* {text}")]
     return "\n".join(lines) + "\n"
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    """Processor and versions: groups that differ in them are not to be compared."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    cpu, cores = environment["cpu"], environment["cores"]
+    return f"{cpu} ({cores} cores), Python {environment['python']}, {versions}"
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where does the time of a training step go, and how short could it be?
 
-The *floor* of an adapter is the step of the frozen model, with gradients down to its input, plus the matrix products
-that an adapter of these shapes cannot do without: two forward, four backward, timed alone. What lies above it is gates,
-sums, casts, copies and Python.
+The *floor* of an adapter is the step of the frozen model, with gradients down to the first adapted layers, plus the
+matrix products that an adapter of these shapes cannot do without: two forward, four backward, timed alone. What lies
+above it is gates, sums, casts, copies, the optimizer and Python.
 
 `python -m benchmarks.profile JOB` measures the contenders of a setting interleaved in one process, and answers with one
 line of JSON.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contenders import SETTINGS, Contender, Setting, resolved
@@ -61,11 +61,18 @@ def split(step: Callable[[], float], repeats: int = 2) -> dict[str, float]:
 
 
 class FrozenStep:
-    """Forward and backward of the frozen model with gradients down to its embeddings: what every adapter pays."""
+    """Forward and backward of the frozen model, with gradients as far down as any adapter needs them.
+
+    They begin at the outputs of the first adapted layers: their inputs need none.
+    """
 
     def __init__(self, setting: Setting, out: Path) -> None:
         self.bench = Bench(setting, setting.contenders["frozen"], out)
-        self.bench.model.enable_input_require_grads()
+        for name, module in self.bench.model.named_modules():
+            if name.rpartition(".")[2] in setting.targets:
+                module.register_forward_hook(
+                    lambda module, args, out: out if out.requires_grad else out.requires_grad_()
+                )
 
     def __call__(self) -> float:
         self.bench.model.train()
@@ -74,31 +81,45 @@ class FrozenStep:
         return time.perf_counter() - begin
 
 
-def shapes(model: nn.Module) -> Counter[tuple[int, int, int, int]]:
-    """(d_in, d_out, rows of the product down, rows of the product up) of every adapted layer, and how often."""
+def shapes(bench: Bench) -> Counter[tuple[int, int, int, int, bool]]:
+    """(d_in, d_out, rows of the product down, rows of the product up, whether the input wants a gradient) of every
+    adapted layer, and how often."""
     from peft.tuners.lora import LoraLayer
 
     from dyads.tuner import DyadsLayer
 
-    found: Counter[tuple[int, int, int, int]] = Counter()
-    for module in model.modules():
+    found: Counter[tuple[int, int, int, int, bool]] = Counter()
+
+    def count(module: Any, args: tuple[Any, ...]) -> None:
+        wanted = bool(args[0].requires_grad)
         if isinstance(module, DyadsLayer):
             core = module.core("default")
             W = core.router_rows()
-            found[module.in_features, module.out_features, core.p + (0 if W is None else len(W)), core.q] += 1
-        elif isinstance(module, LoraLayer):
+            down = core.p + (0 if W is None else len(W))
+            found[module.in_features, module.out_features, down, core.q, wanted] += 1
+        else:
             r = module.r["default"]
-            found[module.in_features, module.out_features, r, r] += 1
+            found[module.in_features, module.out_features, r, r, wanted] += 1
+
+    adapted = [m for m in bench.model.modules() if isinstance(m, DyadsLayer | LoraLayer)]
+    hooks = [module.register_forward_pre_hook(count) for module in adapted]
+    bench.model.train()
+    bench.loss()
+    for hook in hooks:
+        hook.remove()
     return found
 
 
-def products(model: nn.Module, tokens: int, dtype: torch.dtype) -> float | None:
-    """Seconds of the six products of every adapted layer, each timed alone; None for what has other products."""
-    found = shapes(model)
+def products(bench: Bench, tokens: int, dtype: torch.dtype) -> float | None:
+    """Seconds of the products of every adapted layer, each timed alone; None for what has other products.
+
+    They are two forward and four backward, or three where the input wants no gradient.
+    """
+    found = shapes(bench)
     if not found:
         return None
     total = 0.0
-    for (d, o, p, q), times in found.items():
+    for (d, o, p, q, wanted), times in found.items():
         x, dy = torch.randn(tokens, d, dtype=dtype), torch.randn(tokens, o, dtype=dtype)
         down, up = torch.randn(p, d, dtype=dtype), torch.randn(q, o, dtype=dtype)
         z, u = torch.randn(p, tokens, dtype=dtype), torch.randn(q, tokens, dtype=dtype)
@@ -110,7 +131,7 @@ def products(model: nn.Module, tokens: int, dtype: torch.dtype) -> float | None:
             lambda z=z, x=x: z @ x,  # type: ignore[misc]
             lambda z=z, down=down: z.t() @ down,  # type: ignore[misc]
         ]
-        total += times * sum(_seconds(product) for product in six)
+        total += times * sum(_seconds(product) for product in six[: 6 if wanted else 5])
     return total
 
 
@@ -141,12 +162,12 @@ def measure(name: str, rounds: int, out: Path) -> dict[str, Any]:
     tokens, dtype = setting.batch * setting.width, getattr(torch, setting.dtype)
     facts = {n: {"split": split(step), "label": _label(setting, n)} for n, step in steps.items()}
     for n, bench in benches.items():
-        facts[n]["products"] = products(bench.model, tokens, dtype)
+        facts[n]["products"] = products(bench, tokens, dtype)
     return {"facts": facts, "rounds": results, "errors": {}}
 
 
 def _label(setting: Setting, name: str) -> str:
-    return "frozen model, gradients to its input" if name == "frozen" else setting.contenders[name].label
+    return "frozen model, gradients to its first layers" if name == "frozen" else setting.contenders[name].label
 
 
 def main() -> None:

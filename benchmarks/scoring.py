@@ -29,7 +29,7 @@ def trained_run(job: dict[str, Any]) -> Path:
 
     if job["run"]:
         return Path(job["run"])
-    folder = Path(job["out"]) / "models" / ("scored-quick" if job["quick"] else "scored-run")
+    folder = Path(job["out"]) / "models" / f"scored-{job['steps']}"
     if not (folder / "adapter" / "adapter_model.safetensors").is_file():
         recipe = Recipe.model_validate(
             {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from benchmarks.bars import BARS, TRIED, Bar
 from benchmarks.contenders import SETTINGS, TINY
 from benchmarks.gate import OPERATORS, GateError, check
 from benchmarks.measure import Bench
-from benchmarks.rounds import measure_group, rotated
+from benchmarks.rounds import ROOT, measure_group, rotated
 from click.testing import CliRunner
 
 from benchmarks import page, profile, startup
@@ -93,6 +94,27 @@ def test_how_an_adapter_is_loaded_is_no_option_of_its_method() -> None:
     said: list[str] = []
     check({**MODE, "in bf16": loaded}, dtype="bfloat16", width=16, say=said.append)
     assert [line.partition(":")[0] for line in said[:-1]] == ["mode-16x4"]  # the same sizes are looked at once
+
+
+def test_adapters_in_half_precision_and_merged_weights_are_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = replace(MODE["mode-16x4"], options={**MODE["mode-16x4"].options, "autocast_adapter_dtype": False})
+    right = DyadsLayer.forward
+
+    def wrong(self: DyadsLayer, x: torch.Tensor) -> torch.Tensor:
+        y = right(self, x)
+        return y * 1.2 if self.dyads_A["default"].dtype == torch.bfloat16 else y
+
+    monkeypatch.setattr(DyadsLayer, "forward", wrong)
+    check(MODE, dtype="bfloat16", width=16, say=silent)
+    with pytest.raises(GateError, match="in bf16, one layer: the output differs"):
+        check({**MODE, "in bf16": loaded}, dtype="bfloat16", width=16, say=silent)
+    monkeypatch.undo()
+    delta = DyadsLayer.get_delta_weight
+    merged = {"more-merged": replace(TINY.contenders["more-merged"], options={"num_tasks": 8, "r": 4, "merged": True})}
+    check(merged, dtype="float32", width=16, say=silent)
+    monkeypatch.setattr(DyadsLayer, "get_delta_weight", lambda self, adapter: delta(self, adapter) * 1.1)
+    with pytest.raises(GateError, match="more-merged, merged: the output differs"):
+        check(merged, dtype="float32", width=16, say=silent)
 
 
 def test_contenders_and_bars_name_each_other() -> None:
@@ -222,7 +244,7 @@ def test_the_page_has_tables_and_verdicts_and_names_no_machine() -> None:
     assert "| training step: MoDE 16×4 ÷ PEFT LoRA, fp32 adapters | ≤ 0.95 | 0.90 | met |" in text
     assert "| decoding: MoDE 16×4 ÷ PEFT LoRA, tokens/s | ≥ 0.95 | 0.90 | not met |" in text
     assert "| MoDE 16×4 | 9 | 0.90 | – | 0.90 | 1.00 | – |" in text
-    assert "1.00 is PEFT LoRA, equal parameters: 2.000 s a step, 100 tokens/s" in text
+    assert "1.00 is PEFT LoRA, equal parameters (r=66): 2.000 s a step, 100 tokens/s" in text
     assert "rounds of steps 1, of forward passes 0, of decoding 1" in text
     assert f"*{BARS[13].what}.* {TRIED['decode', 'lora']}" in text
     assert TRIED["step", "poly"] not in text  # it was not measured
@@ -231,6 +253,10 @@ def test_the_page_has_tables_and_verdicts_and_names_no_machine() -> None:
 
 def test_what_was_tried_stands_where_a_bar_is_not_met_and_only_there() -> None:
     assert set(TRIED) <= {(bar.question, bar.bottom) for bar in BARS}
+    log = " ".join((ROOT / "LOG.md").read_text(encoding="utf-8").split())
+    for text in TRIED.values():
+        gone = [number for number in re.findall(r"\d+(?:[.,]\d+)+|\d{3,}", text) if number not in log]
+        assert not gone, text
     slow = [{"step": {"molora-8x8": 1.2, "mode": 1.1, "poly": 1.0, "lora": 1.3}}]
     facts = {n: {"label": n, "options": {}, "parameters": 9, "saved": 8, "peak": 1} for n in slow[0]["step"]}
     (both,) = page.tried([result("llama", facts, slow)])
@@ -242,17 +268,72 @@ def test_what_was_tried_stands_where_a_bar_is_not_met_and_only_there() -> None:
     assert page.tried([result("llama", facts, slow)]) == []
 
 
-def test_a_profile_counts_all_work_once_and_its_floor_is_below_the_step(tmp_path: Path) -> None:
+class Event:
+    def __init__(self, key: str, microseconds: float) -> None:
+        self.key, self.self_cpu_time_total = key, microseconds
+
+
+def test_a_profile_counts_all_work_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["aten::mm", "aten::addmm_", "aten::_softmax", "aten::copy_", "aten::mul", "_FusedBackward"]
+    names += ["aten::_scaled_dot_product_flash_attention_for_cpu"]
+
+    class Seen:
+        def __init__(self, **options: Any) -> None:
+            pass
+
+        def __enter__(self) -> Seen:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def key_averages(self) -> list[Event]:
+            return [Event(name, 2000.0 * 2**i) for i, name in enumerate(names)]
+
+    monkeypatch.setattr(profile, "profile", Seen)
+    ran: list[int] = []
+    found = profile.split(lambda: ran.append(1) or 0.0, repeats=2)
+    assert len(ran) == 2
+    assert found == {
+        "matrix products": 3.0,
+        "softmax": 4.0,
+        "copies and casts": 8.0,
+        "element by element": 16.0,
+        "Python and autograd": 32.0,
+        "attention": 64.0,
+    }
+
+
+def test_the_floor_counts_the_products_that_an_adapter_cannot_do_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     bench = Bench(TINY, MODE["mode-16x4"], tmp_path)
-    found = profile.split(bench.step)
-    assert set(found) == set(profile.KINDS)
-    assert found["matrix products"] > 0
-    layers = profile.shapes(bench.model)
     core = next(m for m in bench.model.modules() if isinstance(m, DyadsLayer)).core("default")
-    assert {(rows_down, rows_up) for _, _, rows_down, rows_up in layers} == {(core.p + len(core.router_rows()), core.q)}
-    assert sum(layers.values()) == sum(isinstance(m, DyadsLayer) for m in bench.model.modules())
-    assert 0 < (profile.products(bench.model, 8, torch.float32) or 0) < 1
-    assert profile.products(torch.nn.Linear(2, 2), 8, torch.float32) is None
+    W = core.router_rows()
+    assert W is not None
+    rows = (core.p + len(W), core.q)
+    # Two layers of q (32 → 32) and v (32 → 16); what comes into the first ones wants no gradient.
+    assert profile.shapes(bench) == {(32, o, *rows, wanted): 1 for o in (32, 16) for wanted in (False, True)}
+    monkeypatch.setattr(profile, "_seconds", lambda product: 1.0)
+    assert profile.products(bench, 16, torch.float32) == 2 * 5 + 2 * 6
+    frozen = Bench(TINY, TINY.contenders["frozen"], tmp_path)
+    assert profile.products(frozen, 16, torch.float32) is None
+
+
+def test_the_frozen_step_has_gradients_just_as_far_down_as_adapters(tmp_path: Path) -> None:
+    step = profile.FrozenStep(TINY, tmp_path)
+    asked: dict[str, bool] = {}
+    for name, module in step.bench.model.named_modules():
+        if name.endswith(("q_proj", "v_proj", "input_layernorm")):
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: asked.update({name: args[0].requires_grad})
+            )
+    assert step() > 0
+    assert asked == {
+        f"model.layers.{i}.{part}": i > 0
+        for i in (0, 1)
+        for part in ("input_layernorm", "self_attn.q_proj", "self_attn.v_proj")
+    }
 
 
 def test_the_floor_of_an_adapter_is_taken_within_a_round() -> None:
