@@ -26,13 +26,24 @@ class WorkerError(Exception):
     """A contender's process ended before it answered."""
 
 
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
+"""glibc is told to keep what was freed, for all alike. Otherwise a step of SmolLM2 gives a gigabyte back and asks for it
+again, a quarter of a million page faults, and what is measured is in part the system's memory (LOG.md)."""
+
+
 def child_environment(threads: int) -> dict[str, str]:
-    """Fixed threads, no network, and this checkout first on the path; how threads wait is left as users have it."""
+    """Fixed threads, memory that is kept, no network, and this checkout first on the path; how threads wait is left as
+    users have it."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     fixed = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     return {
         **os.environ,
         **fixed,
+        **KEEP_MEMORY,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": path,
