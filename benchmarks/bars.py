@@ -62,7 +62,9 @@ TRIED = {
         " fp32 casts its weights once in a step and their gradients back. Kept, as they gained: casts held for"
         " backward and the sums of the gates' gradients along the memory (733 to 396 µs), and the base layer's output"
         " and its gradient written over (six layers, one thread: 0.956 of the step before, quartiles 0.919 to 0.991)."
-        " MoDE with bf16 adapters is a row of the table (LOG.md)."
+        " MoDE with bf16 adapters is a row of the table. What decides more than any of these is memory: with glibc's"
+        " own settings MoDE took 1.22 of this step (quartiles 1.20 to 1.26), where freed memory is kept 1.00 and 1.01"
+        " in two processes (LOG.md)."
     ),
     ("decode", "lora"): (
         "A decoding step multiplies a handful of rows. Kept, as they gained: weights joined and cast once for a whole"

@@ -132,7 +132,9 @@ SMOLLM2 = Setting(
         "mode-64x4": Contender("MoDE of rank 4, 64 experts", "mode", {"r": 4, "num_experts": 64}, questions=("step",)),
     },
     groups={
-        "main": ("lora", "mode-16x4", "lora-bf16", "mode-bf16", "lora-64", "frozen"),
+        # The closest bars stand between these three: a short round, to be asked often.
+        "main": ("lora", "mode-16x4", "lora-bf16"),
+        "variants": ("lora", "mode-bf16", "lora-64", "frozen"),
         "family": ("lora", "lora-rank", "molora", "molora-sd", "mode-4x4", "mode-64x4"),
         "tasks": ("lora", "mode-grouped", "more", "more-mixed", "more-merged", "frozen"),
         "rivals": ("lora", "mode-16x4", "poly", "mhr", "xlora", "arrow"),

@@ -31,8 +31,8 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**26),
 }
-"""glibc is told to keep what was freed, for all alike. Otherwise a step of SmolLM2 gives a gigabyte back and asks for it
-again, a quarter of a million page faults, and what is measured is in part the system's memory (LOG.md)."""
+"""glibc is told to keep what was freed, for all alike. Otherwise a step of SmolLM2 gives a gigabyte back and asks for
+it again, a quarter of a million page faults, and what is measured is in part the system's memory (LOG.md)."""
 
 
 def child_environment(threads: int) -> dict[str, str]:

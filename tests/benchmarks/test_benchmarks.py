@@ -17,7 +17,7 @@ from benchmarks.bars import BARS, TRIED, Bar
 from benchmarks.contenders import SETTINGS, TINY
 from benchmarks.gate import OPERATORS, GateError, check
 from benchmarks.measure import Bench
-from benchmarks.rounds import ROOT, measure_group, rotated
+from benchmarks.rounds import ROOT, child_environment, measure_group, rotated
 from click.testing import CliRunner
 
 from benchmarks import page, profile, startup
@@ -184,6 +184,15 @@ def test_a_contender_that_fails_is_told_and_does_not_stop_the_others(tmp_path: P
     found = measure_group("tiny", TINY, contenders, rounds=1, out=tmp_path, logs=tmp_path, attention=None, say=silent)
     assert "KeyError: 'r'" in found["errors"]["lora"]
     assert found["rounds"][0]["forward"]["frozen"] > 0
+
+
+def test_contenders_keep_their_memory_and_their_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    found = child_environment(2)
+    assert found["MALLOC_TRIM_THRESHOLD_"] == "17179869184"
+    assert found["OMP_NUM_THREADS"] == "2"
+    assert found["HF_HUB_OFFLINE"] == "1"
 
 
 class Echo:
