@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from dyads import __version__
+from dyads.cli._memory import keep_memory
 from dyads.errors import DyadsError, did_you_mean
 
 __all__ = ["main"]
@@ -69,3 +70,4 @@ def main(debug: bool) -> None:
     """One adapter for many tasks: train it, score it, compare it."""
     # PEFT 0.21 calls what transformers 5.23 renames; nobody who runs a command can act on that.
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
+    keep_memory()
