@@ -135,9 +135,10 @@ SMOLLM2 = Setting(
         # The closest bars stand between these three: a short round, to be asked often.
         "main": ("lora", "mode-16x4", "lora-bf16"),
         "variants": ("lora", "mode-bf16", "lora-64", "frozen"),
-        "family": ("lora", "lora-rank", "molora", "molora-sd", "mode-4x4", "mode-64x4"),
+        "family": ("lora", "lora-rank", "molora", "molora-sd"),
+        "growth": ("lora", "mode-4x4", "mode-64x4"),
         "tasks": ("lora", "mode-grouped", "more", "more-mixed", "more-merged", "frozen"),
-        "rivals": ("lora", "mode-16x4", "poly", "mhr", "xlora", "arrow"),
+        "rivals": ("lora", "poly", "mhr", "xlora", "arrow"),
     },
 )
 
