@@ -137,7 +137,8 @@ SMOLLM2 = Setting(
         "variants": ("lora", "mode-bf16", "lora-64", "frozen"),
         "family": ("lora", "lora-rank", "molora", "molora-sd"),
         "growth": ("lora", "mode-4x4", "mode-64x4"),
-        "tasks": ("lora", "mode-grouped", "more", "more-mixed", "more-merged", "frozen"),
+        "tasks": ("lora", "mode-grouped", "more", "more-mixed"),
+        "merged": ("lora", "more-merged", "frozen"),
         "rivals": ("lora", "poly", "mhr", "xlora", "arrow"),
     },
 )
