@@ -3,7 +3,7 @@
 
 By default glibc returns freed memory to the system, and a training step on a CPU gets it back page by page: a quarter
 of a million page faults a step for SmolLM2 at 8 × 128 tokens. A command has its process to itself and asks glibc not
-to. The price: a process stays as large as its largest step, and is some 5 to 25 % larger then (LOG.md).
+to. The price: a process stays as large as its largest step, and is up to a quarter larger then (LOG.md).
 """
 
 from __future__ import annotations
