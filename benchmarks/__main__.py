@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
@@ -21,7 +21,7 @@ import click
 from rich.console import Console
 
 from benchmarks import page, startup
-from benchmarks.contenders import SETTINGS, Contender, resolved
+from benchmarks.contenders import SETTINGS, Contender, Setting, resolved
 from benchmarks.profile import PROFILED
 from benchmarks.rounds import ROOT, Worker, WorkerError, measure_group, rotated
 from benchmarks.scoring import LABELS as SCORING_LABELS
@@ -161,9 +161,7 @@ def _setting(
             raise click.UsageError(f"{part} has no '{unknown[0]}'; there are {', '.join(setting.contenders)}")
         groups = {"only": tuple(dict.fromkeys((setting.reference, *given)))}
     wanted = list(dict.fromkeys(name for names in groups.values() for name in names))
-    found = resolved(setting, keep.out, wanted)
-    width = setting.config.get("hidden_size", 576)
-    _gate(found, dtype=setting.dtype, width=width, say=say)
+    found = _checked(setting, keep, wanted, say)
     for group, names in groups.items():
         contenders = {name: found[name] for name in names}
         settings = {"rounds": rounds, "attention": attention, "contenders": {n: asdict(found[n]) for n in names}}
@@ -175,6 +173,13 @@ def _setting(
             )
 
         keep(part, group, settings, measure)
+
+
+def _checked(setting: Setting, keep: _Keeper, names: Sequence[str], say: Callable[[str], None]) -> dict[str, Contender]:
+    """Contenders of a setting with their sizes, whose results are right."""
+    found = resolved(setting, keep.out, names)
+    _gate(found, dtype=setting.dtype, width=setting.config.get("hidden_size", 576), say=say)
+    return found
 
 
 def _gate(contenders: dict[str, Contender], *, dtype: str, width: int, say: Callable[[str], None]) -> None:
@@ -189,9 +194,7 @@ def _gate(contenders: dict[str, Contender], *, dtype: str, width: int, say: Call
 
 def _profile(keep: _Keeper, *, rounds: int, say: Callable[[str], None]) -> None:
     for name, profiled in PROFILED.items():
-        setting = SETTINGS[name]
-        found = resolved(setting, keep.out, profiled)
-        _gate(found, dtype=setting.dtype, width=setting.config.get("hidden_size", 576), say=say)
+        _checked(SETTINGS[name], keep, profiled, say)
 
         def measure(name: str = name) -> dict[str, Any]:
             job = {"setting": name, "rounds": rounds, "out": str(keep.out)}

@@ -8,7 +8,6 @@ to. The price: a process stays as large as its largest step, and is up to a quar
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 
@@ -29,6 +28,8 @@ def keep_memory() -> bool:
     """
     if sys.platform != "linux" or any(name in os.environ for name in _OWN):
         return False
+    import ctypes  # here, as `dyads --help` must be quick and does without
+
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
