@@ -59,8 +59,9 @@ def score_task(embeddings: Tensor, W: Tensor) -> Tensor:
 def select_softmax(scores: Tensor) -> Tensor:
     """Softmax over the last axis; computed in fp32 where the scores are half precision, returned in their dtype."""
     if scores.stride(-1) == 1:
-        half = scores.dtype in (torch.float16, torch.bfloat16)
-        return scores.softmax(-1, dtype=torch.float32 if half else None).to(scores.dtype)
+        if scores.dtype in (torch.float16, torch.bfloat16):
+            return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
+        return scores.softmax(-1)
     # Along an axis that is not the last in memory PyTorch's kernels compute in fp32 by themselves.
     return _as_it_lies(scores, Tensor.softmax)
 

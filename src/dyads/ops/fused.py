@@ -77,7 +77,7 @@ def plain() -> Iterator[None]:
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to products with x; None where it leaves them alone."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -157,45 +157,44 @@ class Held:
 
     Decoding consists of such calls, of few rows each, in which every operation counts. `held(x, task, base=…)` is
     `fused(x, A, B, gating, task, scale=…, base=…)`; it serves while gradients and autocast are off, and it is on its
-    user to drop it when the weights change. On a CPU, what the gates need from a task is computed once too.
+    user to drop it when the weights change. On a CPU, what the gates need from a task is computed once too. `together`
+    is shared with layers that see the same x one after the other.
     """
 
-    __slots__ = ("A", "B", "_made", "_of_tasks", "_rows", "_splits", "core", "scale")
+    __slots__ = ("A", "B", "_made", "_of_tasks", "_rows", "_splits", "_together", "core", "scale")
 
-    def __init__(self, A: Tensor, B: Tensor, gating: Gating, scale: float) -> None:
-        self.A, self.B, self.core, self.scale = A, B, cast(Any, gating), scale
+    def __init__(self, A: Tensor, B: Tensor, gating: Gating, scale: float, together: Together | None = None) -> None:
+        self.A, self.B, self.core, self.scale, self._together = A, B, cast(Any, gating), scale, together
         self._splits = getattr(gating, "splits", False)
         self._rows = max(A.shape[0], B.shape[0])
         self._made: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._of_tasks: dict[int, Tensor] = {}
 
     def __call__(
-        self,
-        x: Tensor,
-        task: Tensor | None = None,
-        *,
-        onto: Tensor | None = None,
-        base: Frozen | None = None,
-        together: Together | None = None,
+        self, x: Tensor, task: Tensor | None = None, *, onto: Tensor | None = None, base: Frozen | None = None
     ) -> Tensor:
-        """`together` serves layers that see the same x one after the other."""
         if not _ENABLED or not self._splits:
             return dyadic(x, self.A, self.B, self.core, task, scale=self.scale, onto=onto, base=base)
         dtype = _cheap_dtype(x, self._rows)
-        if together is not None and task is None and _is_small(x, self._rows):
-            u = together.coefficients(self, x, dtype)
+        down, up = self.weights(dtype)
+        if self._together is not None and task is None and _is_small(x, self._rows):
+            u = self._together.coefficients(self, x, dtype)
         else:
-            u = self.coefficients(x, self.weights(dtype)[0], self.of_task(task))
+            u = self.coefficients(x, down, self.of_task(task))
         onto, in_place = _beneath(x, onto, base)
-        return _up(u, self.weights(dtype)[1], 1.0, onto, x.dtype, in_place)
+        y = _up(u, up, 1.0, onto, x.dtype, in_place)
+        return y.view(*x.shape[:-1], y.shape[-1]) if onto is None else y
 
     def coefficients(self, x: Tensor, down: Tensor, of_task: Tensor | None = None, layers: int = 1) -> Tensor:
         """What the rows of B are multiplied by: (… q), or (… layers q) with the weights of several layers in `down`."""
         rows = x.reshape(-1, x.shape[-1]).to(down.dtype)
         # As in `_product`: the tokens innermost where they are many.
         z = torch.mm(rows, down) if _is_small(x, self._rows) else torch.mm(down.t(), rows.t()).t()
-        shape = x.shape[:-1] if layers == 1 else (*x.shape[:-1], layers)
-        h, scores = _split(z.view(*shape, down.shape[1] // layers), self.A.shape[0])
+        if of_task is not None:
+            z = z.view(*x.shape[:-1], z.shape[-1])  # gates that look at no task see rows, whatever a sample is
+        if layers > 1:
+            z = z.view(*z.shape[:-1], layers, z.shape[-1] // layers)
+        h, scores = _split(z, self.A.shape[0])
         u: Tensor = self.core.mix(h, self.core.select(h, scores, of_task))
         return u
 
@@ -302,7 +301,10 @@ def _product(x: Tensor, down: Tensor) -> Tensor:
 
 def _split(z: Tensor, p: int) -> tuple[Tensor, Tensor | None]:
     """h and the scores, from z = [A; W] x (… p + s)."""
-    return (z, None) if z.shape[-1] == p else (z[..., :p], z[..., p:])
+    if z.shape[-1] == p:
+        return z, None
+    h, scores = z.split_with_sizes((p, z.shape[-1] - p), -1)
+    return h, scores
 
 
 def _up(u: Tensor, up: Tensor, scale: float, onto: Tensor | None, dtype: torch.dtype, in_place: bool) -> Tensor:

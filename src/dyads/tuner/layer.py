@@ -100,29 +100,25 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _task(self, adapter: str, core: Core, x: Tensor) -> Tensor | None:
         return self.routing.ids(adapter, x) if "task" in core.looks_at else None
 
-    def _held(self, x: Tensor, adapters: list[str]) -> dict[str, Held] | None:
-        """The adapters' operators for as long as weights are known to stay as they are; None where they may change."""
-        kept = self.routing.held
-        if kept is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def _held(self, x: Tensor) -> dict[str, Held] | None:
+        """The operators made so far, for as long as weights are known to stay as they are; None where they may change."""
+        if self.routing.held is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if autocast_dtype(x) is not None:
             return None  # the products have another dtype then
-        held = {}
-        for adapter in adapters:
-            operator = kept.get((id(self), adapter))
-            if operator is None:
-                core = self.core(adapter)
-                A, B = core.whole(self.dyads_A[adapter]), core.whole(self.dyads_B[adapter])
-                operator = kept[id(self), adapter] = Held(A, B, core, self.scaling[adapter])
-            held[adapter] = operator
-        return held
+        return self.routing.held.setdefault(id(self), {})
+
+    def _hold(self, adapter: str) -> Held:
+        core = self.core(adapter)
+        A, B = core.whole(self.dyads_A[adapter]), core.whole(self.dyads_B[adapter])
+        return Held(A, B, core, self.scaling[adapter], self.routing.together.setdefault(adapter, Together()))
 
     def _frozen(self) -> Frozen | None:
         """Weight and bias of the base layer where the operator may take its place; None where it must be called."""
         base = self.base_layer
         if type(base) is not nn.Linear or _is_watched(base):
             return None
-        weight, bias = base.weight, base.bias
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
         if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
             return None  # another kind of tensor (a quantised one, a sharded one) has products of its own
         return weight, bias
@@ -133,17 +129,19 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         for adapter in self.merged_adapters:
             self.routing.check_merged(adapter)
         idle = self.disable_adapters or self.merged
-        adapters = [] if idle else [name for name in self.active_adapters if name in self.dyads_A]
+        adapters = [] if idle else [name for name in self.active_adapters if name in self.scaling]
         frozen = self._frozen() if adapters and not args and not kwargs else None
         result: Tensor | None = self.base_layer(x, *args, **kwargs) if frozen is None else None
-        held = self._held(x, adapters)
+        held = self._held(x)
         for adapter in adapters:
-            core = self.core(adapter)
-            task = self._task(adapter, core, x)
             if held is not None:
-                together = self.routing.together.setdefault(adapter, Together())
-                result = held[adapter](x, task, onto=result, base=frozen, together=together)
+                operator = held.get(adapter)
+                if operator is None:
+                    operator = held[adapter] = self._hold(adapter)
+                result = operator(x, self._task(adapter, operator.core, x), onto=result, base=frozen)
             else:
+                core = self.core(adapter)
+                task = self._task(adapter, core, x)
                 if core.has_auxiliary_loss and self.training:
                     self.routing.collect(adapter, core, x, task, self.of_decoder)
                 result = self._sum(adapter, x, task, result, frozen)
@@ -255,8 +253,9 @@ def _is_watched(module: nn.Linear) -> bool:
     """Whether someone sees what goes in or comes out, and so may keep or change it: a hook, or another forward."""
     if "forward" in vars(module) or nn.Linear.forward is not _FORWARD:
         return True
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
 def features(base_layer: nn.Module) -> tuple[int, int, bool]:

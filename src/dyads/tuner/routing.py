@@ -209,7 +209,7 @@ class Routing:
         self.state: RoutingState | None = None
         self.ambient: RoutingState | None = None
         """What holds where no `task=` is given: set inside `using`, for instance while generating."""
-        self.held: dict[tuple[int, str], Held] | None = None
+        self.held: dict[int, dict[str, Held]] | None = None
         """The operators by layer and adapter, while weights do not change (`frozen_weights`)."""
         self.together: dict[str, Together] = {}
         """What layers with the same input share meanwhile, by adapter."""
