@@ -101,7 +101,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return self.routing.ids(adapter, x) if "task" in core.looks_at else None
 
     def _held(self, x: Tensor) -> dict[str, Held] | None:
-        """The operators made so far, for as long as weights are known to stay as they are; None where they may change."""
+        """The operators made so far, while weights are known to stay as they are; None where they may change."""
         if self.routing.held is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if autocast_dtype(x) is not None:
