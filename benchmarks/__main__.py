@@ -194,11 +194,12 @@ def _gate(contenders: dict[str, Contender], *, dtype: str, width: int, say: Call
 
 def _profile(keep: _Keeper, *, rounds: int, say: Callable[[str], None]) -> None:
     for name, profiled in PROFILED.items():
-        _checked(SETTINGS[name], keep, profiled, say)
+        setting = SETTINGS[profiled.setting]
+        _checked(setting, keep, profiled.contenders, say)
 
-        def measure(name: str = name) -> dict[str, Any]:
-            job = {"setting": name, "rounds": rounds, "out": str(keep.out)}
-            worker = Worker("benchmarks.profile", job, SETTINGS[name].threads, _log(keep, f"profile-{name}"))
+        def measure(name: str = name, threads: int = setting.threads) -> dict[str, Any]:
+            job = {"name": name, "rounds": rounds, "out": str(keep.out)}
+            worker = Worker("benchmarks.profile", job, threads, _log(keep, f"profile-{name}"))
             try:
                 return worker.read()
             except WorkerError as failed:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.bars import BARS, TRIED, Bar
 from benchmarks.contenders import SETTINGS
-from benchmarks.profile import KINDS, PROFILED
+from benchmarks.profile import KINDS, NEW_TOKENS, PROFILED
 from benchmarks.training import LABELS as TRAINING_LABELS
 
 MEGA = 1e6
@@ -184,16 +184,16 @@ def scoring(results: list[dict[str, Any]]) -> str:
 
 
 def profiles(results: list[dict[str, Any]]) -> dict[str, list[tuple[str, ...]]]:
-    """By setting: (side, step, ratio, floor, ratio of the floor, milliseconds by kind of work …) of every side.
+    """By profile: (side, time, ratio, floor, ratio of the floor, milliseconds by kind of work …) of every side.
 
-    The floor is the step of the frozen model in the same round, with gradients to its input, plus the products alone.
+    The floor is what the frozen model took in the same round, plus the products alone.
     """
     tables: dict[str, list[tuple[str, ...]]] = {}
     for group in of_part(results, "profile"):
-        rounds = [r["step"] for r in group["rounds"]]
+        rounds = [r["seconds"] for r in group["rounds"]]
         if not rounds:
             continue
-        reference = PROFILED[group["group"]][0]
+        reference = PROFILED[group["group"]].contenders[0]
         rows: list[tuple[str, ...]] = []
         for name, facts in group["facts"].items():
             alone = facts.get("products")
@@ -214,7 +214,13 @@ def profiles(results: list[dict[str, Any]]) -> dict[str, list[tuple[str, ...]]]:
     return tables
 
 
-PROFILE_HEADS = ("side", "step, ms", "÷ the first", "its products alone, ms", "floor ÷ the first", *KINDS)
+def profiled(name: str) -> str:
+    """What a profile is of, in words."""
+    work = "decoding" if PROFILED[name].question == "decode" else "a training step"
+    return f"{work}, {PROFILED[name].setting}"
+
+
+PROFILE_HEADS = ("side", "ms", "÷ the first", "its products alone, ms", "floor ÷ the first", *KINDS)
 CONTENDER_HEADS = ("contender", "parameters", *HEADS.values(), "peak above frozen, MB")
 
 
@@ -243,7 +249,7 @@ def to_terminal(results: list[dict[str, Any]], console: Console) -> None:
         for line in failures(results, part):
             console.print(line, markup=False)
     for name, rows in profiles(results).items():
-        table = Table(*PROFILE_HEADS[:5], title=f"where the time of a step goes: {name}")
+        table = Table(*PROFILE_HEADS[:5], title=f"where the time goes: {profiled(name)}")
         for row in rows:
             table.add_row(*row[:5])
         console.print(table)
@@ -312,13 +318,22 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         lines += [text for line in failures(results, part) for text in ("", line)]
     for name, table in profiles(results).items():
         (rounds,) = (len(group["rounds"]) for group in of_part(results, "profile") if group["group"] == name)
-        about = (
-            f"{SETTINGS[name].title}. All sides in one process, {rounds} rounds. The floor of an adapter is the step of"
-            " the frozen model, with gradients down to its first adapted layers, plus the matrix products of every"
-            " adapted layer timed alone, two forward and four backward: no gates, sums, casts, optimizer or Python."
-            " Right of it, the milliseconds of a step by kind of work, as the profiler sees them."
-        )
-        lines += ["", f"## Where the time of a step goes: {name}", "", about, "", *_markdown(PROFILE_HEADS, table)]
+        setting = SETTINGS[PROFILED[name].setting]
+        sides = f"{setting.title}. All sides in one process, {rounds} rounds."
+        if PROFILED[name].question == "decode":
+            about = (
+                f"{sides} What is timed is answering {setting.batch} prompts of {setting.prompt} tokens with"
+                f" {NEW_TOKENS} tokens each. The floor of an adapter is the frozen model plus the two products of every"
+                " adapted layer timed alone: no gates, sums, casts or Python."
+            )
+        else:
+            about = (
+                f"{sides} The floor of an adapter is the step of the frozen model, with gradients down to its first"
+                " adapted layers, plus the matrix products of every adapted layer timed alone, two forward and four"
+                " backward: no gates, sums, casts, optimizer or Python."
+            )
+        about += " Right of it, the milliseconds by kind of work, as the profiler sees them."
+        lines += ["", f"## Where the time goes: {profiled(name)}", "", about, "", *_markdown(PROFILE_HEADS, table)]
     if rows := training(results):
         facts = of_part(results, "training")[0]["settings"]
         families = {f["family"] for f in of_part(results, "training")[0]["facts"].values()}

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where does the time of a training step go, and how short could it be?
+"""Where does the time of a training step, or of decoding, go, and how short could it be?
 
 The *floor* of an adapter is the step of the frozen model, with gradients down to the first adapted layers, plus the
 matrix products that an adapter of these shapes cannot do without: two forward, four backward, timed alone. What lies
-above it is gates, sums, casts, copies, the optimizer and Python.
+above it is gates, sums, casts, copies, the optimizer and Python. Decoding has the forward products only.
 
 `python -m benchmarks.profile JOB` measures the contenders of a setting interleaved in one process, and answers with one
 line of JSON.
@@ -19,6 +19,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,22 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.contenders import SETTINGS, Contender, Setting, resolved
 from benchmarks.measure import Bench
 
-PROFILED = {"llama": ("lora", "poly", "molora-8x8", "mode"), "smollm2": ("lora-bf16", "mode-16x4")}
-"""Contenders by setting, the one that ratios are taken to first."""
+
+@dataclass(frozen=True)
+class Profiled:
+    """Contenders of a setting that are profiled at one question, step or decode; ratios are taken to the first."""
+
+    setting: str
+    question: str
+    contenders: tuple[str, ...]
+
+
+PROFILED = {
+    "llama": Profiled("llama", "step", ("lora", "poly", "molora-8x8", "mode")),
+    "smollm2": Profiled("smollm2", "step", ("lora-bf16", "mode-16x4")),
+    "decoding": Profiled("smollm2", "decode", ("lora", "mode-16x4")),
+}
+NEW_TOKENS = 8  # where decoding is profiled: the profiler takes minutes for many small operations
 
 KINDS = ("matrix products", "attention", "softmax", "copies and casts", "element by element", "Python and autograd")
 
@@ -50,14 +65,20 @@ def kind_of(operation: str) -> str:
 
 
 def split(step: Callable[[], float], repeats: int = 2) -> dict[str, float]:
-    """Milliseconds of a step by kind of work, as the profiler sees them (it slows small operations down)."""
+    """Milliseconds of a step by kind of work, as the profiler sees them (it slows small operations down).
+
+    What no operation accounts for is Python's.
+    """
     with profile(activities=[ProfilerActivity.CPU]) as seen:
+        begin = time.perf_counter()
         for _ in range(repeats):
             step()
-    total: Counter[str] = Counter()
+        wall = (time.perf_counter() - begin) * 1e3 / repeats
+    total = dict.fromkeys(KINDS, 0.0)
     for event in seen.key_averages():
         total[kind_of(event.key)] += event.self_cpu_time_total / 1e3 / repeats
-    return {kind: total[kind] for kind in KINDS}
+    total["Python and autograd"] += max(0.0, wall - sum(total.values()))
+    return total
 
 
 class FrozenStep:
@@ -110,7 +131,7 @@ def shapes(bench: Bench) -> Counter[tuple[int, int, int, int, bool]]:
     return found
 
 
-def products(bench: Bench, tokens: int, dtype: torch.dtype) -> float | None:
+def products(bench: Bench, tokens: int, dtype: torch.dtype, *, backward: bool = True) -> float | None:
     """Seconds of the products of every adapted layer, each timed alone; None for what has other products.
 
     They are two forward and four backward, or three where the input wants no gradient.
@@ -131,8 +152,20 @@ def products(bench: Bench, tokens: int, dtype: torch.dtype) -> float | None:
             lambda z=z, x=x: z @ x,  # type: ignore[misc]
             lambda z=z, down=down: z.t() @ down,  # type: ignore[misc]
         ]
-        total += times * sum(_seconds(product) for product in six[: 6 if wanted else 5])
+        needed = 2 if not backward else 6 if wanted else 5
+        total += times * sum(_seconds(product) for product in six[:needed])
     return total
+
+
+def products_of_decoding(bench: Bench) -> float | None:
+    """Seconds of the forward products while one batch is answered: the prompts at once, then a token at a time.
+
+    Few rows are multiplied in fp32, which a CPU does faster than half precision.
+    """
+    setting = bench.setting
+    prompts = products(bench, setting.batch * setting.prompt, getattr(torch, setting.dtype), backward=False)
+    token = products(bench, setting.batch, torch.float32, backward=False)
+    return None if prompts is None or token is None else prompts + (setting.new_tokens - 1) * token
 
 
 def _seconds(work: Callable[[], Any], repeats: int = 15) -> float:
@@ -146,28 +179,40 @@ def _seconds(work: Callable[[], Any], repeats: int = 15) -> float:
 
 
 def measure(name: str, rounds: int, out: Path) -> dict[str, Any]:
-    """{facts, rounds}: split and products of every contender, and the steps of every round."""
-    setting, names = SETTINGS[name], PROFILED[name]
-    found: dict[str, Contender] = resolved(setting, out, names)
-    benches = {n: Bench(setting, found[n], out) for n in names}
-    steps: dict[str, Callable[[], float]] = {n: bench.step for n, bench in benches.items()}
-    steps["frozen"] = FrozenStep(setting, out)
+    """{facts, rounds}: split and products of every contender, and the seconds of every round."""
+    profiled = PROFILED[name]
+    setting = replace(SETTINGS[profiled.setting], new_tokens=NEW_TOKENS)
+    found: dict[str, Contender] = resolved(setting, out, profiled.contenders)
+    benches = {n: Bench(setting, contender, out) for n, contender in found.items()}
+    decodes = profiled.question == "decode"
+    steps: dict[str, Callable[[], float]] = {n: _answer(b) if decodes else b.step for n, b in benches.items()}
+    steps["frozen"] = (
+        _answer(Bench(setting, setting.contenders["frozen"], out)) if decodes else FrozenStep(setting, out)
+    )
     for step in steps.values():
         step()
         step()
     results = []
     for number in range(rounds):
         order = list(steps) if number % 2 else list(steps)[::-1]
-        results.append({"step": {n: steps[n]() for n in order}})
-    tokens, dtype = setting.batch * setting.width, getattr(torch, setting.dtype)
-    facts = {n: {"split": split(step), "label": _label(setting, n)} for n, step in steps.items()}
+        results.append({"seconds": {n: steps[n]() for n in order}})
+    facts: dict[str, dict[str, Any]] = {
+        n: {"split": split(step), "label": _label(setting, n, decodes)} for n, step in steps.items()
+    }
     for n, bench in benches.items():
-        facts[n]["products"] = products(bench, tokens, dtype)
+        tokens, dtype = setting.batch * setting.width, getattr(torch, setting.dtype)
+        facts[n]["products"] = products_of_decoding(bench) if decodes else products(bench, tokens, dtype)
     return {"facts": facts, "rounds": results, "errors": {}}
 
 
-def _label(setting: Setting, name: str) -> str:
-    return "frozen model, gradients to its first layers" if name == "frozen" else setting.contenders[name].label
+def _answer(bench: Bench) -> Callable[[], float]:
+    """Seconds of answering one batch of prompts."""
+    return lambda: bench.setting.batch * bench.setting.new_tokens / bench.decode()
+
+
+def _label(setting: Setting, name: str, decodes: bool) -> str:
+    with_gradients = name == "frozen" and not decodes
+    return "frozen model, gradients to its first layers" if with_gradients else setting.contenders[name].label
 
 
 def main() -> None:
@@ -176,8 +221,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
-    torch.set_num_threads(SETTINGS[job["setting"]].threads)
-    print(json.dumps(measure(job["setting"], job["rounds"], Path(job["out"]))), file=answers, flush=True)
+    torch.set_num_threads(SETTINGS[PROFILED[job["name"]].setting].threads)
+    print(json.dumps(measure(job["name"], job["rounds"], Path(job["out"]))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -325,6 +325,9 @@ def test_the_floor_counts_the_products_that_an_adapter_cannot_do_without(
     assert profile.shapes(bench) == {(32, o, *rows, wanted): 1 for o in (32, 16) for wanted in (False, True)}
     monkeypatch.setattr(profile, "_seconds", lambda product: 1.0)
     assert profile.products(bench, 16, torch.float32) == 2 * 5 + 2 * 6
+    assert profile.products(bench, 16, torch.float32, backward=False) == 4 * 2
+    # The prompts at once, then a token at a time: the last one that is generated is never read.
+    assert profile.products_of_decoding(bench) == 8 + (TINY.new_tokens - 1) * 8
     frozen = Bench(TINY, TINY.contenders["frozen"], tmp_path)
     assert profile.products(frozen, 16, torch.float32) is None
 
@@ -350,7 +353,7 @@ def test_the_floor_of_an_adapter_is_taken_within_a_round() -> None:
         n: {"label": n, "split": dict.fromkeys(profile.KINDS, 1.0), "products": 0.5} for n in ("lora-bf16", "mode-16x4")
     }
     facts["frozen"] = {"label": "frozen", "split": dict.fromkeys(profile.KINDS, 1.0)}
-    rounds = [{"step": {"lora-bf16": 2.0 * s, "mode-16x4": 3.0 * s, "frozen": 1.5 * s}} for s in (1.0, 1.0)]
+    rounds = [{"seconds": {"lora-bf16": 2.0 * s, "mode-16x4": 3.0 * s, "frozen": 1.5 * s}} for s in (1.0, 1.0)]
     rows = page.profiles([{"part": "profile", "group": "smollm2", "facts": facts, "rounds": rounds, "errors": {}}])
     assert rows["smollm2"][1][:5] == ("mode-16x4", "3,000", "1.50 (1.50–1.50)", "500", "1.00 (1.00–1.00)")
     assert rows["smollm2"][2][3:5] == ("–", "–")

@@ -89,9 +89,8 @@ def _is_small(x: Tensor, rows: int) -> bool:
 def _down(A: Tensor, W: Tensor | None, dtype: torch.dtype) -> Tensor:
     if W is None:
         return A.to(dtype)
-    out = torch.empty(A.shape[0] + W.shape[0], A.shape[1], dtype=dtype, device=A.device)
-    out[: A.shape[0]] = A  # joined and cast in one pass
-    out[A.shape[0] :] = W
+    out = A.new_empty(A.shape[0] + W.shape[0], A.shape[1], dtype=dtype)
+    torch.cat((A, W), out=out)  # joined and cast in one pass
     return out
 
 
