@@ -87,11 +87,7 @@ def _is_small(x: Tensor, rows: int) -> bool:
 
 
 def _down(A: Tensor, W: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if W is None:
-        return A.to(dtype)
-    out = A.new_empty(A.shape[0] + W.shape[0], A.shape[1], dtype=dtype)
-    torch.cat((A, W), out=out)  # joined and cast in one pass
-    return out
+    return (A if W is None else torch.cat((A, W))).to(dtype)
 
 
 def fused(
