@@ -10,7 +10,7 @@ here=$(dirname "$0")
 rows=${ROWS:-$(cd "$here" && ls -- *.yaml | sed 's/\.yaml$//')}
 settings=
 for setting in ${SET:-}; do settings="$settings --set $setting"; done
-dyads train "$here/../glue-minilm/majority.yaml" --set evaluate.limit=300 --out "$out/majority" --resume || exit 1
+dyads train "$here/../glue-minilm/majority.yaml" --out "$out/majority" --resume || exit 1
 for seed in ${SEEDS:-0 1 2}; do
   for row in $rows; do
     # shellcheck disable=SC2086  # settings are words on purpose
