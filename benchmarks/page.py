@@ -190,10 +190,10 @@ def profiles(results: list[dict[str, Any]]) -> dict[str, list[tuple[str, ...]]]:
     """
     tables: dict[str, list[tuple[str, ...]]] = {}
     for group in of_part(results, "profile"):
-        rounds = [r["seconds"] for r in group["rounds"]]
+        asked = PROFILED[group["group"]]
+        rounds, reference = [r[asked.question] for r in group["rounds"]], asked.contenders[0]
         if not rounds:
             continue
-        reference = PROFILED[group["group"]].contenders[0]
         rows: list[tuple[str, ...]] = []
         for name, facts in group["facts"].items():
             alone = facts.get("products")
@@ -289,10 +289,10 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         "Every contender runs in a process of its own, with glibc told to keep the memory that is freed",
         "(`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`), for all alike. When a question's turn comes, it goes",
         "once to all contenders of a group that have it, one after the other, in an order that rotates: a step is",
-        "asked in every round, what takes longer in every second or fourth. Ratios are taken within a round. Shown",
-        "are the median over rounds and, in brackets, the quartiles. Warm-up is not counted. Before anything was",
-        "measured, the operator, adapted layers and whole models of our methods were compared with the plain double",
-        "sum, outputs and gradients.",
+        "asked in every round, what takes longer in some only in every second or fourth. Ratios are taken within a",
+        "round. Shown are the median over rounds and, in brackets, the quartiles. Warm-up is not counted. Before",
+        "anything was measured, the operator, adapted layers and whole models of our methods were compared with the",
+        "plain double sum, outputs and gradients.",
         "`python -m benchmarks --help` says how to run a part of it.",
         "",
         "## What it must reach",
@@ -332,7 +332,10 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
                 " adapted layers, plus the matrix products of every adapted layer timed alone, two forward and four"
                 " backward: no gates, sums, casts, optimizer or Python."
             )
-        about += " Right of it, the milliseconds by kind of work, as the profiler sees them."
+        about += (
+            " Right of it, the milliseconds by kind of work, as the profiler sees them; its own cost for every"
+            " operation is in the last column."
+        )
         lines += ["", f"## Where the time goes: {profiled(name)}", "", about, "", *_markdown(PROFILE_HEADS, table)]
     if rows := training(results):
         facts = of_part(results, "training")[0]["settings"]

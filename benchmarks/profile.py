@@ -67,7 +67,7 @@ def kind_of(operation: str) -> str:
 def split(step: Callable[[], float], repeats: int = 2) -> dict[str, float]:
     """Milliseconds of a step by kind of work, as the profiler sees them (it slows small operations down).
 
-    What no operation accounts for is Python's.
+    What no operation accounts for is Python's, and the profiler's own.
     """
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         begin = time.perf_counter()
@@ -195,7 +195,7 @@ def measure(name: str, rounds: int, out: Path) -> dict[str, Any]:
     results = []
     for number in range(rounds):
         order = list(steps) if number % 2 else list(steps)[::-1]
-        results.append({"seconds": {n: steps[n]() for n in order}})
+        results.append({profiled.question: {n: steps[n]() for n in order}})
     facts: dict[str, dict[str, Any]] = {
         n: {"split": split(step), "label": _label(setting, n, decodes)} for n, step in steps.items()
     }

@@ -311,6 +311,12 @@ def test_a_profile_counts_all_work_once(monkeypatch: pytest.MonkeyPatch) -> None
         "Python and autograd": 32.0,
         "attention": 64.0,
     }
+    # Two steps in 400 ms are 200 ms each; the 127 ms above that operations do not account for are Python's.
+    clock = iter([1.0, 1.4])
+    monkeypatch.setattr(profile.time, "perf_counter", lambda: next(clock))
+    found = profile.split(lambda: 0.0, repeats=2)
+    assert found["Python and autograd"] == pytest.approx(32.0 + 200 - 127)
+    assert sum(found.values()) == pytest.approx(200)
 
 
 def test_the_floor_counts_the_products_that_an_adapter_cannot_do_without(
@@ -353,7 +359,7 @@ def test_the_floor_of_an_adapter_is_taken_within_a_round() -> None:
         n: {"label": n, "split": dict.fromkeys(profile.KINDS, 1.0), "products": 0.5} for n in ("lora-bf16", "mode-16x4")
     }
     facts["frozen"] = {"label": "frozen", "split": dict.fromkeys(profile.KINDS, 1.0)}
-    rounds = [{"seconds": {"lora-bf16": 2.0 * s, "mode-16x4": 3.0 * s, "frozen": 1.5 * s}} for s in (1.0, 1.0)]
+    rounds = [{"step": {"lora-bf16": 2.0 * s, "mode-16x4": 3.0 * s, "frozen": 1.5 * s}} for s in (1.0, 1.0)]
     rows = page.profiles([{"part": "profile", "group": "smollm2", "facts": facts, "rounds": rounds, "errors": {}}])
     assert rows["smollm2"][1][:5] == ("mode-16x4", "3,000", "1.50 (1.50–1.50)", "500", "1.00 (1.00–1.00)")
     assert rows["smollm2"][2][3:5] == ("–", "–")

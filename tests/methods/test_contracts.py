@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -223,7 +224,12 @@ def test_fused_follows_autocast_as_plain_does(variant: Variant) -> None:
         assert_close(ours.float(), theirs.float(), atol=0.05 * float(theirs.abs().max()), rtol=0)
 
 
-def test_operators_held_for_many_calls_give_what_fused_gives(variant: Variant) -> None:
+@pytest.mark.parametrize("few", [True, False])
+def test_operators_held_for_many_calls_give_what_fused_gives(
+    variant: Variant, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not few:
+        monkeypatch.setattr(sys.modules["dyads.ops.fused"], "_SMALL_PRODUCT", -1)
     core, x, A, B, task = tiny(variant, 2, 3, 4, 5)
     with torch.no_grad():
         held = Held(A, B, core, scale=0.5)
@@ -247,15 +253,15 @@ def test_layers_with_one_input_give_together_what_each_gives_alone(variant: Vari
     with torch.no_grad():
         expected = [fused(x, a, b, core, task, scale=0.5) for core, a, b in layers]
         together = Together()
-        held = [Held(a, b, core, 0.5, together) for core, a, b in layers]
+        held = [Held(a, b, core, 0.5) for core, a, b in layers]
         for rows in (x, x.clone(), x.clone()):  # the first pass finds out that both see it
             for operator, alone in zip(held, expected, strict=True):
-                assert_close(operator(rows, task), alone)
+                assert_close(operator(rows, task, together=together), alone)
         # One of them is passed over, or sees something else: nothing of another input is used.
         other = torch.randn_like(x)
-        held[0](x, task)
-        assert_close(held[1](other, task), fused(other, other_A, other_B, second, task, scale=0.5))
-        assert_close(held[1](x, task), expected[1])
+        held[0](x, task, together=together)
+        assert_close(held[1](other, task, together=together), fused(other, other_A, other_B, second, task, scale=0.5))
+        assert_close(held[1](x, task, together=together), expected[1])
 
 
 @pytest.mark.parametrize("change", ["in place", "another temperature", "another width"])
@@ -271,13 +277,13 @@ def test_layers_that_do_not_see_the_same_or_are_not_alike_stay_apart(change: str
         core.reset_parameters()
     with torch.no_grad():
         together = Together()
-        held = [Held(torch.randn(2, 12), B[: core.q], core, 1.0, together) for core in cores]
+        held = [Held(torch.randn(2, 12), B[: core.q], core, 1.0) for core in cores]
         for _ in range(3):
             rows = x.clone()
-            held[0](rows)
+            held[0](rows, together=together)
             if change == "in place":
                 rows.relu_()
-            assert_close(held[1](rows), fused(rows, held[1].A, held[1].B, cores[1]))
+            assert_close(held[1](rows, together=together), fused(rows, held[1].A, held[1].B, cores[1]))
 
 
 def test_fused_can_be_switched_off(variant: Variant) -> None:

@@ -497,6 +497,19 @@ def test_what_others_hold_of_the_base_layer_stays_as_it_was(
     assert torch.equal(kept, expected)
 
 
+def test_a_base_layer_whose_weights_are_no_parameters_is_called(variant: Variant) -> None:
+    # As replicas of nn.DataParallel and layers sharded by FSDP have them: tensors that are attributes.
+    config = variant.config(target_modules=["lin0", "lin1"])
+    model, x, task = get_peft_model(MLP(), config), torch.randn(3, 6), task_of(config, "rte", "cola", "sst2")
+    expected = model(x, **task)
+    for base in [m.base_layer for m in model.modules() if isinstance(m, DyadsLayer)]:
+        weights = dict(base._parameters)
+        base._parameters.clear()
+        for name, weight in weights.items():
+            setattr(base, name, None if weight is None else weight.detach())
+    assert_close(model(x, **task), expected)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_base_layer_that_trains_gets_its_gradients(variant: Variant, bias: bool) -> None:
     torch.manual_seed(0)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -444,6 +446,27 @@ def test_generate_joins_weights_once_and_sees_every_change_before_it(variant: Va
     assert not torch.equal(first, second)
     with plain():
         assert_close(logits(), second)
+
+
+def test_what_was_held_is_gone_with_the_context_and_waits_for_no_collector() -> None:
+    model = get_peft_model(
+        tiny_model("llama"), MoDEConfig(r=2, num_experts=3, target_modules=["q_proj", "k_proj"])
+    ).eval()
+    routing = next(m.routing for m in model.modules() if isinstance(m, DyadsLayer))
+    gc.disable()
+    try:
+        with torch.no_grad(), routing.frozen_weights():
+            for _ in range(2):  # the second pass joins q and k
+                model(**batch("llama"))
+            assert routing.held is not None
+            held = [operator for layer in routing.held.values() for operator in layer.values()]
+            joined = [weight for together in routing.together.values() for weight in together._made.values()]
+            made = [weakref.ref(weight) for weight in (*joined, *(one._made[torch.float32][0] for one in held))]
+            assert len(joined) == 2  # one in each layer
+            del held, joined
+        assert [ref for ref in made if ref() is not None] == []
+    finally:
+        gc.enable()
 
 
 def test_q_k_and_v_make_one_product_down_while_weights_are_frozen() -> None:

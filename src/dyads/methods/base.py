@@ -252,6 +252,7 @@ class Core(nn.Module):
     def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
         """Gates from h = A x (… p), scores W x (… s), and what the tasks gave.
 
+        Every token's gates are its own: which axes come before the last is up to the caller, who may give rows.
         It may run once more in backward, so it must give the same again and touch nothing that it reads: a gate with
         noise writes `route` instead. Gradients reach what it is given and nothing else, so it reads no parameter.
         """

@@ -152,28 +152,34 @@ class Held:
 
     Decoding consists of such calls, of few rows each, in which every operation counts. `held(x, task, base=…)` is
     `fused(x, A, B, gating, task, scale=…, base=…)`; it serves while gradients and autocast are off, and it is on its
-    user to drop it when the weights change. On a CPU, what the gates need from a task is computed once too. `together`
-    is shared with layers that see the same x one after the other.
+    user to drop it when the weights change. On a CPU, what the gates need from a task is computed once too.
     """
 
-    __slots__ = ("A", "B", "_made", "_of_tasks", "_rows", "_splits", "_together", "core", "scale")
+    __slots__ = ("A", "B", "_made", "_of_tasks", "_rows", "_splits", "core", "scale")
 
-    def __init__(self, A: Tensor, B: Tensor, gating: Gating, scale: float, together: Together | None = None) -> None:
-        self.A, self.B, self.core, self.scale, self._together = A, B, cast(Any, gating), scale, together
+    def __init__(self, A: Tensor, B: Tensor, gating: Gating, scale: float) -> None:
+        self.A, self.B, self.core, self.scale = A, B, cast(Any, gating), scale
         self._splits = getattr(gating, "splits", False)
         self._rows = max(A.shape[0], B.shape[0])
         self._made: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._of_tasks: dict[int, Tensor] = {}
 
     def __call__(
-        self, x: Tensor, task: Tensor | None = None, *, onto: Tensor | None = None, base: Frozen | None = None
+        self,
+        x: Tensor,
+        task: Tensor | None = None,
+        *,
+        onto: Tensor | None = None,
+        base: Frozen | None = None,
+        together: Together | None = None,
     ) -> Tensor:
+        """`together` serves layers that see the same x one after the other."""
         if not _ENABLED or not self._splits:
             return dyadic(x, self.A, self.B, self.core, task, scale=self.scale, onto=onto, base=base)
         dtype = _cheap_dtype(x, self._rows)
         down, up = self.weights(dtype)
-        if self._together is not None and task is None and _is_small(x, self._rows):
-            u = self._together.coefficients(self, x, dtype)
+        if together is not None and task is None and _is_small(x, self._rows):
+            u = together.coefficients(self, x, dtype)
         else:
             u = self.coefficients(x, down, self.of_task(task))
         onto, in_place = _beneath(x, onto, base)

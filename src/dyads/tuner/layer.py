@@ -111,14 +111,15 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _hold(self, adapter: str) -> Held:
         core = self.core(adapter)
         A, B = core.whole(self.dyads_A[adapter]), core.whole(self.dyads_B[adapter])
-        return Held(A, B, core, self.scaling[adapter], self.routing.together.setdefault(adapter, Together()))
+        self.routing.together.setdefault(adapter, Together())
+        return Held(A, B, core, self.scaling[adapter])
 
     def _frozen(self) -> Frozen | None:
         """Weight and bias of the base layer where the operator may take its place; None where it must be called."""
         base = self.base_layer
         if type(base) is not nn.Linear or _is_watched(base):
             return None
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
         if type(weight) is not nn.Parameter or weight.requires_grad or (bias is not None and bias.requires_grad):
             return None  # another kind of tensor (a quantised one, a sharded one) has products of its own
         return weight, bias
@@ -138,7 +139,8 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 operator = held.get(adapter)
                 if operator is None:
                     operator = held[adapter] = self._hold(adapter)
-                result = operator(x, self._task(adapter, operator.core, x), onto=result, base=frozen)
+                task, together = self._task(adapter, operator.core, x), self.routing.together[adapter]
+                result = operator(x, task, onto=result, base=frozen, together=together)
             else:
                 core = self.core(adapter)
                 task = self._task(adapter, core, x)
