@@ -139,7 +139,8 @@ SMOLLM2 = Setting(
         "growth": ("lora", "mode-4x4", "mode-64x4"),
         "tasks": ("lora", "mode-grouped", "more", "more-mixed"),
         "merged": ("lora", "more-merged", "frozen"),
-        "rivals": ("lora", "poly", "mhr", "xlora", "arrow"),
+        "rivals": ("lora", "poly", "mhr", "arrow"),
+        "xlora": ("lora", "xlora"),  # it takes 7 GB by itself
     },
     every={"step": 1, "forward": 2, "decode": 1},  # no ratio has closer bars than those of decoding
 )

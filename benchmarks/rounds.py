@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -71,8 +72,12 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
+            ended = self.process.wait()
+            if ended < 0:
+                why = ", as it does where memory runs out" if -ended == signal.SIGKILL else ""
+                raise WorkerError(f"the system ended it (signal {-ended}){why}")
             said = [text.strip() for text in self.log.read_text(errors="replace").splitlines() if text.strip()]
-            raise WorkerError(said[-1][:300] if said else f"ended with {self.process.wait()}")
+            raise WorkerError(said[-1][:300] if said else f"ended with {ended}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from benchmarks.bars import BARS, TRIED, Bar
 from benchmarks.contenders import SETTINGS, TINY
 from benchmarks.gate import OPERATORS, GateError, check
 from benchmarks.measure import Bench
-from benchmarks.rounds import ROOT, child_environment, measure_group, rotated
+from benchmarks.rounds import ROOT, Worker, WorkerError, child_environment, measure_group, rotated
 from click.testing import CliRunner
 
 from benchmarks import page, profile, startup
@@ -275,6 +276,16 @@ def test_what_was_tried_stands_where_a_bar_is_not_met_and_only_there() -> None:
     )
     slow[0]["step"]["poly"] = 2.0
     assert page.tried([result("llama", facts, slow)]) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_contender_that_the_system_ends_does_not_blame_its_last_warning(tmp_path: Path) -> None:
+    worker = Worker("benchmarks.measure", {}, 1, tmp_path / "log")
+    worker.process.kill()
+    (tmp_path / "log").write_text("warnings.warn(\n")
+    with pytest.raises(WorkerError, match=r"^the system ended it \(signal 9\), as it does where memory runs out$"):
+        worker.read()
+    worker.close()
 
 
 class Event:
