@@ -62,9 +62,11 @@ TRIED = {
         " fp32 casts its weights once in a step and their gradients back. Kept, as they gained: casts held for"
         " backward and the sums of the gates' gradients along the memory (733 to 396 µs), and the base layer's output"
         " and its gradient written over (six layers, one thread: 0.956 of the step before, quartiles 0.919 to 0.991)."
-        " With bf16 adapters, a row of the table, MoDE is level with such a LoRA: what is above it is the price of"
-        " weights in fp32. Memory decides more than any of these: with glibc's own settings, where every step gives a"
-        " gigabyte back, MoDE took 1.22 of this step (quartiles 1.20 to 1.26), and all contenders were slower (LOG.md)."
+        " Memory decides more than any of these: with glibc's own settings, where every step gives a gigabyte back,"
+        " MoDE took 1.22 of this step (quartiles 1.20 to 1.26), and all contenders were slower. The ratio does not settle on"
+        " this machine: 1.08 in 20 rounds, 1.07 in 24, 0.99 in the five of the profile, whose floor is 0.82, since"
+        " products in bf16 run at two speeds here, a factor of three apart. By the profiler's count both sides spend"
+        " the same on products, and what MoDE spends more is copies, gates and calls (LOG.md)."
     ),
     ("decode", "lora"): (
         "A decoding step multiplies a handful of rows. Kept, as they gained: weights joined and cast once for a whole"
@@ -75,7 +77,9 @@ TRIED = {
     ),
     ("decode", "frozen"): (
         "A merged adapter leaves no module of dyads behind: both sides run the same modules, with other numbers in some"
-        " weights, so the difference is the machine's."
+        " weights. Two runs gave 0.99 (quartiles 0.96 to 1.10) and 0.96 (0.91 to 1.00). What is left to differ is where"
+        " the weights lie: the frozen model's in pages of the file, which all contenders share, those that were merged"
+        " in memory of their own (LOG.md)."
     ),
 }
 """By (question, rival): what stands on the page where a bar is not met. Every number in it has its entry in LOG.md."""
