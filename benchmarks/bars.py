@@ -63,10 +63,10 @@ TRIED = {
         " backward and the sums of the gates' gradients along the memory (733 to 396 µs), and the base layer's output"
         " and its gradient written over (six layers, one thread: 0.956 of the step before, quartiles 0.919 to 0.991)."
         " Memory decides more than any of these: with glibc's own settings, where every step gives a gigabyte back,"
-        " MoDE took 1.22 of this step (quartiles 1.20 to 1.26), and all contenders were slower. The ratio does not settle on"
-        " this machine: 1.08 in 20 rounds, 1.07 in 24, 0.99 in the five of the profile, whose floor is 0.82, since"
-        " products in bf16 run at two speeds here, a factor of three apart. By the profiler's count both sides spend"
-        " the same on products, and what MoDE spends more is copies, gates and calls (LOG.md)."
+        " MoDE took 1.22 of this step (quartiles 1.20 to 1.26), and all contenders were slower. The ratio does not"
+        " settle on this machine: 1.08 in 20 rounds, 1.07 in 24, 0.99 in the five of the profile, whose floor is 0.82,"
+        " since products in bf16 run at two speeds here, a factor of three apart. By the profiler's count both sides"
+        " spend the same on products, and what MoDE spends more is copies, gates and calls (LOG.md)."
     ),
     ("decode", "lora"): (
         "A decoding step multiplies a handful of rows. Kept, as they gained: weights joined and cast once for a whole"
