@@ -78,8 +78,8 @@ TRIED = {
     ("decode", "frozen"): (
         "A merged adapter leaves no module of dyads behind: both sides run the same modules, with other numbers in some"
         " weights. Two runs gave 0.99 (quartiles 0.96 to 1.10) and 0.96 (0.91 to 1.00). Not looked into: whether it"
-        " matters where the weights lie, the frozen model's in pages of the file, which all contenders share, those that"
-        " were merged in memory of their own (LOG.md)."
+        " matters where the weights lie, the frozen model's in pages of the file, which all contenders share, those"
+        " that were merged in memory of their own (LOG.md)."
     ),
 }
 """By (question, rival): what stands on the page where a bar is not met. Every number in it has its entry in LOG.md."""
