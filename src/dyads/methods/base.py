@@ -22,6 +22,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from dyads.errors import ConfigError, did_you_mean
+from dyads.ops.kernel import Choice
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -240,6 +241,8 @@ class Core(nn.Module):
             cls.splits = bool(vars(cls).get("splits", False))  # who writes one of them must say that it still splits
         if {"select", "mix"} & vars(cls).keys() and not {"gradients", "keeps_gates"} & vars(cls).keys():
             cls.keeps_gates = False  # the gradients it inherits are another method's
+        if {"select", "mix", "gradients"} & vars(cls).keys() and "choice" not in vars(cls):
+            cls.choice = Core.choice  # type: ignore[method-assign]  # what it inherits is another method's too
 
     def router_rows(self) -> Tensor | None:
         """Weights W (s d) of scores that are linear in x; None where the gates do not look at x."""
@@ -264,6 +267,10 @@ class Core(nn.Module):
     def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of u = mix(h; select(h, scores)) for h and the scores, where the gates depend on scores alone."""
         raise NotImplementedError
+
+    def choice(self) -> Choice | None:
+        """What select, mix and gradients do, where they are those of softmax gates that are computed in one pass."""
+        return None
 
     def route(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
         """Gates from h (… p), the layer's input x (… d) and the tasks (b): select(h, score(h, x), of_task(task))."""

@@ -22,6 +22,7 @@ from dyads.methods.base import Core, register
 from dyads.methods.gates import combine_experts, softmax_expert_gradients
 from dyads.methods.mode import MoDE
 from dyads.methods.stages import StagedConfig, StagedCore, Stages
+from dyads.ops.kernel import Choice
 
 __all__ = ["MoLoRA", "MoLoRAConfig"]
 
@@ -68,6 +69,9 @@ class MoLoRA(StagedCore):
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return combine_experts(h, g)
+
+    def choice(self) -> Choice:
+        return Choice(1, self.num_experts, self.p // self.num_experts, own=True, temperature=self.stages.temperature)
 
     def softmax_gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         return softmax_expert_gradients(h, g, du)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyads.ops.dyadic import Frozen, Gating, dyadic
+from dyads.ops.kernel import Choice, Kernel, kernel
 
 __all__ = ["Held", "Splits", "Together", "autocast_dtype", "fused", "plain"]
 
@@ -60,6 +61,10 @@ class Splits(Gating, Protocol):
 
     def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of u = mix(h; select(h, scores)) for h (… p) and the scores (… s), from that for u (… q)."""
+        ...
+
+    def choice(self) -> Choice | None:
+        """What select, mix and gradients do, where they are those of softmax gates that `Kernel` knows."""
         ...
 
 
@@ -300,6 +305,20 @@ def _product(x: Tensor, down: Tensor) -> Tensor:
     return tokens.view(*x.shape[:-1], down.shape[0])
 
 
+def _rows(t: Tensor) -> Tensor:
+    """The matrix behind what `_product` gave: (p + s tokens)."""
+    return t.reshape(-1, t.shape[-1]).t()
+
+
+def _kernel_for(gating: Splits, kept: Tensor) -> tuple[Kernel, Choice] | None:
+    """What computes gates in one pass, and what it must know of them; None where PyTorch's operations serve."""
+    if not gating.keeps_gates or kept.stride(-1) == 1 or not _unwatched():
+        return None
+    choice = gating.choice()
+    found = kernel(kept, choice)
+    return None if found is None or choice is None else (found, choice)
+
+
 def _split(z: Tensor, p: int) -> tuple[Tensor, Tensor | None]:
     """h and the scores, from z = [A; W] x (… p + s)."""
     if z.shape[-1] == p:
@@ -332,11 +351,17 @@ class _Fused(torch.autograd.Function):
         down, up = _down(A, W, x.dtype), B.to(x.dtype)
         kept = _product(x, down)
         h, scores = _split(kept, A.shape[0])
-        g = gating.select(h, scores, of_task)
+        ctx.kernel = None if scores is None else _kernel_for(gating, kept)
+        if ctx.kernel is not None:
+            compiled, choice = ctx.kernel
+            u = compiled.mix(_rows(kept), choice).t()  # the scores are gates now
+        else:
+            g = gating.select(h, scores, of_task)
+            u = gating.mix(h, g)
         onto, in_place = _beneath(x, onto, None if weight is None else (weight, bias))
-        y = _up(gating.mix(h, g), up, scale, onto, x.dtype, in_place)
+        y = _up(u, up, scale, onto, x.dtype, in_place)
         gates = None
-        if scores is not None and gating.keeps_gates and _unwatched():
+        if ctx.kernel is None and scores is not None and gating.keeps_gates and _unwatched():
             # Kept are h and the gates, not the scores: whichever of h and the gates is smaller is copied.
             if h.shape[-1] < scores.shape[-1]:
                 kept, gates = h.clone(), g
@@ -362,40 +387,20 @@ class _Fused(torch.autograd.Function):
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, kept, gates, A, W, B, of_task, weight, down, up = ctx.saved_tensors
-    need_x, need_A, need_W, need_B, need_task, need_onto = ctx.needs_input_grad[:6]
-    p, (q, o), dtype = A.shape[0], B.shape, x.dtype
+    need_x, need_A, need_W, need_B, _, need_onto = ctx.needs_input_grad[:6]
+    p, o, dtype = A.shape[0], B.shape[1], x.dtype
     s = 0 if W is None else W.shape[0]
     flat = dy.to(dtype).reshape(-1, o)
     up = B.to(dtype) if up is None else up
-    du = up @ flat.t()
-    if ctx.scale != 1.0:
-        du *= ctx.scale
-    du = du.t().view(*x.shape[:-1], q)  # tokens innermost
-    dz, d_task = du.new_empty(p + s, flat.shape[0]), None
-    if gates is not None:
-        h = kept[..., :p]
-        u = ctx.gating.mix(h, gates)
-        d_h, d_scores = ctx.gating.gradients(h, gates, du)
+    du, d_task = up @ flat.t(), None
+    if ctx.kernel is not None:
+        compiled, choice = ctx.kernel
+        u, dz = compiled.gradients(_rows(kept), du, choice, ctx.scale)
     else:
-        with torch.enable_grad():
-            h, scores = _split(kept, p)
-            h = h.detach().requires_grad_()
-            scores = None if scores is None else scores.detach().requires_grad_()
-            if of_task is not None:
-                of_task = of_task.detach().requires_grad_(need_task)
-            u = ctx.gating.mix(h, ctx.gating.select(h, scores, of_task))
-        inputs = [h, *([] if scores is None else [scores]), *([of_task] if need_task else [])]
-        # A gate that does not depend on one of them has the gradient zero there, not none.
-        grads = list(torch.autograd.grad(u, inputs, du, allow_unused=True, materialize_grads=True))
-        d_task = grads.pop() if need_task else None
-        d_h, d_scores = grads[0], grads[-1]
-        u = u.detach()
-    dz[:p] = d_h.reshape(-1, p).t()
-    if s:
-        dz[p:] = d_scores.reshape(-1, s).t()
+        u, dz, d_task = _gradients_of_gates(ctx, kept, gates, of_task, du, p, s)
     dx = dA = dW = dB = None
     if need_B:
-        dB = (u.reshape(-1, q).t() @ flat).to(B.dtype)
+        dB = (u @ flat).to(B.dtype)
         if ctx.scale != 1.0:
             dB *= ctx.scale
     if need_A or need_W:
@@ -407,3 +412,37 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         dx = dz.t() @ down if weight is None else (flat @ weight).addmm_(dz.t(), down)
         dx = dx.view(x.shape)
     return dx, dA, dW, dB, d_task, dy if need_onto else None, None, None, None, None
+
+
+def _gradients_of_gates(
+    ctx: Any, kept: Tensor, gates: Tensor | None, of_task: Tensor | None, du: Tensor, p: int, s: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """u (q tokens) again, the gradient of [h; scores] (p + s tokens), and that of what the tasks gave."""
+    if ctx.scale != 1.0:
+        du *= ctx.scale
+    q, tokens = du.shape
+    du = du.t().view(*kept.shape[:-1], q)  # tokens innermost
+    dz, d_task = du.new_empty(p + s, tokens), None
+    if gates is not None:
+        h = kept[..., :p]
+        u = ctx.gating.mix(h, gates)
+        d_h, d_scores = ctx.gating.gradients(h, gates, du)
+    else:
+        need_task = ctx.needs_input_grad[4]
+        with torch.enable_grad():
+            h, scores = _split(kept, p)
+            h = h.detach().requires_grad_()
+            scores = None if scores is None else scores.detach().requires_grad_()
+            if of_task is not None:
+                of_task = of_task.detach().requires_grad_(need_task)
+            u = ctx.gating.mix(h, ctx.gating.select(h, scores, of_task))
+        inputs: list[Any] = [h, *([] if scores is None else [scores]), *([of_task] if need_task else [])]
+        # A gate that does not depend on one of them has the gradient zero there, not none.
+        grads = list(torch.autograd.grad(u, inputs, du, allow_unused=True, materialize_grads=True))
+        d_task = grads.pop() if need_task else None
+        d_h, d_scores = grads[0], grads[-1]
+        u = u.detach()
+    dz[:p] = d_h.reshape(-1, p).t()
+    if s:
+        dz[p:] = d_scores.reshape(-1, s).t()
+    return u.reshape(-1, q).t(), dz, d_task

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Are the compiled gates those of PyTorch's operations, at every size, and does the library do without them?"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from dyads.methods import Core, MoDEConfig, MoLoRAConfig
+from dyads.methods.gates import (
+    combine_experts,
+    combine_groups,
+    select_softmax,
+    softmax_expert_gradients,
+    softmax_group_gradients,
+)
+from dyads.methods.mode import MoDE
+from dyads.ops import Choice, Kernel, dyadic, fused, kernel, without_kernel
+
+# Ones, primes, and both sides of what the kernel takes at once: 16 numbers, 256 tokens.
+TOKENS = [1, 2, 15, 16, 17, 31, 255, 256, 257, 521]
+CHOICES = [
+    Choice(1, 2, 1),
+    Choice(3, 5, 1),
+    Choice(4, 16, 1, temperature=0.5),
+    Choice(2, 3, 5),
+    Choice(1, 7, 11, temperature=3.0),
+    Choice(1, 2, 1, own=True),
+    Choice(1, 5, 3, own=True),
+    Choice(1, 17, 2, own=True, temperature=0.7),
+    Choice(1, 512, 1),
+]
+
+
+def compiled(z: Tensor, choice: Choice) -> Kernel:
+    found = kernel(z, choice)
+    if found is None:
+        pytest.skip("no C compiler here")
+    return found
+
+
+def by_torch(z: Tensor, du: Tensor, choice: Choice, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gates, u, and the gradients of h and the scores, all (rows tokens), as the methods compute them; in fp32."""
+    rows, (h_rows, _, _) = z.t().float(), choice.rows
+    h, scores = rows[:, :h_rows], rows[:, h_rows:] / choice.temperature
+    g = select_softmax(scores if choice.own else scores.reshape(len(rows), choice.groups, choice.experts))
+    g = g.to(z.dtype).float()
+    combine = combine_experts if choice.own else combine_groups
+    gradients = softmax_expert_gradients if choice.own else softmax_group_gradients
+    dh, ds = gradients(h, g, du.t().float() * scale)
+    return g.reshape(len(rows), -1).t(), combine(h, g).t(), dh.t(), ds.t() / choice.temperature
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_and_gradients_are_those_of_the_methods(choice: Choice, tokens: int, dtype: torch.dtype) -> None:
+    h, s, q = choice.rows
+    z, du = (5 * torch.randn(h + s, tokens)).to(dtype), torch.randn(q, tokens).to(dtype)
+    found, before = compiled(z, choice), z.clone()
+    g, u, dh, ds = by_torch(z, du, choice, 0.3)
+    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 2e-2}
+    ours = found.mix(z, choice)
+    assert_close(z[:h], before[:h], atol=0, rtol=0)
+    assert_close(z[h:].float(), g, **tolerance)
+    assert_close(ours.float(), u, **tolerance)
+    u_again, dz = found.gradients(z, du, choice, 0.3)
+    assert_close(u_again, ours, atol=0, rtol=0)
+    assert_close(dz[:h].float(), dh, atol=4 * tolerance["atol"], rtol=tolerance["rtol"])
+    assert_close(dz[h:].float(), ds, atol=10 * tolerance["atol"], rtol=tolerance["rtol"])
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_written_outside_of_the_matrices(
+    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = Choice(2, 3, 2)
+    h, s, q = choice.rows
+
+    def fenced(rows: int) -> tuple[Tensor, Tensor]:
+        memory = torch.full((rows * tokens + 64,), 7.0, dtype=dtype)
+        return memory, memory[32:-32].view(rows, tokens)
+
+    made: list[Tensor] = []
+
+    def empty(like: Tensor, *size: int) -> Tensor:
+        memory, inside = fenced(size[0] if size else len(like))
+        made.append(memory)
+        return inside
+
+    memory, z = fenced(h + s)
+    z.normal_()
+    found, du = compiled(z, choice), torch.randn(q, tokens).to(dtype)
+    monkeypatch.setattr(Tensor, "new_empty", empty)
+    monkeypatch.setattr(torch, "empty_like", empty)
+    found.mix(z, choice)
+    found.gradients(z, du, choice)
+    monkeypatch.undo()
+    assert len(made) == 3
+    for fence in (memory, *made):
+        assert (fence[:32] == 7).all()
+        assert (fence[-32:] == 7).all()
+
+
+def test_a_token_is_the_same_in_whatever_company_and_on_any_number_of_threads() -> None:
+    choice = Choice(2, 5, 3)
+    h, s, q = choice.rows
+    z, du = torch.randn(h + s, 700), torch.randn(q, 700)
+    found, threads, results = compiled(z, choice), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            gates = z.clone()
+            results.append([found.mix(gates, choice), gates, *found.gradients(gates, du, choice)])
+    finally:
+        torch.set_num_threads(threads)
+    some = z[:, 301:440].contiguous()
+    results.append([found.mix(some, choice), some, *found.gradients(some, du[:, 301:440].contiguous(), choice)])
+    assert_close(results[1], results[0], atol=0, rtol=0)
+    assert_close(results[2], results[0], atol=0, rtol=0)
+    assert_close(results[3], [t[:, 301:440] for t in results[0]], atol=0, rtol=0)
+
+
+def test_scores_of_any_size_choose_as_softmax_does() -> None:
+    inf, nan = float("inf"), float("nan")
+    columns = torch.tensor(
+        [[0, 0, 0], [1e38, 0, -1e38], [-3e38, -3e38, -3e38], [-inf, 1, 2], [inf, 1, 2], [nan, 1, 2], [1, 2, nan],
+         [-inf, -inf, -inf], [-86.9, 0, -87.1], [-103, 0, -1e-45]]
+    )  # fmt: skip
+    z, choice = torch.cat((torch.ones(len(columns), 1), columns), 1).t().contiguous(), Choice(1, 3, 1)
+    u = compiled(z, choice).mix(z, choice)
+    expected = columns.softmax(-1).t()
+    assert_close(z[1:], expected, equal_nan=True, atol=1e-37, rtol=1e-6)
+    assert_close(u, expected, equal_nan=True, atol=1e-37, rtol=1e-6)
+
+
+def test_half_precision_is_rounded_as_pytorch_rounds() -> None:
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)  # every bf16 number, as h of one expert with gate 1/2
+    h = bits.view(torch.bfloat16)
+    z = torch.stack((h, torch.zeros_like(h), torch.zeros_like(h)))
+    choice = Choice(1, 2, 1)
+    u = compiled(z, choice).mix(z, choice)
+    assert_close(u[0], h * torch.tensor(0.5, dtype=torch.bfloat16), equal_nan=True, atol=0, rtol=0)
+
+
+CONFIGS = [
+    MoDEConfig(r=4, num_experts=3),
+    MoDEConfig(r=6, num_experts=2, group_size=3, temperature=0.5),
+    MoLoRAConfig(r=3, num_experts=5),
+    MoLoRAConfig(r=4, num_experts=3, shared_down=True),
+]
+
+
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernel's functions as they are called."""
+    seen: list[str] = []
+
+    def watched(name: str) -> Any:
+        inner = getattr(Kernel, name)
+
+        def call(self: Kernel, *args: Any) -> Any:
+            seen.append(name)
+            return inner(self, *args)
+
+        return call
+
+    for name in ("mix", "gradients"):
+        monkeypatch.setattr(Kernel, name, watched(name))
+    return seen
+
+
+def layer(core: Core, dtype: torch.dtype, t: int = 67, d: int = 96, o: int = 31) -> list[Tensor]:
+    """x with many tokens, A and B in fp32, a frozen weight: wide enough that tokens lie innermost."""
+    return [
+        torch.randn(5, t, d).to(dtype),
+        torch.randn(core.p, d) * d**-0.5,
+        torch.randn(core.q, o),
+        torch.randn(o, d).to(dtype),
+    ]
+
+
+def step(core: Core, operator: Any, x: Tensor, A: Tensor, B: Tensor, weight: Tensor) -> list[Tensor]:
+    leaves = [t.detach().clone().requires_grad_() for t in (x, A, B)]
+    core.zero_grad()
+    y = operator(*leaves, core, scale=0.3, base=(weight, None))
+    torch.nn.functional.silu(y.float()).sum().backward()
+    return [y.detach(), *(t.grad for t in (*leaves, *core.parameters()))]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.key}-{c.r}-{c.num_experts}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_train_alike_with_the_kernel_without_it_and_by_the_double_sum(
+    config: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = config.core(96)
+    core.reset_parameters()
+    torch.nn.init.normal_(core.router, std=0.3)
+    tensors = layer(core, dtype)
+    tensors[0] = tensors[0].repeat(1, 10, 1)
+    compiled(tensors[0].new_zeros(2, 2), core.choice())
+    seen = calls(monkeypatch)
+    ours = step(core, fused, *tensors)
+    assert seen == ["mix", "gradients"]
+    with without_kernel():
+        others = [step(core, fused, *tensors), step(core, dyadic, *tensors)]
+    assert seen == ["mix", "gradients"]
+    for theirs in others:
+        for one, other in zip(ours, theirs, strict=True):
+            size = other.abs().max()
+            assert one.dtype == other.dtype
+            assert_close(one / size, other / size, atol=1e-5 if dtype == torch.float32 else 3e-2, rtol=0)
+
+
+def test_gates_that_a_method_writes_itself_are_not_taken_for_those_it_inherits(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Doubled(MoDE):
+        keeps_gates = True
+
+        def mix(self, h: Tensor, g: Tensor) -> Tensor:
+            return 2 * super().mix(h, g)
+
+        def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+            return super().gradients(h, g, 2 * du)
+
+    core = Doubled(96, 4, 3, 1)
+    core.reset_parameters()
+    assert core.choice() is None
+    seen, tensors = calls(monkeypatch), layer(core, torch.float32)
+    tensors[0] = tensors[0].repeat(1, 10, 1)
+    for ours, theirs in zip(step(core, fused, *tensors), step(core, dyadic, *tensors), strict=True):
+        assert_close(ours / theirs.abs().max(), theirs / theirs.abs().max(), atol=1e-5, rtol=0)
+    assert not seen
+
+
+_SERVED = """
+import torch, warnings
+from pathlib import Path
+warnings.simplefilter("error")
+from dyads.ops import Choice, kernel
+z = torch.randn(9, 50)
+found = kernel(z, Choice(1, 8, 1))
+if found is not None:
+    assert found.mix(z.clone(), Choice(1, 8, 1)).isfinite().all()
+loaded = Path("/proc/self/maps").read_text().splitlines()
+print(found is not None, sum("libgomp" in line and "r-xp" in line for line in loaded))
+"""
+
+
+def served(**environment: str) -> tuple[str, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", _SERVED], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    answer, runtimes = done.stdout.split()
+    return answer, int(runtimes)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_where_no_compiler_serves_pytorch_does(tmp_path: Path) -> None:
+    script = '#!/bin/sh\nfor flag; do case $flag in {refused}) echo no >&2; exit 1;; esac; done\nexec cc "$@"\n'
+    for name, refused in (("without-openmp", "-fopenmp"), ("broken", "*")):
+        (tmp_path / name).write_text(script.format(refused=refused))
+        (tmp_path / name).chmod(0o755)
+    compiled(torch.zeros(2, 2), Choice(1, 2, 1))
+    assert served() == ("True", 1)  # one OpenMP: PyTorch's
+    assert served(CC=str(tmp_path / "without-openmp")) == ("True", 1)
+    for out in ({"DYADS_KERNEL": "0"}, {"CC": str(tmp_path / "none")}, {"CC": str(tmp_path / "broken")}):
+        assert served(**out)[0] == "False"
+
+
+def test_the_kernel_serves_plain_cpu_tensors_in_fp32_and_bf16_only() -> None:
+    choice = Choice(1, 3, 1)
+    compiled(torch.zeros(2, 2), choice)
+    assert kernel(torch.zeros(2, 2, dtype=torch.bfloat16), choice) is not None
+    assert kernel(torch.zeros(2, 2), Choice(1, 513, 1)) is None
+    assert kernel(torch.zeros(2, 2), None) is None
+    assert kernel(torch.nn.Parameter(torch.zeros(2, 2)), choice) is None
+    assert kernel(torch.zeros(2, 2, device="meta"), choice) is None
+    for dtype in (torch.float64, torch.float16):
+        assert kernel(torch.zeros(2, 2, dtype=dtype), choice) is None
+    with without_kernel():
+        assert kernel(torch.zeros(2, 2), choice) is None
