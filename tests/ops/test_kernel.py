@@ -25,8 +25,8 @@ from dyads.methods.gates import (
 from dyads.methods.mode import MoDE
 from dyads.ops import Choice, Kernel, dyadic, fused, kernel, without_kernel
 
-# Ones, primes, and both sides of what the kernel takes at once: 16 numbers, 256 tokens.
-TOKENS = [1, 2, 15, 16, 17, 31, 255, 256, 257, 521]
+# Ones, primes, and both sides of what the kernel takes at once: 16 numbers, 128 tokens.
+TOKENS = [1, 2, 15, 16, 17, 31, 127, 128, 129, 257]
 CHOICES = [
     Choice(1, 2, 1),
     Choice(3, 5, 1),
@@ -36,7 +36,7 @@ CHOICES = [
     Choice(1, 2, 1, own=True),
     Choice(1, 5, 3, own=True),
     Choice(1, 17, 2, own=True, temperature=0.7),
-    Choice(1, 512, 1),
+    Choice(1, 1023, 1),
 ]
 
 
@@ -48,34 +48,33 @@ def compiled(z: Tensor, choice: Choice) -> Kernel:
 
 
 def by_torch(z: Tensor, du: Tensor, choice: Choice, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gates, u, and the gradients of h and the scores, all (rows tokens), as the methods compute them; in fp32."""
-    rows, (h_rows, _, _) = z.t().float(), choice.rows
-    h, scores = rows[:, :h_rows], rows[:, h_rows:] / choice.temperature
-    g = select_softmax(scores if choice.own else scores.reshape(len(rows), choice.groups, choice.experts))
+    """Gates, u, and the gradients of h and the scores, all (tokens …), as the methods compute them; in fp32."""
+    h, scores = z[:, : choice.p].float(), z[:, choice.p :].float() / choice.temperature
+    g = select_softmax(scores if choice.own else scores.reshape(len(z), choice.groups, choice.experts))
     g = g.to(z.dtype).float()
     combine = combine_experts if choice.own else combine_groups
     gradients = softmax_expert_gradients if choice.own else softmax_group_gradients
-    dh, ds = gradients(h, g, du.t().float() * scale)
-    return g.reshape(len(rows), -1).t(), combine(h, g).t(), dh.t(), ds.t() / choice.temperature
+    dh, ds = gradients(h, g, du.float() * scale)
+    return g.reshape(len(z), -1), combine(h, g), dh, ds / choice.temperature
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gates_and_gradients_are_those_of_the_methods(choice: Choice, tokens: int, dtype: torch.dtype) -> None:
-    h, s, q = choice.rows
-    z, du = (5 * torch.randn(h + s, tokens)).to(dtype), torch.randn(q, tokens).to(dtype)
+    p = choice.p
+    z, du = (5 * torch.randn(tokens, p + choice.s)).to(dtype), torch.randn(tokens, choice.q).to(dtype)
     found, before = compiled(z, choice), z.clone()
     g, u, dh, ds = by_torch(z, du, choice, 0.3)
     tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 2e-2}
     ours = found.mix(z, choice)
-    assert_close(z[:h], before[:h], atol=0, rtol=0)
-    assert_close(z[h:].float(), g, **tolerance)
+    assert_close(z[:, :p], before[:, :p], atol=0, rtol=0)
+    assert_close(z[:, p:].float(), g, **tolerance)
     assert_close(ours.float(), u, **tolerance)
     u_again, dz = found.gradients(z, du, choice, 0.3)
-    assert_close(u_again, ours, atol=0, rtol=0)
-    assert_close(dz[:h].float(), dh, atol=4 * tolerance["atol"], rtol=tolerance["rtol"])
-    assert_close(dz[h:].float(), ds, atol=10 * tolerance["atol"], rtol=tolerance["rtol"])
+    assert_close(u_again, ours.t(), atol=0, rtol=0)
+    assert_close(dz[:p].t().float(), dh, atol=4 * tolerance["atol"], rtol=tolerance["rtol"])
+    assert_close(dz[p:].t().float(), ds, atol=10 * tolerance["atol"], rtol=tolerance["rtol"])
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -84,24 +83,22 @@ def test_nothing_is_written_outside_of_the_matrices(
     tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     choice = Choice(2, 3, 2)
-    h, s, q = choice.rows
 
-    def fenced(rows: int) -> tuple[Tensor, Tensor]:
-        memory = torch.full((rows * tokens + 64,), 7.0, dtype=dtype)
-        return memory, memory[32:-32].view(rows, tokens)
+    def fenced(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        memory = torch.full((rows * columns + 64,), 7.0, dtype=dtype)
+        return memory, memory[32:-32].view(rows, columns)
 
     made: list[Tensor] = []
 
     def empty(like: Tensor, *size: int) -> Tensor:
-        memory, inside = fenced(size[0] if size else len(like))
+        memory, inside = fenced(*size)
         made.append(memory)
         return inside
 
-    memory, z = fenced(h + s)
+    memory, z = fenced(tokens, choice.p + choice.s)
     z.normal_()
-    found, du = compiled(z, choice), torch.randn(q, tokens).to(dtype)
+    found, du = compiled(z, choice), torch.randn(tokens, choice.q).to(dtype)
     monkeypatch.setattr(Tensor, "new_empty", empty)
-    monkeypatch.setattr(torch, "empty_like", empty)
     found.mix(z, choice)
     found.gradients(z, du, choice)
     monkeypatch.undo()
@@ -113,43 +110,45 @@ def test_nothing_is_written_outside_of_the_matrices(
 
 def test_a_token_is_the_same_in_whatever_company_and_on_any_number_of_threads() -> None:
     choice = Choice(2, 5, 3)
-    h, s, q = choice.rows
-    z, du = torch.randn(h + s, 700), torch.randn(q, 700)
-    found, threads, results = compiled(z, choice), torch.get_num_threads(), []
+    z, du = torch.randn(700, choice.p + choice.s), torch.randn(700, choice.q)
+    found, threads = compiled(z, choice), torch.get_num_threads()
+
+    def results(z: Tensor, du: Tensor) -> list[Tensor]:
+        u = found.mix(z, choice)
+        u_again, dz = found.gradients(z, du, choice)
+        return [u, z, u_again.t(), dz.t()]
+
+    every = []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            gates = z.clone()
-            results.append([found.mix(gates, choice), gates, *found.gradients(gates, du, choice)])
+            every.append(results(z.clone(), du))
     finally:
         torch.set_num_threads(threads)
-    some = z[:, 301:440].contiguous()
-    results.append([found.mix(some, choice), some, *found.gradients(some, du[:, 301:440].contiguous(), choice)])
-    assert_close(results[1], results[0], atol=0, rtol=0)
-    assert_close(results[2], results[0], atol=0, rtol=0)
-    assert_close(results[3], [t[:, 301:440] for t in results[0]], atol=0, rtol=0)
+    assert_close(every[1], every[0], atol=0, rtol=0)
+    assert_close(every[2], every[0], atol=0, rtol=0)
+    assert_close(results(z[301:440].clone(), du[301:440]), [t[301:440] for t in every[0]], atol=0, rtol=0)
 
 
 def test_scores_of_any_size_choose_as_softmax_does() -> None:
     inf, nan = float("inf"), float("nan")
-    columns = torch.tensor(
+    scores = torch.tensor(
         [[0, 0, 0], [1e38, 0, -1e38], [-3e38, -3e38, -3e38], [-inf, 1, 2], [inf, 1, 2], [nan, 1, 2], [1, 2, nan],
          [-inf, -inf, -inf], [-86.9, 0, -87.1], [-103, 0, -1e-45]]
     )  # fmt: skip
-    z, choice = torch.cat((torch.ones(len(columns), 1), columns), 1).t().contiguous(), Choice(1, 3, 1)
+    z, choice = torch.cat((torch.ones(len(scores), 1), scores), 1), Choice(1, 3, 1)
     u = compiled(z, choice).mix(z, choice)
-    expected = columns.softmax(-1).t()
-    assert_close(z[1:], expected, equal_nan=True, atol=1e-37, rtol=1e-6)
-    assert_close(u, expected, equal_nan=True, atol=1e-37, rtol=1e-6)
+    assert_close(z[:, 1:], scores.softmax(-1), equal_nan=True, atol=1e-37, rtol=1e-6)
+    assert_close(u, scores.softmax(-1), equal_nan=True, atol=1e-37, rtol=1e-6)
 
 
 def test_half_precision_is_rounded_as_pytorch_rounds() -> None:
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)  # every bf16 number, as h of one expert with gate 1/2
     h = bits.view(torch.bfloat16)
-    z = torch.stack((h, torch.zeros_like(h), torch.zeros_like(h)))
+    z = torch.stack((h, torch.zeros_like(h), torch.zeros_like(h)), 1)
     choice = Choice(1, 2, 1)
     u = compiled(z, choice).mix(z, choice)
-    assert_close(u[0], h * torch.tensor(0.5, dtype=torch.bfloat16), equal_nan=True, atol=0, rtol=0)
+    assert_close(u[:, 0], h * torch.tensor(0.5, dtype=torch.bfloat16), equal_nan=True, atol=0, rtol=0)
 
 
 CONFIGS = [
@@ -179,7 +178,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def layer(core: Core, dtype: torch.dtype, t: int = 67, d: int = 96, o: int = 31) -> list[Tensor]:
-    """x with many tokens, A and B in fp32, a frozen weight: wide enough that tokens lie innermost."""
+    """x with many tokens, A and B in fp32, a frozen weight."""
     return [
         torch.randn(5, t, d).to(dtype),
         torch.randn(core.p, d) * d**-0.5,
@@ -205,7 +204,6 @@ def test_layers_train_alike_with_the_kernel_without_it_and_by_the_double_sum(
     core.reset_parameters()
     torch.nn.init.normal_(core.router, std=0.3)
     tensors = layer(core, dtype)
-    tensors[0] = tensors[0].repeat(1, 10, 1)
     compiled(tensors[0].new_zeros(2, 2), core.choice())
     seen = calls(monkeypatch)
     ours = step(core, fused, *tensors)
@@ -234,7 +232,6 @@ def test_gates_that_a_method_writes_itself_are_not_taken_for_those_it_inherits(m
     core.reset_parameters()
     assert core.choice() is None
     seen, tensors = calls(monkeypatch), layer(core, torch.float32)
-    tensors[0] = tensors[0].repeat(1, 10, 1)
     for ours, theirs in zip(step(core, fused, *tensors), step(core, dyadic, *tensors), strict=True):
         assert_close(ours / theirs.abs().max(), theirs / theirs.abs().max(), atol=1e-5, rtol=0)
     assert not seen
@@ -245,7 +242,7 @@ import torch, warnings
 from pathlib import Path
 warnings.simplefilter("error")
 from dyads.ops import Choice, kernel
-z = torch.randn(9, 50)
+z = torch.randn(50, 9)
 found = kernel(z, Choice(1, 8, 1))
 if found is not None:
     assert found.mix(z.clone(), Choice(1, 8, 1)).isfinite().all()
@@ -281,7 +278,7 @@ def test_the_kernel_serves_plain_cpu_tensors_in_fp32_and_bf16_only() -> None:
     choice = Choice(1, 3, 1)
     compiled(torch.zeros(2, 2), choice)
     assert kernel(torch.zeros(2, 2, dtype=torch.bfloat16), choice) is not None
-    assert kernel(torch.zeros(2, 2), Choice(1, 513, 1)) is None
+    assert kernel(torch.zeros(2, 2), Choice(1, 1024, 1)) is None  # 2,049 numbers of a token
     assert kernel(torch.zeros(2, 2), None) is None
     assert kernel(torch.nn.Parameter(torch.zeros(2, 2)), choice) is None
     assert kernel(torch.zeros(2, 2, device="meta"), choice) is None

@@ -305,17 +305,10 @@ def _product(x: Tensor, down: Tensor) -> Tensor:
     return tokens.view(*x.shape[:-1], down.shape[0])
 
 
-def _rows(t: Tensor) -> Tensor:
-    """The matrix behind what `_product` gave: (p + s tokens)."""
-    return t.reshape(-1, t.shape[-1]).t()
-
-
-def _kernel_for(gating: Splits, kept: Tensor) -> tuple[Kernel, Choice] | None:
+def _kernel_for(gating: Splits, x: Tensor) -> tuple[Kernel, Choice] | None:
     """What computes gates in one pass, and what it must know of them; None where PyTorch's operations serve."""
-    if not gating.keeps_gates or kept.stride(-1) == 1 or not _unwatched():
-        return None
-    choice = gating.choice()
-    found = kernel(kept, choice)
+    choice = gating.choice() if gating.keeps_gates and _unwatched() else None
+    found = kernel(x, choice)
     return None if found is None or choice is None else (found, choice)
 
 
@@ -349,19 +342,21 @@ class _Fused(torch.autograd.Function):
                 onto: Tensor | None, weight: Tensor | None, bias: Tensor | None,
                 gating: Splits, scale: float) -> Tensor:  # fmt: skip
         down, up = _down(A, W, x.dtype), B.to(x.dtype)
-        kept = _product(x, down)
-        h, scores = _split(kept, A.shape[0])
-        ctx.kernel = None if scores is None else _kernel_for(gating, kept)
+        ctx.kernel = None if W is None else _kernel_for(gating, x)
+        scores = None
         if ctx.kernel is not None:
             compiled, choice = ctx.kernel
-            u = compiled.mix(_rows(kept), choice).t()  # the scores are gates now
+            kept = F.linear(x.reshape(-1, x.shape[-1]), down)
+            u = compiled.mix(kept, choice).view(*x.shape[:-1], choice.q)  # in `kept` the scores are gates now
         else:
+            kept = _product(x, down)
+            h, scores = _split(kept, A.shape[0])
             g = gating.select(h, scores, of_task)
             u = gating.mix(h, g)
         onto, in_place = _beneath(x, onto, None if weight is None else (weight, bias))
         y = _up(u, up, scale, onto, x.dtype, in_place)
         gates = None
-        if ctx.kernel is None and scores is not None and gating.keeps_gates and _unwatched():
+        if scores is not None and gating.keeps_gates and _unwatched():
             # Kept are h and the gates, not the scores: whichever of h and the gates is smaller is copied.
             if h.shape[-1] < scores.shape[-1]:
                 kept, gates = h.clone(), g
@@ -392,12 +387,12 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     s = 0 if W is None else W.shape[0]
     flat = dy.to(dtype).reshape(-1, o)
     up = B.to(dtype) if up is None else up
-    du, d_task = up @ flat.t(), None
+    d_task = None
     if ctx.kernel is not None:
         compiled, choice = ctx.kernel
-        u, dz = compiled.gradients(_rows(kept), du, choice, ctx.scale)
+        u, dz = compiled.gradients(kept, flat @ up.t(), choice, ctx.scale)
     else:
-        u, dz, d_task = _gradients_of_gates(ctx, kept, gates, of_task, du, p, s)
+        u, dz, d_task = _gradients_of_gates(ctx, kept, gates, of_task, up @ flat.t(), p, s)
     dx = dA = dW = dB = None
     if need_B:
         dB = (u @ flat).to(B.dtype)

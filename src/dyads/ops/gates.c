@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // How are softmax gates and their gradients computed in one pass over memory?
 //
-// All matrices lie with the tokens innermost, t of them. The one that is read and written in place holds [h; scores],
-// and comes out as [h; gates]. There are K groups of n experts. A gate of group k and expert i multiplies S ranks:
-// those of the group (MoDE: h is K·S rows, u is K·S·n), or, with `own`, those of the expert (MoLORA: K = 1, both n·S).
+// There are K groups of n experts. The gate of group k and expert i multiplies S ranks: those of the group (MoDE: h
+// has K·S numbers for a token, u K·S·n), or, with `own`, those of the expert (MoLORA: K = 1, both have n·S).
 //
 //     g = softmax(scores / temperature)        u = h ∘ g
 //     t = du ∘ g        dh = t, summed over i where ranks are shared
@@ -11,15 +10,17 @@
 //
 // `inverse` is 1 / temperature; du is multiplied by `scale` first.
 //
-// It is written for vectors of 16 numbers; a compiler makes of one what the processor has. Along the tokens memory is
-// read in runs of CHUNK, which the processor sees coming: token by token the same takes three times as long.
+// A token's numbers lie side by side where a product with the tokens as its rows gives or takes them: z = [h; scores],
+// which comes out as [h; g], u of `mix`, and du. What goes into products over the tokens, u and dz of `gradients`, has
+// the tokens innermost. Each is the order in which that product is fastest. In between, CHUNK tokens are turned so that
+// a vector holds one number of 16 tokens; a compiler makes of such a vector what the processor has.
 
 #include <stdint.h>
 #include <string.h>
 
 #define LANES 16
 #ifndef CHUNK
-#define CHUNK 256
+#define CHUNK 128
 #endif
 #define BLOCKS (CHUNK / LANES)
 
@@ -50,13 +51,13 @@ static inline v exponential(v x) {
 static inline v load_f32(const float *p, int64_t left) {
     v x = {0};
     if (left >= LANES) memcpy(&x, p, sizeof x);
-    else memcpy(&x, p, left * sizeof *p);
+    else if (left > 0) memcpy(&x, p, left * sizeof *p);
     return x;
 }
 
 static inline void store_f32(float *p, v x, int64_t left) {
     if (left >= LANES) memcpy(p, &x, sizeof x);
-    else memcpy(p, &x, left * sizeof *p);
+    else if (left > 0) memcpy(p, &x, left * sizeof *p);
 }
 
 static inline v as_f32(v x) { return x; }
@@ -72,94 +73,124 @@ static inline vu upper(v x) {
 static inline v load_bf16(const uint16_t *p, int64_t left) {
     vh x = {0};
     if (left >= LANES) memcpy(&x, p, sizeof x);
-    else memcpy(&x, p, left * sizeof *p);
+    else if (left > 0) memcpy(&x, p, left * sizeof *p);
     return (v)(__builtin_convertvector(x, vu) << 16);
 }
 
 static inline void store_bf16(uint16_t *p, v x, int64_t left) {
     vh y = __builtin_convertvector(upper(x), vh);
     if (left >= LANES) memcpy(p, &y, sizeof y);
-    else memcpy(p, &y, left * sizeof *p);
+    else if (left > 0) memcpy(p, &y, left * sizeof *p);
 }
 
 static inline v as_bf16(v x) { return (v)(upper(x) << 16); }
 
-#define EACH_BLOCK for (int64_t b = 0, o = from; b < BLOCKS && o < t; b++, o += LANES)
+// A square of 16 × 16 numbers is turned in four steps: in squares of 2, 4, 8 and 16 two quarters change places.
+#define SWAP(w, ...)                                                                                                   \
+    for (int i = 0; i < LANES; i++)                                                                                    \
+        if (!(i & w)) {                                                                                                \
+            v a = x[i], b = x[i + w];                                                                                  \
+            x[i] = __builtin_shufflevector(a, b, __VA_ARGS__);                                                         \
+            x[i + w] = __builtin_shufflevector(a, b, OTHER_##w);                                                       \
+        }
+#define OTHER_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#define OTHER_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define OTHER_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define OTHER_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+
+static inline void transpose(v x[LANES]) {
+    SWAP(1, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
+    SWAP(2, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+    SWAP(4, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
+    SWAP(8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+}
+
+#define EACH_BLOCK for (int64_t b = 0; b < BLOCKS; b++)
 #define H_ROW(i, j) ((own ? (i) * S : k * S) + (j))
 #define U_ROW(i, j) (own ? (i) * S + (j) : (k * S + (j)) * n + (i))
 
 #define KERNELS(T, X)                                                                                                  \
-    void mix_##X(T *h, T *scores, T *u, int64_t K, int64_t S, int64_t n, int64_t own, int64_t t, float inverse,        \
+    /* (tokens rows) of memory -> [row][token], zeros where there are no more tokens */                                \
+    static inline void turn_##X(const T *from, v (*to)[BLOCKS], int64_t rows, int64_t tokens) {                        \
+        for (int64_t b = 0; b < BLOCKS; b++)                                                                           \
+            for (int64_t r = 0; r < rows; r += LANES) {                                                                \
+                v x[LANES];                                                                                            \
+                for (int64_t l = 0, o = b * LANES; l < LANES; l++, o++)                                                \
+                    x[l] = load_##X(from + o * rows + r, o < tokens ? rows - r : 0);                                   \
+                transpose(x);                                                                                          \
+                for (int64_t l = 0; l < LANES && r + l < rows; l++) to[r + l][b] = x[l];                               \
+            }                                                                                                          \
+    }                                                                                                                  \
+                                                                                                                       \
+    /* and back, into the last `rows` numbers of every token, which has `width` */                                     \
+    static inline void turn_back_##X(v (*from)[BLOCKS], T *to, int64_t rows, int64_t width, int64_t tokens) {          \
+        for (int64_t b = 0; b < BLOCKS; b++)                                                                           \
+            for (int64_t r = 0; r < rows; r += LANES) {                                                                \
+                v x[LANES];                                                                                            \
+                for (int64_t l = 0; l < LANES; l++) x[l] = r + l < rows ? from[r + l][b] : all(0.0f);                  \
+                transpose(x);                                                                                          \
+                for (int64_t l = 0, o = b * LANES; l < LANES && o < tokens; l++, o++)                                  \
+                    store_##X(to + o * width + width - rows + r, x[l], rows - r);                                      \
+            }                                                                                                          \
+    }                                                                                                                  \
+                                                                                                                       \
+    void mix_##X(T *z, T *u, int64_t K, int64_t S, int64_t n, int64_t own, int64_t t, float inverse,                   \
                  int64_t threads) {                                                                                    \
+        const int64_t p = own ? n * S : K * S, s = K * n, q = own ? p : p * n;                                         \
         _Pragma("omp parallel for num_threads(threads)")                                                               \
         for (int64_t from = 0; from < t; from += CHUNK) {                                                              \
-            v g[n][BLOCKS], most[BLOCKS], sum[BLOCKS];                                                                 \
+            const int64_t tokens = t - from < CHUNK ? t - from : CHUNK;                                                \
+            v turned[p + s][BLOCKS], mixed[q][BLOCKS];                                                                 \
+            turn_##X(z + from * (p + s), turned, p + s, tokens);                                                       \
             for (int64_t k = 0; k < K; k++) {                                                                          \
-                for (int64_t i = 0; i < n; i++) {                                                                      \
-                    const T *row = scores + (k * n + i) * t;                                                           \
-                    EACH_BLOCK {                                                                                       \
-                        v s = load_##X(row + o, t - o) * inverse;                                                      \
-                        most[b] = i == 0 ? s : pick(s > most[b], s, most[b]);                                          \
-                        g[i][b] = s;                                                                                   \
-                    }                                                                                                  \
+                v most[BLOCKS], sum[BLOCKS], (*g)[BLOCKS] = turned + p + k * n;                                        \
+                for (int64_t i = 0; i < n; i++) EACH_BLOCK {                                                           \
+                    g[i][b] *= inverse;                                                                                \
+                    most[b] = i == 0 ? g[i][b] : pick(g[i][b] > most[b], g[i][b], most[b]);                            \
                 }                                                                                                      \
-                for (int64_t i = 0; i < n; i++) {                                                                      \
-                    EACH_BLOCK {                                                                                       \
-                        v e = exponential(g[i][b] - most[b]);                                                          \
-                        sum[b] = i == 0 ? e : sum[b] + e;                                                              \
-                        g[i][b] = e;                                                                                   \
-                    }                                                                                                  \
+                for (int64_t i = 0; i < n; i++) EACH_BLOCK {                                                           \
+                    g[i][b] = exponential(g[i][b] - most[b]);                                                          \
+                    sum[b] = i == 0 ? g[i][b] : sum[b] + g[i][b];                                                      \
                 }                                                                                                      \
                 EACH_BLOCK sum[b] = 1.0f / sum[b];                                                                     \
-                for (int64_t i = 0; i < n; i++) {                                                                      \
-                    T *row = scores + (k * n + i) * t;                                                                 \
-                    EACH_BLOCK {                                                                                       \
-                        g[i][b] = as_##X(g[i][b] * sum[b]);                                                            \
-                        store_##X(row + o, g[i][b], t - o);                                                            \
-                    }                                                                                                  \
-                }                                                                                                      \
-                for (int64_t j = 0; j < S; j++) {                                                                      \
-                    for (int64_t i = 0; i < n; i++) {                                                                  \
-                        const T *of_h = h + H_ROW(i, j) * t;                                                           \
-                        T *of_u = u + U_ROW(i, j) * t;                                                                 \
-                        EACH_BLOCK store_##X(of_u + o, load_##X(of_h + o, t - o) * g[i][b], t - o);                    \
-                    }                                                                                                  \
-                }                                                                                                      \
+                for (int64_t i = 0; i < n; i++) EACH_BLOCK g[i][b] = as_##X(g[i][b] * sum[b]);                         \
+                for (int64_t j = 0; j < S; j++)                                                                        \
+                    for (int64_t i = 0; i < n; i++)                                                                    \
+                        EACH_BLOCK mixed[U_ROW(i, j)][b] = as_##X(turned[H_ROW(i, j)][b] * g[i][b]);                   \
             }                                                                                                          \
+            turn_back_##X(turned + p, z + from * (p + s), s, p + s, tokens);                                           \
+            turn_back_##X(mixed, u + from * q, q, q, tokens);                                                          \
         }                                                                                                              \
     }                                                                                                                  \
                                                                                                                        \
-    void gradients_##X(const T *h, const T *gates, const T *du, T *u, T *dh, T *dscores, int64_t K, int64_t S,         \
-                       int64_t n, int64_t own, int64_t t, float inverse, float scale, int64_t threads) {           \
+    void gradients_##X(const T *z, const T *du, T *u, T *dz, int64_t K, int64_t S, int64_t n, int64_t own, int64_t t,  \
+                       float inverse, float scale, int64_t threads) {                                                  \
+        const int64_t p = own ? n * S : K * S, s = K * n, q = own ? p : p * n;                                         \
         _Pragma("omp parallel for num_threads(threads)")                                                               \
         for (int64_t from = 0; from < t; from += CHUNK) {                                                              \
-            v g[n][BLOCKS], a[n][BLOCKS], sum[BLOCKS];                                                                 \
+            const int64_t tokens = t - from < CHUNK ? t - from : CHUNK;                                                \
+            v turned[p + s][BLOCKS], of_u[q][BLOCKS], a[n][BLOCKS], sum[BLOCKS] = {0};                                 \
+            turn_##X(z + from * (p + s), turned, p + s, tokens);                                                       \
+            turn_##X(du + from * q, of_u, q, tokens);                                                                  \
             for (int64_t k = 0; k < K; k++) {                                                                          \
-                for (int64_t i = 0; i < n; i++) {                                                                      \
-                    const T *row = gates + (k * n + i) * t;                                                            \
-                    EACH_BLOCK {                                                                                       \
-                        g[i][b] = load_##X(row + o, t - o);                                                            \
-                        a[i][b] = all(0.0f);                                                                           \
-                    }                                                                                                  \
-                }                                                                                                      \
+                v(*g)[BLOCKS] = turned + p + k * n;                                                                    \
                 for (int64_t j = 0; j < S; j++) {                                                                      \
                     for (int64_t i = 0; i < n; i++) {                                                                  \
-                        const T *of_h = h + H_ROW(i, j) * t, *of_du = du + U_ROW(i, j) * t;                            \
-                        T *of_u = u + U_ROW(i, j) * t, *of_dh = dh + H_ROW(i, j) * t;                                  \
+                        T *to_u = u + U_ROW(i, j) * t + from, *to_dh = dz + H_ROW(i, j) * t + from;                    \
                         EACH_BLOCK {                                                                                   \
-                            v one = load_##X(of_h + o, t - o);                                                         \
-                            v part = load_##X(of_du + o, t - o) * scale * g[i][b];                                     \
-                            a[i][b] += part * one;                                                                     \
+                            v one = turned[H_ROW(i, j)][b], part = of_u[U_ROW(i, j)][b] * scale * g[i][b];             \
+                            a[i][b] = j == 0 ? part * one : a[i][b] + part * one;                                      \
                             sum[b] = own || i == 0 ? part : sum[b] + part;                                             \
-                            if (own || i == n - 1) store_##X(of_dh + o, sum[b], t - o);                                \
-                            store_##X(of_u + o, one * g[i][b], t - o);                                                 \
+                            store_##X(to_u + b * LANES, one * g[i][b], tokens - b * LANES);                            \
+                            if (own || i == n - 1) store_##X(to_dh + b * LANES, sum[b], tokens - b * LANES);           \
                         }                                                                                              \
                     }                                                                                                  \
                 }                                                                                                      \
                 for (int64_t i = 0; i < n; i++) EACH_BLOCK sum[b] = i == 0 ? a[i][b] : sum[b] + a[i][b];               \
                 for (int64_t i = 0; i < n; i++) {                                                                      \
-                    T *row = dscores + (k * n + i) * t;                                                                \
-                    EACH_BLOCK store_##X(row + o, (a[i][b] - g[i][b] * sum[b]) * inverse, t - o);                      \
+                    T *to = dz + (p + k * n + i) * t + from;                                                           \
+                    EACH_BLOCK                                                                                         \
+                    store_##X(to + b * LANES, (a[i][b] - g[i][b] * sum[b]) * inverse, tokens - b * LANES);             \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \

@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ _SOURCE = Path(__file__).with_name("gates.c")
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 # One attempt after the other, as not every compiler knows every flag: all processors, one, whatever it knows.
 _FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
-_MOST_EXPERTS = 512  # they are held on the stack
+_MOST = 2048  # numbers of a token, held on the stack for 128 of them
 _ENABLED = True  # see `without_kernel`
 
 
@@ -44,63 +44,73 @@ class Choice:
     experts: int
     """n."""
     ranks: int
-    """S: of a group, every one of which meets all its gates (h has K·S rows, u K·S·n); or of an expert, see `own`."""
+    """S: of a group, where every rank meets all gates (h has K·S numbers, u K·S·n); or of an expert, see `own`."""
     own: bool = False
-    """Whether every expert has ranks of its own (K = 1; h and u have n·S rows)."""
+    """Whether every expert has ranks of its own (K = 1; h and u have n·S numbers)."""
     temperature: float = 1.0
 
-    @property
-    def rows(self) -> tuple[int, int, int]:
-        """Of h, of the scores, and of u."""
-        h = self.ranks * (self.experts if self.own else self.groups)
-        return h, self.groups * self.experts, h if self.own else h * self.experts
+    @cached_property
+    def p(self) -> int:
+        """Numbers of h."""
+        return self.ranks * (self.experts if self.own else self.groups)
+
+    @cached_property
+    def s(self) -> int:
+        """Numbers of scores, or gates."""
+        return self.groups * self.experts
+
+    @cached_property
+    def q(self) -> int:
+        """Numbers of u."""
+        return self.p if self.own else self.p * self.experts
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether the kernel has room for it."""
+        return self.p + self.s + self.q <= _MOST
+
+    @cached_property
+    def _as_c(self) -> tuple[int, int, int, int]:
+        return self.groups, self.ranks, self.experts, self.own
 
 
 class Kernel:
-    """The compiled functions. Matrices are contiguous, one row for every number of a token: (rows tokens)."""
+    """The compiled functions."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         self._mix, self._gradients = {}, {}
         for dtype, suffix in _SUFFIX.items():
             mix, gradients = (getattr(library, f"{name}_{suffix}") for name in ("mix", "gradients"))
-            mix.argtypes = [pointer] * 3 + [whole] * 5 + [real, whole]
-            gradients.argtypes = [pointer] * 6 + [whole] * 5 + [real, real, whole]
+            mix.argtypes = [pointer] * 2 + [whole] * 5 + [real, whole]
+            gradients.argtypes = [pointer] * 4 + [whole] * 5 + [real, real, whole]
             mix.restype = gradients.restype = None
             self._mix[dtype], self._gradients[dtype] = mix, gradients
 
     def mix(self, z: Tensor, choice: Choice) -> Tensor:
-        """u = h ∘ g from z = [h; scores], whose scores are written over with the gates g."""
-        tokens = z.shape[1]
-        h, _, q = choice.rows
-        u = z.new_empty(q, tokens)
-        at = z.data_ptr()
+        """u = h ∘ g (tokens q) from a contiguous z = [h, scores] (tokens p + s): its scores become the gates g."""
+        u = z.new_empty(len(z), choice.q)
         self._mix[z.dtype](
-            at, at + h * tokens * z.element_size(), u.data_ptr(),
-            choice.groups, choice.ranks, choice.experts, choice.own, tokens, 1 / choice.temperature,
-            torch.get_num_threads(),
+            z.data_ptr(), u.data_ptr(), *choice._as_c, len(z), 1 / choice.temperature, torch.get_num_threads(),
         )  # fmt: skip
         return u
 
     def gradients(self, z: Tensor, du: Tensor, choice: Choice, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """u again, and the gradient of z = [h; scores], from z = [h; g] and that of scale · u."""
-        tokens = z.shape[1]
-        u, dz = torch.empty_like(du), torch.empty_like(z)
-        below = choice.rows[0] * tokens * z.element_size()
-        at, d_at = z.data_ptr(), dz.data_ptr()
+        """u (q tokens) again and the gradient of z (p + s tokens), from z = [h, g] and that of scale · u (tokens q)."""
+        (tokens, width), q = z.shape, choice.q
+        u, dz = z.new_empty(q, tokens), z.new_empty(width, tokens)
         self._gradients[z.dtype](
-            at, at + below, du.data_ptr(), u.data_ptr(), d_at, d_at + below,
-            choice.groups, choice.ranks, choice.experts, choice.own, tokens, 1 / choice.temperature, scale,
-            torch.get_num_threads(),
+            z.data_ptr(), du.data_ptr(), u.data_ptr(), dz.data_ptr(), *choice._as_c, tokens, 1 / choice.temperature,
+            scale, torch.get_num_threads(),
         )  # fmt: skip
         return u, dz
 
 
 def kernel(z: Tensor, choice: Choice | None) -> Kernel | None:
     """The kernel, if it can serve: plain tensors in fp32 or bf16 on a CPU, and a compiler; else None."""
-    if not _ENABLED or choice is None or z.device.type != "cpu" or z.dtype not in _SUFFIX or type(z) is not Tensor:
+    if choice is None or not _ENABLED or z.dtype not in _SUFFIX or z.device.type != "cpu" or type(z) is not Tensor:
         return None
-    return _kernel() if choice.experts <= _MOST_EXPERTS else None
+    return _kernel() if choice.fits else None
 
 
 @contextmanager
