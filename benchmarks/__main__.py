@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -298,7 +299,7 @@ def source() -> str:
     """A short hash of the code that is measured and that measures: results of other code are never kept."""
     digest = hashlib.sha256()
     for folder in (ROOT / "src" / "dyads", ROOT / "benchmarks"):
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.c")]):
             if path.name not in ("page.py", "bars.py"):  # they only read results
                 digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
@@ -317,9 +318,22 @@ def environment() -> dict[str, Any]:
         "versions": versions,
         "git": revision.stdout.strip() or None,
         "cpu": _cpu(),
+        "compiler": _compiler(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
+
+
+def _compiler() -> str | None:
+    """What compiles dyads' gates; None where PyTorch's operations serve."""
+    import torch
+
+    from dyads.ops import Choice, kernel
+
+    if kernel(torch.zeros(1, 2), Choice(1, 1, 1)) is None:
+        return None
+    said = subprocess.run([*shlex.split(os.environ.get("CC") or "cc"), "--version"], capture_output=True, text=True)
+    return (said.stdout.splitlines() or ["a C compiler"])[0]
 
 
 def _cpu() -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dyads.tuner  # noqa: F401  # PEFT has to know the methods
 from benchmarks.contenders import TASKS, Contender
 from dyads.methods import Core, build_config, methods
-from dyads.ops import dyadic, dyadic_sum, fused
+from dyads.ops import dyadic, dyadic_sum, fused, without_kernel
 from dyads.tuner.layer import DyadsLayer
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2}
@@ -44,20 +45,35 @@ def check(contenders: dict[str, Contender], *, dtype: str, width: int, say: Call
     for name, contender in ours.items():
         options = dict(contender.options)
         merged, in_fp32 = options.pop("merged", False), options.pop("autocast_adapter_dtype", True)
-        here = (getattr(torch, dtype), width)
-        if merged:
-            _merged(f"{name}, merged", contender.builder, options, *here)
-        for tokens in (1, 80):  # fast paths may depend on how large a product is
-            _layer(f"{name}, one layer", contender.builder, options, *here, tokens, in_fp32)
-        if (key := f"{contender.builder} {sorted(options.items())}") in seen:
-            continue
+        compiled, here = options.pop("compiled", True), (getattr(torch, dtype), width)
+        key = f"{contender.builder} {compiled} {sorted(options.items())}"
+        with nullcontext() if compiled else without_kernel():
+            _check_one(name, contender.builder, options, here, merged, in_fp32, once=key not in seen)
         seen.add(key)
-        for shape in SHAPES:
-            _operator(name, contender.builder, options, *shape)
-        _model(f"{name}, whole model", contender.builder, options)
         say(f"{name}: operator, layer and model agree with the double sum, outputs and gradients")
     _one_expert_is_lora()
     say("MoDE with one expert agrees with PEFT's LoRA")
+
+
+def _check_one(
+    name: str,
+    builder: str,
+    options: dict[str, Any],
+    here: tuple[torch.dtype, int],
+    merged: bool,
+    in_fp32: bool,
+    *,
+    once: bool,
+) -> None:
+    """`once`: also what is the same for contenders that differ in the dtype of the adapter, or merge it, only."""
+    if merged:
+        _merged(f"{name}, merged", builder, options, *here)
+    for tokens in (1, 80):  # fast paths may depend on how large a product is
+        _layer(f"{name}, one layer", builder, options, *here, tokens, in_fp32)
+    if once:
+        for shape in SHAPES:
+            _operator(name, builder, options, *shape)
+        _model(f"{name}, whole model", builder, options)
 
 
 def _agree(what: str, ours: Iterable[Tensor], wanted: Iterable[Tensor | None], dtype: torch.dtype) -> None:

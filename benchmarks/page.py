@@ -368,7 +368,9 @@ def _machine(environment: dict[str, Any]) -> str:
     """Processor and versions: groups that differ in them are not to be compared."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     cpu, cores = environment["cpu"], environment["cores"]
-    return f"{cpu} ({cores} cores), Python {environment['python']}, {versions}"
+    compiler = environment.get("compiler")
+    gates = f", gates compiled by {compiler}" if compiler else ", gates by PyTorch's operations"
+    return f"{cpu} ({cores} cores), Python {environment['python']}, {versions}{gates}"
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
