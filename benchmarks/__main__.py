@@ -123,7 +123,8 @@ class _Keeper:
     def __call__(self, part: str, group: str, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
         path = self.out / f"{part}-{group}.json"
         here = environment()
-        settings = {**settings, "source": source(), "versions": here["versions"], "cpu": here["cpu"]}
+        facts = {name: here[name] for name in ("versions", "cpu", "compiler")}
+        settings = {**settings, "source": source(), **facts}
         settings = json.loads(json.dumps(settings))
         if self.resume and path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -330,10 +331,11 @@ def _compiler() -> str | None:
 
     from dyads.ops import Choice, kernel
 
-    if kernel(torch.zeros(1, 2), Choice(1, 1, 1)) is None:
+    found = kernel(torch.zeros(1, 2), Choice(1, 1, 1))
+    if found is None:
         return None
     said = subprocess.run([*shlex.split(os.environ.get("CC") or "cc"), "--version"], capture_output=True, text=True)
-    return (said.stdout.splitlines() or ["a C compiler"])[0]
+    return " ".join([*said.stdout.splitlines()[:1], *found.flags])
 
 
 def _cpu() -> str:

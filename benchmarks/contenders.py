@@ -58,6 +58,8 @@ class Setting:
     new_tokens: int = 32
     every: dict[str, int] = field(default_factory=lambda: {"step": 1, "forward": 2, "decode": 2})
     """A question is asked in every so many rounds: where a round is long, its two ends see another machine."""
+    lives: int = 8
+    """Rounds for which a process lives: it may be faster or slower than others of its kind for that long (LOG.md)."""
 
 
 ONLY_FORWARD = ("forward", "decode")
@@ -186,8 +188,8 @@ LLAMA = Setting(
     },
     groups={
         "main": ("lora", "molora-8x8", "mode", "poly"),  # the closest bars again
-        "xlora": ("lora", "molora-8x8", "mode", "xlora"),
-        "family": ("lora", "mode-torch", "mode-grouped", "molora-sd", "more", "more-mixed", "lora-rank"),
+        "xlora": ("lora", "molora-8x8", "mode", "mode-torch", "xlora"),
+        "family": ("lora", "mode-grouped", "molora-sd", "more", "more-mixed", "lora-rank"),
         "rivals": ("lora", "frozen", "mhr", "arrow", "more-merged"),
         "relatives": ("lora", "moelora", "mtl-lora", "smora", "poly-ours", "task-mode"),
     },

@@ -46,11 +46,12 @@ def check(contenders: dict[str, Contender], *, dtype: str, width: int, say: Call
         options = dict(contender.options)
         merged, in_fp32 = options.pop("merged", False), options.pop("autocast_adapter_dtype", True)
         compiled, here = options.pop("compiled", True), (getattr(torch, dtype), width)
-        key = f"{contender.builder} {compiled} {sorted(options.items())}"
-        with nullcontext() if compiled else without_kernel():
-            _check_one(name, contender.builder, options, here, merged, in_fp32, once=key not in seen)
+        once = (key := f"{contender.builder} {compiled} {sorted(options.items())}") not in seen
         seen.add(key)
-        say(f"{name}: operator, layer and model agree with the double sum, outputs and gradients")
+        with nullcontext() if compiled else without_kernel():
+            _check_one(name, contender.builder, options, here, merged, in_fp32, once=once)
+        if once:
+            say(f"{name}: operator, layer and model agree with the double sum, outputs and gradients")
     _one_expert_is_lora()
     say("MoDE with one expert agrees with PEFT's LoRA")
 
@@ -101,12 +102,16 @@ def _operator(name: str, method: str, options: dict[str, Any], b: int, t: int, d
     slow = dyadic_sum(x, A, B, core.matrix(core.route(x @ A.T, x, task)), scale=0.7)
     weight = torch.randn_like(slow)
     wanted = [slow, *_gradients(slow, weight, leaves)]
-    for called, operator in OPERATORS.items():
-        what = f"{name}, {called} of shape {(b, t, d, o)}"
-        fast = operator(x, A, B, core, task, scale=0.7)
-        _agree(what, [fast, *_gradients(fast, weight, leaves)], wanted, torch.float64)
-        with torch.no_grad():
-            _agree(f"{what} without gradients", [operator(x, A, B, core, task, scale=0.7)], [slow], torch.float64)
+    for dtype in (torch.float64, torch.float32):
+        core = core.to(dtype)
+        x, A, B = (t.detach().to(dtype).requires_grad_() for t in (x, A, B))
+        leaves = [x, A, B, *core.parameters()]
+        for called, operator in OPERATORS.items():
+            what = f"{name}, {called} of shape {(b, t, d, o)}"
+            fast = operator(x, A, B, core, task, scale=0.7)
+            _agree(what, [fast, *_gradients(fast, weight, leaves)], wanted, dtype)
+            with torch.no_grad():
+                _agree(f"{what} without gradients", [operator(x, A, B, core, task, scale=0.7)], [slow], dtype)
 
 
 def _gradients(output: Tensor, weight: Tensor, leaves: list[Tensor]) -> list[Tensor]:

@@ -286,7 +286,8 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         "",
         measured,
         "",
-        "Every contender runs in a process of its own, with glibc told to keep the memory that is freed",
+        "Every contender runs in a process of its own, started anew after every eight rounds, as a process may be",
+        "faster or slower than another of its kind for as long as it lives; glibc is told to keep the memory that is freed",
         "(`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`), for all alike. When a question's turn comes, it goes",
         "once to all contenders of a group that have it, one after the other, in an order that rotates: a step is",
         "asked in every round, what takes longer in some only in every second or fourth. Ratios are taken within a",
@@ -333,8 +334,8 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
                 " backward: no gates, sums, casts, optimizer or Python."
             )
         about += (
-            " Right of it, the milliseconds by kind of work, as the profiler sees them; its own cost for every"
-            " operation is in the last column."
+            " Right of it, the milliseconds by kind of work, as the profiler sees them: compiled gates count as"
+            " softmax, and its own cost for every operation is in the last column."
         )
         lines += ["", f"## Where the time goes: {profiled(name)}", "", about, "", *_markdown(PROFILE_HEADS, table)]
     if rows := training(results):

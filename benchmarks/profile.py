@@ -52,6 +52,8 @@ KINDS = ("matrix products", "attention", "softmax", "copies and casts", "element
 
 def kind_of(operation: str) -> str:
     """The kind of work that a name of the profiler stands for."""
+    if operation == "dyads::gates":
+        return "softmax"
     name = operation.removeprefix("aten::")
     if name == operation:
         return "Python and autograd"
@@ -144,10 +146,11 @@ def products(bench: Bench, tokens: int, dtype: torch.dtype, *, backward: bool = 
         x, dy = torch.randn(tokens, d, dtype=dtype), torch.randn(tokens, o, dtype=dtype)
         down, up = torch.randn(p, d, dtype=dtype), torch.randn(q, o, dtype=dtype)
         z, u = torch.randn(p, tokens, dtype=dtype), torch.randn(q, tokens, dtype=dtype)
+        coefficients = torch.randn(tokens, q, dtype=dtype)
         six: list[Callable[[], Tensor]] = [
-            lambda x=x, down=down: down @ x.t(),  # type: ignore[misc]
-            lambda u=u, up=up: u.t() @ up,  # type: ignore[misc]
-            lambda dy=dy, up=up: up @ dy.t(),  # type: ignore[misc]
+            lambda x=x, down=down: x @ down.t(),  # type: ignore[misc]
+            lambda u=coefficients, up=up: u @ up,  # type: ignore[misc]
+            lambda dy=dy, up=up: dy @ up.t(),  # type: ignore[misc]
             lambda u=u, dy=dy: u @ dy,  # type: ignore[misc]
             lambda z=z, x=x: z @ x,  # type: ignore[misc]
             lambda z=z, down=down: z.t() @ down,  # type: ignore[misc]

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How are contenders measured side by side? Each in its own process, interleaved, over several rounds.
 
-In a round every question goes to all contenders of a group, one after the other, in an order that rotates; only one of
-them works at a time, and each does a thing once: one step, then the next one's step. Ratios are taken within a round,
-so that what the machine does meanwhile hits both sides, and the shorter a round, the more alike it hits them.
+A process may be a few percent faster or slower than another of the same kind for as long as it lives, so all are
+started anew after every few rounds. In a round every question goes to all contenders of a group, one after the other,
+in an order that rotates; only one of them works at a time, and each does a thing once: one step, then the next one's
+step. Ratios are taken within a round, so that what the machine does meanwhile hits both sides, and the shorter a round,
+the more alike it hits them.
 """
 
 from __future__ import annotations
@@ -115,39 +117,53 @@ def measure_group(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """{facts, rounds, errors} of contenders measured together. One that fails is left out, with its reason."""
-    workers: dict[str, Worker] = {}
     facts: dict[str, Any] = {}
     errors: dict[str, str] = {}
     results: list[dict[str, dict[str, float]]] = []
-    try:
-        for name, contender in contenders.items():
-            job = {"setting": setting_name, "contender": asdict(contender), "out": str(out), "attention": attention}
-            workers[name] = Worker("benchmarks.measure", job, setting.threads, logs / f"{name}.log")
-            try:  # one after the other: nobody warms up while another one loads
-                facts[name] = workers[name].read()["facts"]
-                say(f"{name} is ready ({facts[name]['parameters']:,} trainable parameters)")
+    for first in range(0, rounds, setting.lives):
+        sound = {name: c for name, c in contenders.items() if name not in errors}
+        workers: dict[str, Worker] = {}
+        try:
+            for name, contender in sound.items():
+                job = {"setting": setting_name, "contender": asdict(contender), "out": str(out), "attention": attention}
+                workers[name] = Worker("benchmarks.measure", job, setting.threads, logs / f"{name}.log")
+                try:  # one after the other: nobody warms up while another one loads
+                    facts.setdefault(name, workers[name].read()["facts"])
+                    say(f"{name} is ready ({facts[name]['parameters']:,} trainable parameters)")
+                except WorkerError as failed:
+                    errors[name] = str(failed)
+                    say(f"{name} failed: {failed}")
+                    workers.pop(name).close()
+            for number in range(first, min(first + setting.lives, rounds)):
+                results.append(_round(number, setting, workers, contenders, errors, say))
+                say(f"round {number + 1} of {rounds}")
+        finally:
+            for worker in workers.values():
+                worker.close()
+    return {"facts": facts, "rounds": results, "errors": errors}
+
+
+def _round(
+    number: int,
+    setting: Setting,
+    workers: dict[str, Worker],
+    contenders: dict[str, Contender],
+    errors: dict[str, str],
+    say: Callable[[str], None],
+) -> dict[str, dict[str, float]]:
+    """{question: {contender: what it answered}}; who fails is left out of `workers` from then on."""
+    answers: dict[str, dict[str, float]] = {}
+    for question, every in setting.every.items():
+        for name in rotated(list(workers), number // every) if number % every == 0 else ():
+            if name not in workers or question not in contenders[name].questions:
+                continue
+            try:
+                answers.setdefault(question, {})[name] = workers[name].ask(question)["value"]
             except WorkerError as failed:
                 errors[name] = str(failed)
                 say(f"{name} failed: {failed}")
                 workers.pop(name).close()
-        for number in range(rounds):
-            answers: dict[str, dict[str, float]] = {}
-            for question, every in setting.every.items():
-                for name in rotated(list(workers), number // every) if number % every == 0 else ():
-                    if name not in workers or question not in contenders[name].questions:
-                        continue
-                    try:
-                        answers.setdefault(question, {})[name] = workers[name].ask(question)["value"]
-                    except WorkerError as failed:
-                        errors[name] = str(failed)
-                        say(f"{name} failed: {failed}")
-                        workers.pop(name).close()
-            results.append(answers)
-            say(f"round {number + 1} of {rounds}")
-    finally:
-        for worker in workers.values():
-            worker.close()
-    return {"facts": facts, "rounds": results, "errors": errors}
+    return answers
 
 
 def rotated(names: Sequence[str], by: int) -> list[str]:

@@ -241,8 +241,12 @@ class Core(nn.Module):
             cls.splits = bool(vars(cls).get("splits", False))  # who writes one of them must say that it still splits
         if {"select", "mix"} & vars(cls).keys() and not {"gradients", "keeps_gates"} & vars(cls).keys():
             cls.keeps_gates = False  # the gradients it inherits are another method's
-        if {"select", "mix", "gradients"} & vars(cls).keys() and "choice" not in vars(cls):
-            cls.choice = Core.choice  # type: ignore[method-assign]  # what it inherits is another method's too
+        for ancestor in cls.__mro__:
+            if "choice" in vars(ancestor):
+                break
+            if cls.parts_of_choice & vars(ancestor).keys():
+                cls.choice = Core.choice  # type: ignore[method-assign]  # what it inherits is another method's too
+                break
 
     def router_rows(self) -> Tensor | None:
         """Weights W (s d) of scores that are linear in x; None where the gates do not look at x."""
@@ -267,6 +271,9 @@ class Core(nn.Module):
     def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of u = mix(h; select(h, scores)) for h and the scores, where the gates depend on scores alone."""
         raise NotImplementedError
+
+    parts_of_choice: ClassVar[frozenset[str]] = frozenset({"select", "mix", "gradients"})
+    """Methods that `choice` stands for: who writes one of them anew does not inherit it."""
 
     def choice(self) -> Choice | None:
         """What select, mix and gradients do, where they are those of softmax gates that are computed in one pass."""

@@ -78,13 +78,13 @@ class MoDE(StagedCore):
     ) -> None:
         super().__init__(d, (r // group_size, num_experts), router_std=router_std, stages=stages, inner=r)
         self.p, self.q = r, r * num_experts
-        self._choice = Choice(r // group_size, num_experts, group_size, temperature=self.stages.temperature)
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return combine_groups(h, g)
 
     def choice(self) -> Choice:
-        return self._choice
+        groups, experts = self.gate_shape
+        return Choice.of(groups, experts, self.p // groups, temperature=self.stages.temperature)
 
     def softmax_gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         return softmax_group_gradients(h, g, du)

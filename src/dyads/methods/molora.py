@@ -66,13 +66,12 @@ class MoLoRA(StagedCore):
     ) -> None:
         super().__init__(d, (num_experts,), router_std=router_std, stages=stages, inner=num_experts * r)
         self.p = self.q = num_experts * r
-        self._choice = Choice(1, num_experts, r, own=True, temperature=self.stages.temperature)
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return combine_experts(h, g)
 
     def choice(self) -> Choice:
-        return self._choice
+        return Choice.of(1, self.num_experts, self.p // self.num_experts, own=True, temperature=self.stages.temperature)
 
     def softmax_gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         return softmax_expert_gradients(h, g, du)

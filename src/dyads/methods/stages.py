@@ -210,6 +210,7 @@ class StagedCore(Core):
     """
 
     splits = True  # `score` is W x unless __init__ says otherwise
+    parts_of_choice = Core.parts_of_choice | {"_scores", "softmax_gradients"}
 
     embedding: nn.Parameter
     """Of the tasks (T task_dim), where the score sees them."""

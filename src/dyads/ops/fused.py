@@ -4,8 +4,9 @@
 Five things differ from `dyadic`, and none of them changes the result beyond rounding:
 
 - A and the router see the same input, so [A; W] x is one product;
-- it is stored with the tokens innermost: a gate's softmax goes over a handful of numbers, and along the tokens it is
-  one vector operation for many of them (LOG.md, 2026-11-22: up to six times faster on a CPU);
+- gates and their gradients are compiled code where that can be had (`kernel`); else they are stored with the tokens
+  innermost: a gate's softmax goes over a handful of numbers, and along the tokens it is one vector operation for many
+  of them (LOG.md, 2026-11-22: up to six times faster on a CPU);
 - backward forms coefficients again from a few numbers per token: kept for it are x, h, and the scores or their gates;
 - the sum is written over what the base layer gave, and the gradient for x over the base layer's, where `base` is given:
   of neither is there a second copy.
@@ -305,11 +306,13 @@ def _product(x: Tensor, down: Tensor) -> Tensor:
     return tokens.view(*x.shape[:-1], down.shape[0])
 
 
-def _kernel_for(gating: Splits, x: Tensor) -> tuple[Kernel, Choice] | None:
+def _kernel_for(gating: Splits, down: Tensor, up: Tensor) -> tuple[Kernel, Choice] | None:
     """What computes gates in one pass, and what it must know of them; None where PyTorch's operations serve."""
     choice = gating.choice() if gating.keeps_gates and _unwatched() else None
-    found = kernel(x, choice)
-    return None if found is None or choice is None else (found, choice)
+    if choice is None or len(down) != choice.p + choice.s or len(up) != choice.q:
+        return None
+    found = kernel(down, choice)
+    return None if found is None else (found, choice)
 
 
 def _split(z: Tensor, p: int) -> tuple[Tensor, Tensor | None]:
@@ -342,12 +345,13 @@ class _Fused(torch.autograd.Function):
                 onto: Tensor | None, weight: Tensor | None, bias: Tensor | None,
                 gating: Splits, scale: float) -> Tensor:  # fmt: skip
         down, up = _down(A, W, x.dtype), B.to(x.dtype)
-        ctx.kernel = None if W is None else _kernel_for(gating, x)
-        scores = None
+        ctx.kernel = None if W is None else _kernel_for(gating, down, up)
+        scores = gates = None
         if ctx.kernel is not None:
             compiled, choice = ctx.kernel
             kept = F.linear(x.reshape(-1, x.shape[-1]), down)
-            u = compiled.mix(kept, choice).view(*x.shape[:-1], choice.q)  # in `kept` the scores are gates now
+            u = compiled.mix(kept, choice).view(*x.shape[:-1], choice.q)
+            gates = kept[:, choice.p :]  # they have taken the place of the scores
         else:
             kept = _product(x, down)
             h, scores = _split(kept, A.shape[0])
@@ -355,7 +359,6 @@ class _Fused(torch.autograd.Function):
             u = gating.mix(h, g)
         onto, in_place = _beneath(x, onto, None if weight is None else (weight, bias))
         y = _up(u, up, scale, onto, x.dtype, in_place)
-        gates = None
         if scores is not None and gating.keeps_gates and _unwatched():
             # Kept are h and the gates, not the scores: whichever of h and the gates is smaller is copied.
             if h.shape[-1] < scores.shape[-1]:
@@ -390,7 +393,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     d_task = None
     if ctx.kernel is not None:
         compiled, choice = ctx.kernel
-        u, dz = compiled.gradients(kept, flat @ up.t(), choice, ctx.scale)
+        u, dz = compiled.gradients(kept.contiguous(), flat @ up.t(), choice, ctx.scale)
     else:
         u, dz, d_task = _gradients_of_gates(ctx, kept, gates, of_task, up @ flat.t(), p, s)
     dx = dA = dW = dB = None

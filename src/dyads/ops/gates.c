@@ -86,12 +86,17 @@ static inline void store_bf16(uint16_t *p, v x, int64_t left) {
 static inline v as_bf16(v x) { return (v)(upper(x) << 16); }
 
 // A square of 16 × 16 numbers is turned in four steps: in squares of 2, 4, 8 and 16 two quarters change places.
+#if defined(__clang__)
+#define PICK_LANES(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK_LANES(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
 #define SWAP(w, ...)                                                                                                   \
     for (int i = 0; i < LANES; i++)                                                                                    \
         if (!(i & w)) {                                                                                                \
             v a = x[i], b = x[i + w];                                                                                  \
-            x[i] = __builtin_shufflevector(a, b, __VA_ARGS__);                                                         \
-            x[i + w] = __builtin_shufflevector(a, b, OTHER_##w);                                                       \
+            x[i] = PICK_LANES(a, b, __VA_ARGS__);                                                                      \
+            x[i + w] = PICK_LANES(a, b, OTHER_##w);                                                                    \
         }
 #define OTHER_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
 #define OTHER_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31

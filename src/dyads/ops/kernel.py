@@ -2,24 +2,27 @@
 """How are softmax gates computed on a CPU in one pass, where a C compiler is at hand?
 
 With PyTorch's operations a gate and its gradients are some thirty small operations per layer and step, each of which
-reads and writes memory that has gone cold since the last. `gates.c` does the same in two calls. It is compiled when it
-is first needed (two seconds), once in a process, and nothing of it stays. Where that fails, and where `DYADS_KERNEL=0`
-is set, PyTorch's operations serve as before; the results differ by rounding.
+reads and writes memory that has gone cold since the last. `gates.c` does the same in two calls, for fp32 and bf16,
+while gradients are recorded. GCC or Clang compiles it when it is first needed (two seconds), once in a process, and
+nothing of it stays. Where that fails, and where `DYADS_KERNEL=0` is set, PyTorch's operations serve as before; the
+results differ by rounding. Why it failed is logged at level DEBUG.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
+import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -29,9 +32,12 @@ __all__ = ["Choice", "Kernel", "kernel", "without_kernel"]
 
 _SOURCE = Path(__file__).with_name("gates.c")
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-# One attempt after the other, as not every compiler knows every flag: all processors, one, whatever it knows.
-_FLAGS = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-march=native",), ("-mcpu=native",), ())
-_MOST = 2048  # numbers of a token, held on the stack for 128 of them
+# GCC knows -march=native on x86 only, and -mcpu=native elsewhere.
+_NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
+# One attempt after the other: all threads, one, whatever processor.
+_FLAGS = ((_NATIVE, "-fopenmp"), (_NATIVE,), ())
+_MOST = 2048  # numbers of a token, held on the stack for 128 of them: one megabyte
+_LOG = logging.getLogger(__name__)
 _ENABLED = True  # see `without_kernel`
 
 
@@ -48,6 +54,12 @@ class Choice:
     own: bool = False
     """Whether every expert has ranks of its own (K = 1; h and u have n·S numbers)."""
     temperature: float = 1.0
+
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def of(groups: int, experts: int, ranks: int, own: bool = False, temperature: float = 1.0) -> Choice:
+        """The choice with these fields: always the same object, as it is asked for at every call of a layer."""
+        return Choice(groups, experts, ranks, own, temperature)
 
     @cached_property
     def p(self) -> int:
@@ -67,7 +79,7 @@ class Choice:
     @cached_property
     def fits(self) -> bool:
         """Whether the kernel has room for it."""
-        return self.p + self.s + self.q <= _MOST
+        return self.p + self.s + self.q + self.experts <= _MOST
 
     @cached_property
     def _as_c(self) -> tuple[int, int, int, int]:
@@ -77,7 +89,11 @@ class Choice:
 class Kernel:
     """The compiled functions."""
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    flags: tuple[str, ...]
+    """What the compiler was told."""
+
+    def __init__(self, library: ctypes.CDLL, flags: tuple[str, ...]) -> None:
+        self.flags = flags
         pointer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         self._mix, self._gradients = {}, {}
         for dtype, suffix in _SUFFIX.items():
@@ -89,6 +105,11 @@ class Kernel:
 
     def mix(self, z: Tensor, choice: Choice) -> Tensor:
         """u = h ∘ g (tokens q) from a contiguous z = [h, scores] (tokens p + s): its scores become the gates g."""
+        _check(z, len(z), choice.p + choice.s, z.dtype)
+        with _seen_by_profilers():
+            return self._mixed(z, choice)
+
+    def _mixed(self, z: Tensor, choice: Choice) -> Tensor:
         u = z.new_empty(len(z), choice.q)
         self._mix[z.dtype](
             z.data_ptr(), u.data_ptr(), *choice._as_c, len(z), 1 / choice.temperature, torch.get_num_threads(),
@@ -97,6 +118,12 @@ class Kernel:
 
     def gradients(self, z: Tensor, du: Tensor, choice: Choice, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """u (q tokens) again and the gradient of z (p + s tokens), from z = [h, g] and that of scale · u (tokens q)."""
+        _check(z, len(z), choice.p + choice.s, z.dtype)
+        _check(du, len(z), choice.q, z.dtype)
+        with _seen_by_profilers():
+            return self._gradients_of(z, du, choice, scale)
+
+    def _gradients_of(self, z: Tensor, du: Tensor, choice: Choice, scale: float) -> tuple[Tensor, Tensor]:
         (tokens, width), q = z.shape, choice.q
         u, dz = z.new_empty(q, tokens), z.new_empty(width, tokens)
         self._gradients[z.dtype](
@@ -104,6 +131,22 @@ class Kernel:
             scale, torch.get_num_threads(),
         )  # fmt: skip
         return u, dz
+
+
+def _check(t: Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:
+    """What is wrong here would be read and written past the end of its memory."""
+    if t.shape != (rows, columns) or t.dtype != dtype or not t.is_contiguous():
+        raise ValueError(
+            f"the kernel takes a contiguous matrix of {rows} × {columns} in {dtype}, got {tuple(t.shape)} with strides"
+            f" {t.stride()} in {t.dtype}"
+        )
+
+
+def _seen_by_profilers() -> AbstractContextManager[object]:
+    """What is no operation of PyTorch, a profiler does not see by itself."""
+    if torch._C._autograd._profiler_enabled():
+        return torch.profiler.record_function("dyads::gates")
+    return nullcontext()
 
 
 def kernel(z: Tensor, choice: Choice | None) -> Kernel | None:
@@ -127,26 +170,42 @@ def without_kernel() -> Iterator[None]:
 @cache
 def _kernel() -> Kernel | None:
     """Compiled once in a process; None where it is not wanted or cannot be had."""
-    compiler = shlex.split(os.environ.get("CC") or "cc")
-    if os.environ.get("DYADS_KERNEL") == "0" or sys.platform == "win32" or shutil.which(compiler[0]) is None:
+    if os.environ.get("DYADS_KERNEL") == "0" or sys.platform == "win32":
         return None
-    return next(filter(None, (_attempt(compiler, flags) for flags in _FLAGS)), None)
+    for flags in _FLAGS if _compiler() else ():
+        found = _attempt(flags)
+        if found is not None:
+            return found
+    return None
 
 
-def _attempt(compiler: list[str], flags: tuple[str, ...]) -> Kernel | None:
+def _compiler() -> list[str]:
+    """The command in $CC, else cc; empty where there is none."""
     try:
-        return Kernel(_compiled(compiler, flags))
-    except (OSError, subprocess.SubprocessError, AttributeError):
-        return None
+        command = shlex.split(os.environ.get("CC", "")) or ["cc"]
+    except ValueError:  # a quotation without an end
+        return []
+    return command if shutil.which(command[0]) else []
 
 
-def _compiled(compiler: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
+def _attempt(flags: tuple[str, ...]) -> Kernel | None:
+    try:
+        return Kernel(_compiled(flags), flags)
+    except subprocess.CalledProcessError as failed:
+        _LOG.debug("gates.c with %s: %s", flags, failed.stderr)
+    except (OSError, subprocess.TimeoutExpired, AttributeError) as failed:
+        _LOG.debug("gates.c with %s: %s", flags, failed)
+    return None
+
+
+def _compiled(flags: tuple[str, ...]) -> ctypes.CDLL:
     """The library. It is linked without OpenMP's own: PyTorch has loaded one, and a second would fight over cores."""
-    with tempfile.TemporaryDirectory(prefix="dyads-") as folder:
+    with tempfile.TemporaryDirectory(prefix="dyads-", ignore_cleanup_errors=True) as folder:
         parts = [f"{folder}/gates.o", f"{folder}/gates.so"]
-        for command in (
-            [*compiler, "-std=gnu11", "-O3", "-fPIC", *flags, "-c", str(_SOURCE), "-o", parts[0]],
-            [*compiler, "-shared", *parts[:1], "-o", parts[1]],
+        for arguments in (
+            ["-std=gnu11", "-O3", "-fPIC", *flags, "-c", str(_SOURCE), "-o", parts[0]],
+            ["-shared", parts[0], "-o", parts[1]],
         ):
-            subprocess.run(command, capture_output=True, check=True, timeout=60)
+            command = [*_compiler(), *arguments]
+            subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=20)
         return ctypes.CDLL(parts[1])
