@@ -49,24 +49,25 @@ TRIED = {
     ("step", "poly"): (
         "Poly mixes its eight skills once for every example and then multiplies by rank 8; gates that look at every"
         " token leave rank 64 to multiply by, before and after them. The profile of the Llama-shaped setting has the"
-        " floor of such an adapter. Within a step its products run at the machine's rate (70 to 105 GFLOP/s); gates,"
-        " their gradients and all other lines of backward take some 24 of 1,038 ms. Kept, as the operations gained,"
-        " though no difference of a whole step could be shown in fp32: tokens innermost in the gates (softmax 907 to"
-        " 145 µs) and in their gradients (472 to 264 µs); the base layer's output and its gradient written over (1.006"
-        " of the step before, quartiles 0.945 to 1.050). Looked at and not built: q, k and v in one product (some"
-        " 0.7 % of a step). Looked at without a gain: page faults. torch.compile: 0.86 of PEFT LoRA where MoDE without"
-        " it had 0.98, for a step of fixed shape, after two minutes of compiling (LOG.md)."
+        " floor of such an adapter. Added one after the other inside a step, base layers take 0.74 of it, the six"
+        " products of the adapter bring it to 0.95, gates to 1.00; Poly took 0.94. Kept: gates and their gradients as"
+        " compiled code (0.971 of the step before, quartiles 0.964 to 0.981), operands turned the way each product is"
+        " fastest (10 to 30 % of a product), the base layer's output and its gradient written over. Not built: one"
+        " product for layers that see the same input, with which a prototype had 0.996 of Poly where MoDE had 1.027; a"
+        " training that is resumed would no longer be, bit for bit, the one that was not interrupted. torch.compile:"
+        " gates alone were no faster than PyTorch's operations (131 to 192 µs, and 92 to 115); the whole model took"
+        " 0.86 of PEFT LoRA where MoDE without it had 0.98, for a step of fixed shape, after two minutes of compiling"
+        " (LOG.md)."
     ),
     ("step", "lora-bf16"): (
         "An adapter that is itself in bf16 needs no casts, and its optimizer reads and writes half the bytes; one in"
-        " fp32 casts its weights once in a step and their gradients back. Kept, as they gained: casts held for"
-        " backward and the sums of the gates' gradients along the memory (733 to 396 µs), and the base layer's output"
-        " and its gradient written over (six layers, one thread: 0.956 of the step before, quartiles 0.919 to 0.991)."
-        " Memory decides more than any of these: with glibc's own settings, where every step gives a gigabyte back,"
-        " MoDE took 1.22 of this step (quartiles 1.20 to 1.26), and all contenders were slower. The ratio does not"
-        " settle on this machine: 1.08 in 20 rounds, 1.07 in 24, 0.99 in the five of the profile, whose floor is 0.82,"
-        " since products in bf16 run at two speeds here, a factor of three apart. By the profiler's count both sides"
-        " spend the same on products, and what MoDE spends more is copies, gates and calls (LOG.md)."
+        " fp32 casts its weights once in a step and their gradients back. Kept, as they gained: gates and their"
+        " gradients as compiled code (0.955 of the step before, quartiles 0.883 to 0.992), casts held for backward, and"
+        " the base layer's output and its gradient written over (six layers, one thread: 0.956 of the step before,"
+        " quartiles 0.919 to 0.991). Memory decides as much: with glibc's own settings, where every step gives a"
+        " gigabyte back, MoDE took 1.22 of this step (quartiles 1.20 to 1.26), and all contenders were slower. Products"
+        " in bf16 run at two speeds on this machine, a factor of three apart, so the ratio moves from run to run"
+        " (LOG.md)."
     ),
     ("decode", "lora"): (
         "A decoding step multiplies a handful of rows. Kept, as they gained: weights joined and cast once for a whole"
@@ -77,9 +78,9 @@ TRIED = {
     ),
     ("decode", "frozen"): (
         "A merged adapter leaves no module of dyads behind: both sides run the same modules, with other numbers in some"
-        " weights. Two runs gave 0.99 (quartiles 0.96 to 1.10) and 0.96 (0.91 to 1.00). Not looked into: whether it"
-        " matters where the weights lie, the frozen model's in pages of the file, which all contenders share, those"
-        " that were merged in memory of their own (LOG.md)."
+        " weights. In one process a second copy of the frozen model decoded at 0.97 of the first (quartiles 0.84 to"
+        " 1.06), one with its weights in memory of their own at 1.00, a merged MoRE at 1.01 (0.88 to 1.08): what is"
+        " left is the noise of a model against itself (LOG.md)."
     ),
 }
 """By (question, rival): what stands on the page where a bar is not met. Every number in it has its entry in LOG.md."""

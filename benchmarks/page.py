@@ -286,6 +286,8 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         "",
         measured,
         "",
+        _gates(results),
+        "",
         "Every contender runs in a process of its own, started anew after every eight rounds, as a process may be",
         "faster or slower than another of its kind for as long as it lives. For all alike, glibc is told to keep",
         "what is freed (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`). When a question's turn comes, it goes",
@@ -369,9 +371,18 @@ def _machine(environment: dict[str, Any]) -> str:
     """Processor and versions: groups that differ in them are not to be compared."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     cpu, cores = environment["cpu"], environment["cores"]
-    compiler = environment.get("compiler")
-    gates = f", gates compiled by {compiler}" if compiler else ", gates by PyTorch's operations"
-    return f"{cpu} ({cores} cores), Python {environment['python']}, {versions}{gates}"
+    return f"{cpu} ({cores} cores), Python {environment['python']}, {versions}"
+
+
+def _gates(results: list[dict[str, Any]]) -> str:
+    """What computed dyads' softmax gates, and in which groups it was something else."""
+    by: dict[str | None, list[str]] = {}
+    for result in results:
+        by.setdefault(result["environment"].get("compiler"), []).append(f"{result['part']} {result['group']}")
+    torch = by.pop(None, [])
+    said = [f"by code that {compiler} compiled ({', '.join(groups)})" for compiler, groups in by.items()]
+    said += [f"by PyTorch's operations ({', '.join(torch)})"] if torch else []
+    return f"Where a row does not say otherwise, softmax gates of dyads were computed {'; '.join(said)}."
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
