@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import platform
-import shlex
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -334,7 +333,7 @@ def _compiler() -> str | None:
     found = kernel(torch.zeros(1, 2), Choice(1, 1, 1))
     if found is None:
         return None
-    said = subprocess.run([*shlex.split(os.environ.get("CC") or "cc"), "--version"], capture_output=True, text=True)
+    said = subprocess.run([*found.compiler, "--version"], capture_output=True, text=True)
     return " ".join([*said.stdout.splitlines()[:1], *found.flags])
 
 

@@ -46,35 +46,20 @@ def check(contenders: dict[str, Contender], *, dtype: str, width: int, say: Call
         options = dict(contender.options)
         merged, in_fp32 = options.pop("merged", False), options.pop("autocast_adapter_dtype", True)
         compiled, here = options.pop("compiled", True), (getattr(torch, dtype), width)
-        once = (key := f"{contender.builder} {compiled} {sorted(options.items())}") not in seen
-        seen.add(key)
         with nullcontext() if compiled else without_kernel():
-            _check_one(name, contender.builder, options, here, merged, in_fp32, once=once)
-        if once:
-            say(f"{name}: operator, layer and model agree with the double sum, outputs and gradients")
+            if merged:
+                _merged(f"{name}, merged", contender.builder, options, *here)
+            for tokens in (1, 80):  # fast paths may depend on how large a product is
+                _layer(f"{name}, one layer", contender.builder, options, *here, tokens, in_fp32)
+            if (key := f"{contender.builder} {compiled} {sorted(options.items())}") in seen:
+                continue
+            seen.add(key)
+            for shape in SHAPES:
+                _operator(name, contender.builder, options, *shape)
+            _model(f"{name}, whole model", contender.builder, options)
+        say(f"{name}: operator, layer and model agree with the double sum, outputs and gradients")
     _one_expert_is_lora()
     say("MoDE with one expert agrees with PEFT's LoRA")
-
-
-def _check_one(
-    name: str,
-    builder: str,
-    options: dict[str, Any],
-    here: tuple[torch.dtype, int],
-    merged: bool,
-    in_fp32: bool,
-    *,
-    once: bool,
-) -> None:
-    """`once`: also what is the same for contenders that differ in the dtype of the adapter, or merge it, only."""
-    if merged:
-        _merged(f"{name}, merged", builder, options, *here)
-    for tokens in (1, 80):  # fast paths may depend on how large a product is
-        _layer(f"{name}, one layer", builder, options, *here, tokens, in_fp32)
-    if once:
-        for shape in SHAPES:
-            _operator(name, builder, options, *shape)
-        _model(f"{name}, whole model", builder, options)
 
 
 def _agree(what: str, ours: Iterable[Tensor], wanted: Iterable[Tensor | None], dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bars import BARS, TRIED, Bar
-from benchmarks.contenders import SETTINGS
+from benchmarks.contenders import SETTINGS, Setting
 from benchmarks.profile import KINDS, NEW_TOKENS, PROFILED
 from benchmarks.training import LABELS as TRAINING_LABELS
 
@@ -288,7 +288,7 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         "",
         _gates(results),
         "",
-        "Every contender runs in a process of its own, started anew after every eight rounds, as a process may be",
+        f"Every contender runs in a process of its own, started anew after every {Setting.lives} rounds, as it may be",
         "faster or slower than another of its kind for as long as it lives. For all alike, glibc is told to keep",
         "what is freed (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`). When a question's turn comes, it goes",
         "once to all contenders of a group that have it, one after the other, in an order that rotates: a step is",

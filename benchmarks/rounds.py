@@ -117,41 +117,46 @@ def measure_group(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """{facts, rounds, errors} of contenders measured together. One that fails is left out, with its reason."""
+    workers: dict[str, Worker] = {}
     facts: dict[str, Any] = {}
     errors: dict[str, str] = {}
     results: list[dict[str, dict[str, float]]] = []
+
+    def drop(name: str, failed: WorkerError) -> None:
+        errors[name] = str(failed)
+        say(f"{name} failed: {failed}")
+        workers.pop(name).close()
+
     for first in range(0, rounds, setting.lives):
-        sound = {name: c for name, c in contenders.items() if name not in errors}
-        workers: dict[str, Worker] = {}
         try:
-            for name, contender in sound.items():
+            for name, contender in contenders.items():
+                if name in errors:
+                    continue
                 job = {"setting": setting_name, "contender": asdict(contender), "out": str(out), "attention": attention}
                 workers[name] = Worker("benchmarks.measure", job, setting.threads, logs / f"{name}.log")
                 try:  # one after the other: nobody warms up while another one loads
                     facts.setdefault(name, workers[name].read()["facts"])
                     say(f"{name} is ready ({facts[name]['parameters']:,} trainable parameters)")
                 except WorkerError as failed:
-                    errors[name] = str(failed)
-                    say(f"{name} failed: {failed}")
-                    workers.pop(name).close()
+                    drop(name, failed)
             for number in range(first, min(first + setting.lives, rounds)):
-                results.append(_round(number, setting, workers, contenders, errors, say))
+                results.append(_round(number, setting, contenders, workers, drop))
                 say(f"round {number + 1} of {rounds}")
         finally:
             for worker in workers.values():
                 worker.close()
+            workers.clear()
     return {"facts": facts, "rounds": results, "errors": errors}
 
 
 def _round(
     number: int,
     setting: Setting,
-    workers: dict[str, Worker],
     contenders: dict[str, Contender],
-    errors: dict[str, str],
-    say: Callable[[str], None],
+    workers: dict[str, Worker],
+    drop: Callable[[str, WorkerError], None],
 ) -> dict[str, dict[str, float]]:
-    """{question: {contender: what it answered}}; who fails is left out of `workers` from then on."""
+    """{question: {contender: what it answered}}; who fails is dropped, and asked no more."""
     answers: dict[str, dict[str, float]] = {}
     for question, every in setting.every.items():
         for name in rotated(list(workers), number // every) if number % every == 0 else ():
@@ -160,9 +165,7 @@ def _round(
             try:
                 answers.setdefault(question, {})[name] = workers[name].ask(question)["value"]
             except WorkerError as failed:
-                errors[name] = str(failed)
-                say(f"{name} failed: {failed}")
-                workers.pop(name).close()
+                drop(name, failed)
     return answers
 
 

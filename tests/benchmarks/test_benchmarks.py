@@ -234,6 +234,37 @@ def test_contenders_take_turns_and_long_questions_come_less_often(
     assert written == "rounds of steps 3, of forward passes 2, of decoding 0"
 
 
+def test_processes_are_started_anew_but_for_those_that_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[str] = []
+    alive: set[Mortal] = set()
+
+    class Mortal(Echo):
+        def __init__(self, module: str, job: dict[str, Any], threads: int, log: Path) -> None:
+            super().__init__(module, job, threads, log)
+            started.append(self.name)
+            alive.add(self)
+
+        def ask(self, question: str) -> dict[str, Any]:
+            if self.name == "poly" and started.count("poly") == 2:
+                raise WorkerError("tired")
+            return super().ask(question)
+
+        def close(self) -> None:
+            alive.remove(self)
+
+    monkeypatch.setattr("benchmarks.rounds.Worker", Mortal)
+    setting = replace(TINY, every={"step": 1}, lives=2)
+    contenders = {name: TINY.contenders[name] for name in ("lora", "poly")}
+    found = measure_group(
+        "tiny", setting, contenders, rounds=5, out=tmp_path, logs=tmp_path, attention=None, say=silent
+    )
+    assert started == ["lora", "poly", "lora", "poly", "lora"]
+    assert not alive
+    assert [sorted(r["step"]) for r in found["rounds"]] == [["lora", "poly"]] * 2 + [["lora"]] * 3
+    assert found["errors"] == {"poly": "tired"}
+    assert set(found["facts"]) == {"lora", "poly"}
+
+
 def test_ratios_are_taken_within_a_round() -> None:
     rounds = [{"step": {"mode-16x4": 1.0 * slow, "lora": 2.0 * slow}} for slow in (1, 5, 9)]
     facts = {"mode-16x4": {"saved": 30}, "lora": {"saved": 40}}

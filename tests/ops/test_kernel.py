@@ -55,7 +55,7 @@ def compiled(z: Tensor, choice: Choice) -> Kernel:
         if os.environ.get("DYADS_KERNEL") == "0" or sys.platform == "win32" or not shutil.which("cc"):
             pytest.skip("no C compiler here")
         try:
-            of_kernel._compiled(())
+            of_kernel._compiled(["cc"], ())
         except subprocess.CalledProcessError as failed:
             pytest.fail(failed.stderr)
         pytest.fail("it compiles and loads, and does not serve")

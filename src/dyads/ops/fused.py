@@ -18,8 +18,7 @@ more than a choice among scores that are linear in x.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
 
 import torch
@@ -28,10 +27,11 @@ from torch import Tensor
 
 from dyads.ops.dyadic import Frozen, Gating, dyadic
 from dyads.ops.kernel import Choice, Kernel, kernel
+from dyads.ops.switch import Switch
 
 __all__ = ["Held", "Splits", "Together", "autocast_dtype", "fused", "plain"]
 
-_ENABLED = True  # see `plain`
+_ENABLED = Switch()  # see `plain`
 
 # Decoding is made of products with few rows. On a CPU, half precision costs about 40 µs before it starts; in that time
 # fp32 does about this many multiplications (LOG.md, 2026-11-22).
@@ -69,15 +69,9 @@ class Splits(Gating, Protocol):
         ...
 
 
-@contextmanager
-def plain() -> Iterator[None]:
+def plain() -> AbstractContextManager[None]:
     """Within this context `fused` is `dyadic`: to compare the two, or to take gradients of gradients."""
-    global _ENABLED
-    before, _ENABLED = _ENABLED, False
-    try:
-        yield
-    finally:
-        _ENABLED = before
+    return _ENABLED.off()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -110,10 +104,10 @@ def fused(
 ) -> Tensor:
     """As `dyadic`, with the same shapes. Gradients of gradients are refused by PyTorch: take them inside `plain()`."""
     if (
-        not _ENABLED
+        torch.compiler.is_compiling()
+        or not _ENABLED
         or inner is not None
         or not getattr(gating, "splits", False)
-        or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
     ):
         return dyadic(x, A, B, gating, task, scale=scale, onto=onto, base=base, inner=inner)
@@ -346,7 +340,7 @@ class _Fused(torch.autograd.Function):
                 gating: Splits, scale: float) -> Tensor:  # fmt: skip
         down, up = _down(A, W, x.dtype), B.to(x.dtype)
         ctx.kernel = None if W is None else _kernel_for(gating, down, up)
-        scores = gates = None
+        gates = None
         if ctx.kernel is not None:
             compiled, choice = ctx.kernel
             kept = F.linear(x.reshape(-1, x.shape[-1]), down)
@@ -357,14 +351,14 @@ class _Fused(torch.autograd.Function):
             h, scores = _split(kept, A.shape[0])
             g = gating.select(h, scores, of_task)
             u = gating.mix(h, g)
+            if scores is not None and gating.keeps_gates and _unwatched():
+                # Kept are h and the gates, not the scores: whichever of h and the gates is smaller is copied.
+                if h.shape[-1] < scores.shape[-1]:
+                    kept, gates = h.clone(), g
+                else:
+                    gates = scores.copy_(g.reshape(scores.shape)).view(g.shape)
         onto, in_place = _beneath(x, onto, None if weight is None else (weight, bias))
         y = _up(u, up, scale, onto, x.dtype, in_place)
-        if scores is not None and gating.keeps_gates and _unwatched():
-            # Kept are h and the gates, not the scores: whichever of h and the gates is smaller is copied.
-            if h.shape[-1] < scores.shape[-1]:
-                kept, gates = h.clone(), g
-            else:
-                gates = scores.copy_(g.reshape(scores.shape)).view(g.shape)
         # Casts are small beside x, and cost two passes over the weights. In the dtype of x there are none to keep.
         casts = (None, None) if A.dtype == x.dtype else (down, up)
         # As it is now, and only where it is needed: a layer may be merged before backward comes.

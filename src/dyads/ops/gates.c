@@ -19,9 +19,7 @@
 #include <string.h>
 
 #define LANES 16
-#ifndef CHUNK
 #define CHUNK 128
-#endif
 #define BLOCKS (CHUNK / LANES)
 
 typedef float v __attribute__((vector_size(64)));

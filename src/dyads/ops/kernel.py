@@ -19,14 +19,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from dyads.ops.switch import Switch
 
 __all__ = ["Choice", "Kernel", "kernel", "without_kernel"]
 
@@ -38,7 +39,7 @@ _NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") e
 _FLAGS = ((_NATIVE, "-fopenmp"), (_NATIVE,), ())
 _MOST = 2048  # numbers of a token, held on the stack for 128 of them: one megabyte
 _LOG = logging.getLogger(__name__)
-_ENABLED = True  # see `without_kernel`
+_ENABLED = Switch()  # see `without_kernel`
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,13 @@ class Choice:
 class Kernel:
     """The compiled functions."""
 
+    compiler: list[str]
+    """The command that compiled them."""
     flags: tuple[str, ...]
-    """What the compiler was told."""
+    """What it was told."""
 
-    def __init__(self, library: ctypes.CDLL, flags: tuple[str, ...]) -> None:
-        self.flags = flags
+    def __init__(self, library: ctypes.CDLL, compiler: list[str], flags: tuple[str, ...]) -> None:
+        self.compiler, self.flags = compiler, flags
         pointer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
         self._mix, self._gradients = {}, {}
         for dtype, suffix in _SUFFIX.items():
@@ -106,30 +109,23 @@ class Kernel:
     def mix(self, z: Tensor, choice: Choice) -> Tensor:
         """u = h ∘ g (tokens q) from a contiguous z = [h, scores] (tokens p + s): its scores become the gates g."""
         _check(z, len(z), choice.p + choice.s, z.dtype)
-        with _seen_by_profilers():
-            return self._mixed(z, choice)
-
-    def _mixed(self, z: Tensor, choice: Choice) -> Tensor:
         u = z.new_empty(len(z), choice.q)
-        self._mix[z.dtype](
-            z.data_ptr(), u.data_ptr(), *choice._as_c, len(z), 1 / choice.temperature, torch.get_num_threads(),
-        )  # fmt: skip
+        with _seen_by_profilers():
+            self._mix[z.dtype](
+                z.data_ptr(), u.data_ptr(), *choice._as_c, len(z), 1 / choice.temperature, torch.get_num_threads(),
+            )  # fmt: skip
         return u
 
     def gradients(self, z: Tensor, du: Tensor, choice: Choice, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """u (q tokens) again and the gradient of z (p + s tokens), from z = [h, g] and that of scale · u (tokens q)."""
         _check(z, len(z), choice.p + choice.s, z.dtype)
         _check(du, len(z), choice.q, z.dtype)
+        u, dz = z.new_empty(choice.q, len(z)), z.new_empty(z.shape[1], len(z))
         with _seen_by_profilers():
-            return self._gradients_of(z, du, choice, scale)
-
-    def _gradients_of(self, z: Tensor, du: Tensor, choice: Choice, scale: float) -> tuple[Tensor, Tensor]:
-        (tokens, width), q = z.shape, choice.q
-        u, dz = z.new_empty(q, tokens), z.new_empty(width, tokens)
-        self._gradients[z.dtype](
-            z.data_ptr(), du.data_ptr(), u.data_ptr(), dz.data_ptr(), *choice._as_c, tokens, 1 / choice.temperature,
-            scale, torch.get_num_threads(),
-        )  # fmt: skip
+            self._gradients[z.dtype](
+                z.data_ptr(), du.data_ptr(), u.data_ptr(), dz.data_ptr(), *choice._as_c, len(z),
+                1 / choice.temperature, scale, torch.get_num_threads(),
+            )  # fmt: skip
         return u, dz
 
 
@@ -156,15 +152,9 @@ def kernel(z: Tensor, choice: Choice | None) -> Kernel | None:
     return _kernel() if choice.fits else None
 
 
-@contextmanager
-def without_kernel() -> Iterator[None]:
+def without_kernel() -> AbstractContextManager[None]:
     """Within this context PyTorch's operations serve."""
-    global _ENABLED
-    before, _ENABLED = _ENABLED, False
-    try:
-        yield
-    finally:
-        _ENABLED = before
+    return _ENABLED.off()
 
 
 @cache
@@ -172,8 +162,9 @@ def _kernel() -> Kernel | None:
     """Compiled once in a process; None where it is not wanted or cannot be had."""
     if os.environ.get("DYADS_KERNEL") == "0" or sys.platform == "win32":
         return None
-    for flags in _FLAGS if _compiler() else ():
-        found = _attempt(flags)
+    compiler = _compiler()
+    for flags in _FLAGS if compiler else ():
+        found = _attempt(compiler, flags)
         if found is not None:
             return found
     return None
@@ -188,9 +179,9 @@ def _compiler() -> list[str]:
     return command if shutil.which(command[0]) else []
 
 
-def _attempt(flags: tuple[str, ...]) -> Kernel | None:
+def _attempt(compiler: list[str], flags: tuple[str, ...]) -> Kernel | None:
     try:
-        return Kernel(_compiled(flags), flags)
+        return Kernel(_compiled(compiler, flags), compiler, flags)
     except subprocess.CalledProcessError as failed:
         _LOG.debug("gates.c with %s: %s", flags, failed.stderr)
     except (OSError, subprocess.TimeoutExpired, AttributeError) as failed:
@@ -198,7 +189,7 @@ def _attempt(flags: tuple[str, ...]) -> Kernel | None:
     return None
 
 
-def _compiled(flags: tuple[str, ...]) -> ctypes.CDLL:
+def _compiled(compiler: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
     """The library. It is linked without OpenMP's own: PyTorch has loaded one, and a second would fight over cores."""
     with tempfile.TemporaryDirectory(prefix="dyads-", ignore_cleanup_errors=True) as folder:
         parts = [f"{folder}/gates.o", f"{folder}/gates.so"]
@@ -206,6 +197,6 @@ def _compiled(flags: tuple[str, ...]) -> ctypes.CDLL:
             ["-std=gnu11", "-O3", "-fPIC", *flags, "-c", str(_SOURCE), "-o", parts[0]],
             ["-shared", parts[0], "-o", parts[1]],
         ):
-            command = [*_compiler(), *arguments]
+            command = [*compiler, *arguments]
             subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=20)
         return ctypes.CDLL(parts[1])
