@@ -229,7 +229,7 @@ def test_operators_held_for_many_calls_give_what_fused_gives(
     variant: Variant, few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not few:
-        monkeypatch.setattr(sys.modules["dyads.ops.fused"], "_SMALL_PRODUCT", -1)
+        monkeypatch.setattr(sys.modules["dyads.ops.products"], "_SMALL_PRODUCT", -1)
     core, x, A, B, task = tiny(variant, 2, 3, 4, 5)
     with torch.no_grad():
         held = Held(A, B, core, scale=0.5)

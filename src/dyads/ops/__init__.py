@@ -2,23 +2,32 @@
 """What is computed? The operator `dyadic`, the slow double sum it must equal, and its fast path `fused`."""
 
 from dyads.ops.dyadic import Frozen, Gating, dyadic
-from dyads.ops.fused import Held, Splits, Together, autocast_dtype, fused, plain
+from dyads.ops.fused import Adapted, Splits, can_share, fused, fused_all, plain, serves, unshared
+from dyads.ops.held import Held, Together
 from dyads.ops.kernel import Choice, Kernel, kernel, without_kernel
 from dyads.ops.oracle import dyadic_sum
+from dyads.ops.products import autocast_dtype
+from dyads.ops.siblings import Siblings
 
 __all__ = [
+    "Adapted",
     "Choice",
     "Frozen",
     "Gating",
     "Held",
     "Kernel",
+    "Siblings",
     "Splits",
     "Together",
     "autocast_dtype",
+    "can_share",
     "dyadic",
     "dyadic_sum",
     "fused",
+    "fused_all",
     "kernel",
     "plain",
+    "serves",
+    "unshared",
     "without_kernel",
 ]

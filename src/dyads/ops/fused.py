@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How is the same operator computed with less traffic?
 
-Five things differ from `dyadic`, and none of them changes the result beyond rounding:
+Six things differ from `dyadic`, and none of them changes the result beyond rounding:
 
 - A and the router see the same input, so [A; W] x is one product;
+- layers that see the same input, such as q, k and v, can be computed at once (`fused_all`): that product is then one
+  for all of them, and so are its gradients;
 - gates and their gradients are compiled code where that can be had (`kernel`); else they are stored with the tokens
   innermost: a gate's softmax goes over a handful of numbers, and along the tokens it is one vector operation for many
   of them (LOG.md, 2026-11-22: up to six times faster on a CPU);
@@ -18,25 +20,24 @@ more than a choice among scores that are linear in x.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dyads.ops import products
 from dyads.ops.dyadic import Frozen, Gating, dyadic
 from dyads.ops.kernel import Choice, Kernel, kernel
-from dyads.ops.switch import Switch
+from dyads.ops.products import autocast_dtype, cheap_dtype, join, split, unwatched
+from dyads.ops.switch import FAST, Switch
 
-__all__ = ["Held", "Splits", "Together", "autocast_dtype", "fused", "plain"]
+__all__ = ["Adapted", "Splits", "can_share", "fused", "fused_all", "plain", "serves", "unshared"]
 
-_ENABLED = Switch()  # see `plain`
-
-# Decoding is made of products with few rows. On a CPU, half precision costs about 40 µs before it starts; in that time
-# fp32 does about this many multiplications (LOG.md, 2026-11-22).
-_SMALL_PRODUCT = 2**21
-_HALF = (torch.bfloat16, torch.float16)
+_SHARING = Switch()  # see `unshared`
+_PLAIN = (Tensor, torch.nn.Parameter)  # and no other kind, which may keep its numbers elsewhere
 
 
 class Splits(Gating, Protocol):
@@ -71,23 +72,57 @@ class Splits(Gating, Protocol):
 
 def plain() -> AbstractContextManager[None]:
     """Within this context `fused` is `dyadic`: to compare the two, or to take gradients of gradients."""
-    return _ENABLED.off()
+    return FAST.off()
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives to products with x; None where it leaves them alone."""
-    kind = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+def unshared() -> AbstractContextManager[None]:
+    """Within this context every layer is computed by itself."""
+    return _SHARING.off()
 
 
-def _is_small(x: Tensor, rows: int) -> bool:
-    return x.numel() * rows <= _SMALL_PRODUCT
+def serves(gating: Gating) -> bool:
+    """Whether gates of this kind need not be left to `dyadic`, here and now."""
+    return (
+        bool(FAST)
+        and getattr(gating, "splits", False)
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
-def _down(A: Tensor, W: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return (A if W is None else torch.cat((A, W))).to(dtype)
+def can_share(x: Tensor) -> bool:
+    """Whether layers with the input x may be computed at once, here and now: while gradients are recorded.
+
+    Not within autocast, and not where hooks see what is saved for backward, as in gradient checkpointing: it counts
+    what is saved, and who shares with whom may be learned between its two passes.
+    """
+    return (
+        bool(_SHARING)
+        and torch.is_grad_enabled()
+        and not x.is_inference()
+        and unwatched()
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+        and autocast_dtype(x) is None
+    )
+
+
+class Adapted(NamedTuple):
+    """A layer as `fused_all` takes it: the arguments of `fused` beside x."""
+
+    A: Tensor
+    B: Tensor
+    gating: Splits
+    task: Tensor | None
+    scale: float
+    base: Frozen | None
+
+
+def fused_all(x: Tensor, layers: Sequence[Adapted]) -> tuple[Tensor, ...]:
+    """fused(x, …) of several layers, with one product down for all and one node of autograd.
+
+    It serves where `serves(gating)` and `can_share(x)` hold. A layer whose result is not used costs no gradient.
+    """
+    return _fused(x, layers, None)
 
 
 def fused(
@@ -103,331 +138,188 @@ def fused(
     inner: Tensor | None = None,
 ) -> Tensor:
     """As `dyadic`, with the same shapes. Gradients of gradients are refused by PyTorch: take them inside `plain()`."""
-    if (
-        torch.compiler.is_compiling()
-        or not _ENABLED
-        or inner is not None
-        or not getattr(gating, "splits", False)
-        or torch._C._are_functorch_transforms_active()
-    ):
+    if inner is not None or not serves(gating):
         return dyadic(x, A, B, gating, task, scale=scale, onto=onto, base=base, inner=inner)
     gating = cast(Splits, gating)
     dtype = autocast_dtype(x)
-    if dtype is None:
-        return _fused(x, A, B, gating, task, scale, onto, base)
-    if base is not None:
-        onto = F.linear(x, *base)  # as autocast does it
-    with torch.autocast(x.device.type, enabled=False):
-        return _fused(x.to(dtype), A, B, gating, task, scale, onto, None)
+    if dtype is not None:
+        if base is not None:
+            onto = F.linear(x, *base)  # as autocast does it
+        with torch.autocast(x.device.type, enabled=False):
+            return _one(x.to(dtype), Adapted(A, B, gating, task, scale, None), onto)
+    return _one(x, Adapted(A, B, gating, task, scale, base), onto)
 
 
-def _fused(
-    x: Tensor,
-    A: Tensor,
-    B: Tensor,
-    gating: Splits,
-    task: Tensor | None,
-    scale: float,
-    onto: Tensor | None,
-    base: Frozen | None,
-) -> Tensor:
-    of_task = gating.of_task(task)
+def _one(x: Tensor, layer: Adapted, onto: Tensor | None) -> Tensor:
     if torch.is_grad_enabled():
-        W, (weight, bias) = gating.router_rows(), base or (None, None)
-        return cast(Tensor, _Fused.apply(x, A, W, B, of_task, onto, weight, bias, gating, scale))  # type: ignore[no-untyped-call]
-    down, up = _down(A, gating.router_rows(), _cheap_dtype(x, max(A.shape[0], B.shape[0]))), B
-    h, scores = _split(_product(x.to(down.dtype), down), A.shape[0])
-    u = gating.mix(h, gating.select(h, scores, of_task))
-    onto, in_place = _beneath(x, onto, base)
-    return _up(u, up.to(down.dtype), scale, onto, x.dtype, in_place)
+        return _fused(x, (layer,), onto)[0]
+    A, B, gating, task, scale, base = layer
+    joined = join((A, gating.router_rows()), cheap_dtype(x, max(A.shape[0], B.shape[0])))
+    h, scores = split(products.down(x.to(joined.dtype), joined), A.shape[0])
+    u = gating.mix(h, gating.select(h, scores, gating.of_task(task)))
+    return products.up(u, B.to(joined.dtype), scale, x, onto, base)
 
 
-def _cheap_dtype(x: Tensor, rows: int) -> torch.dtype:
-    """The dtype of products without gradients: that of x, but fp32 for a few rows in half precision on a CPU."""
-    return torch.float32 if x.device.type == "cpu" and x.dtype in _HALF and _is_small(x, rows) else x.dtype
+class _Plan(NamedTuple):
+    """What `_Fused` is told of a layer beside its tensors."""
+
+    gating: Splits
+    rows: int
+    """p + s."""
+    scale: float
+    base: Frozen | None
+    compiled: tuple[Kernel, Choice] | None
+    """What computes its gates in one pass; None where PyTorch's operations serve."""
 
 
-class Held:
-    """The operator for weights that stay as they are and ask for no gradients: joined and cast once for many calls.
-
-    Decoding consists of such calls, of few rows each, in which every operation counts. `held(x, task, base=…)` is
-    `fused(x, A, B, gating, task, scale=…, base=…)`; it serves while gradients and autocast are off, and it is on its
-    user to drop it when the weights change. On a CPU, what the gates need from a task is computed once too.
-    """
-
-    __slots__ = ("A", "B", "_made", "_of_tasks", "_rows", "_splits", "core", "scale")
-
-    def __init__(self, A: Tensor, B: Tensor, gating: Gating, scale: float) -> None:
-        self.A, self.B, self.core, self.scale = A, B, cast(Any, gating), scale
-        self._splits = getattr(gating, "splits", False)
-        self._rows = max(A.shape[0], B.shape[0])
-        self._made: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
-        self._of_tasks: dict[int, Tensor] = {}
-
-    def __call__(
-        self,
-        x: Tensor,
-        task: Tensor | None = None,
-        *,
-        onto: Tensor | None = None,
-        base: Frozen | None = None,
-        together: Together | None = None,
-    ) -> Tensor:
-        """`together` serves layers that see the same x one after the other."""
-        if not _ENABLED or not self._splits:
-            return dyadic(x, self.A, self.B, self.core, task, scale=self.scale, onto=onto, base=base)
-        dtype = _cheap_dtype(x, self._rows)
-        down, up = self.weights(dtype)
-        if together is not None and task is None and _is_small(x, self._rows):
-            u = together.coefficients(self, x, dtype)
-        else:
-            u = self.coefficients(x, down, self.of_task(task))
-        onto, in_place = _beneath(x, onto, base)
-        y = _up(u, up, 1.0, onto, x.dtype, in_place)
-        return y.view(*x.shape[:-1], y.shape[-1]) if onto is None else y
-
-    def coefficients(self, x: Tensor, down: Tensor, of_task: Tensor | None = None, layers: int = 1) -> Tensor:
-        """What the rows of B are multiplied by: (… q), or (… layers q) with the weights of several layers in `down`."""
-        rows = x.reshape(-1, x.shape[-1]).to(down.dtype)
-        # As in `_product`: the tokens innermost where they are many.
-        z = torch.mm(rows, down) if _is_small(x, self._rows) else torch.mm(down.t(), rows.t()).t()
-        if of_task is not None:
-            z = z.view(*x.shape[:-1], z.shape[-1])  # gates that look at no task see rows, whatever a sample is
-        if layers > 1:
-            z = z.view(*z.shape[:-1], layers, z.shape[-1] // layers)
-        h, scores = _split(z, self.A.shape[0])
-        u: Tensor = self.core.mix(h, self.core.select(h, scores, of_task))
-        return u
-
-    def of_task(self, task: Tensor | None) -> Tensor | None:
-        """core.of_task(task); for a task that was seen before, what it was then."""
-        if task is None or task.device.type != "cpu":  # an accelerator would have to wait for the ids
-            return cast("Tensor | None", self.core.of_task(task))
-        ids: list[int] = task.tolist()
-        for one in set(ids) - self._of_tasks.keys():
-            # Every task by itself: its row must not depend, not even by rounding, on which others there are.
-            row = self.core.of_task(task.new_tensor([one]))
-            if row is None:
-                return None
-            self._of_tasks[one] = row
-        first = self._of_tasks[ids[0]]
-        if ids.count(ids[0]) == len(ids):
-            return first.expand(len(ids), *first.shape[1:])
-        return torch.cat([self._of_tasks[one] for one in ids])
-
-    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[A; W]ᵀ and scale · B."""
-        made = self._made.get(dtype)
-        if made is None:
-            down = _down(self.A, self.core.router_rows(), dtype).t().contiguous()
-            up = (self.B * self.scale).to(dtype) if self.scale != 1.0 else self.B.to(dtype)
-            made = self._made[dtype] = (down, up)
-        return made
-
-    def is_like(self, other: Held) -> bool:
-        """Whether one call of `select` and `mix` can serve both: cores that differ in nothing but their weights."""
-        ours, theirs = (one.core.router_rows() for one in (self, other))
-        alike = type(self.core) is type(other.core) and self.A.shape == other.A.shape
-        alike = alike and len(self.B) == len(other.B) and (ours is None) == (theirs is None)
-        alike = alike and (ours is None or ours.shape == theirs.shape) and _plain(self.core) == _plain(other.core)
-        return alike and not any(True for core in (self.core, other.core) for _ in core.buffers())
+def _fused(x: Tensor, layers: Sequence[Adapted], onto: Tensor | None) -> tuple[Tensor, ...]:
+    leaves: list[Tensor | None] = []
+    plans = []
+    for A, B, gating, task, scale, base in layers:
+        W = gating.router_rows()
+        leaves += (A, W, B, gating.of_task(task))
+        rows = A.shape[0] if W is None else A.shape[0] + W.shape[0]
+        plans.append(_Plan(gating, rows, scale, base, None if W is None else _compiled(x, A, W, B, gating)))
+    if len(plans) > 1 and not all(plan.compiled for plan in plans):
+        plans = [plan._replace(compiled=None) for plan in plans]  # their product down lies one way round for all
+    found: tuple[Tensor, ...] = _Fused.apply(x, onto, plans, *leaves)  # type: ignore[no-untyped-call]
+    return found
 
 
-def _plain(core: Any) -> dict[str, Any]:
-    """What a core is made with: its attributes that are neither PyTorch's nor weights."""
-    return {key: value for key, value in vars(core).items() if not key.startswith("_")}
-
-
-class Together:
-    """Layers of one adapter that see the same input, such as q, k and v: their products down are one, and their gates.
-
-    Which layers these are is seen as they are called: one after the other with the very same tensor. From the next
-    forward pass on the first of them computes for all, and the others find what is theirs. A layer that is called with
-    another tensor, or one that was changed since, computes by itself (within `torch.inference_mode`, where tensors do
-    not count their changes, it must not be changed in between).
-    """
-
-    def __init__(self) -> None:
-        self._x: Tensor | None = None
-        self._version = 0
-        self._first: Held | None = None
-        self._found: dict[int, Tensor] = {}
-        self._siblings: dict[int, list[Held]] = {}
-        self._made: dict[tuple[int, int, torch.dtype], Tensor] = {}
-
-    def coefficients(self, held: Held, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """As `Held.coefficients`, for an operator whose gates look at no task."""
-        version = 0 if x.is_inference() else x._version
-        if x is self._x and version == self._version:
-            found = self._found.pop(id(held), None)
-            if found is not None:
-                return found
-            first = self._first
-            if first is not None and first is not held and held.is_like(first):
-                siblings = self._siblings.setdefault(id(first), [])
-                if held not in siblings:
-                    siblings.append(held)
-            return held.coefficients(x, held.weights(dtype)[0])
-        self._x, self._version, self._first, self._found = x, version, held, {}
-        siblings = self._siblings.get(id(held), [])
-        if not siblings:
-            return held.coefficients(x, held.weights(dtype)[0])
-        key = (id(held), len(siblings), dtype)
-        down = self._made.get(key)
-        if down is None:
-            down = self._made[key] = torch.cat([one.weights(dtype)[0] for one in (held, *siblings)], 1)
-        u = held.coefficients(x, down, layers=1 + len(siblings))
-        mine, *others = u.unbind(-2)
-        self._found = {id(one): theirs for one, theirs in zip(siblings, others, strict=True)}
-        return mine
-
-
-def _unwatched() -> bool:
-    """Whether nobody looks on who may keep what an operation gave, as selective checkpointing does."""
-    return torch._C._len_torch_dispatch_stack() == 0
-
-
-def _beneath(x: Tensor, onto: Tensor | None, base: Frozen | None) -> tuple[Tensor | None, bool]:
-    """What the sum is added to, and whether it may be written over."""
-    return (onto, False) if base is None else (F.linear(x, *base), _unwatched())
-
-
-def _product(x: Tensor, down: Tensor) -> Tensor:
-    """[A; W] x (… p + s), a view of a matrix that has the tokens innermost where they are many."""
-    if _is_small(x, down.shape[0]):
-        return F.linear(x, down)
-    tokens: Tensor = (down @ x.reshape(-1, x.shape[-1]).t()).t()
-    return tokens.view(*x.shape[:-1], down.shape[0])
-
-
-def _kernel_for(gating: Splits, down: Tensor, up: Tensor) -> tuple[Kernel, Choice] | None:
-    """What computes gates in one pass, and what it must know of them; None where PyTorch's operations serve."""
-    choice = gating.choice() if gating.keeps_gates and _unwatched() else None
-    if choice is None or len(down) != choice.p + choice.s or len(up) != choice.q:
+def _compiled(x: Tensor, A: Tensor, W: Tensor, B: Tensor, gating: Splits) -> tuple[Kernel, Choice] | None:
+    if not gating.keeps_gates or not unwatched() or type(A) not in _PLAIN or type(W) not in _PLAIN:
         return None
-    found = kernel(down, choice)
+    choice = gating.choice()
+    if choice is None or (choice.p, choice.s, choice.q) != (A.shape[0], W.shape[0], B.shape[0]):
+        return None
+    found = kernel(x, choice)
     return None if found is None else (found, choice)
 
 
-def _split(z: Tensor, p: int) -> tuple[Tensor, Tensor | None]:
-    """h and the scores, from z = [A; W] x (… p + s)."""
-    if z.shape[-1] == p:
-        return z, None
-    h, scores = z.split_with_sizes((p, z.shape[-1] - p), -1)
-    return h, scores
-
-
-def _up(u: Tensor, up: Tensor, scale: float, onto: Tensor | None, dtype: torch.dtype, in_place: bool) -> Tensor:
-    q, o = up.shape
-    if onto is None:
-        return ((u if scale == 1.0 else u * scale) @ up).to(dtype)
-    if onto.dtype == up.dtype:
-        # One product both projects up and adds: the sum needs no memory of its own.
-        if in_place:
-            onto.view(-1, o).addmm_(u.reshape(-1, q), up, alpha=scale)
-            return onto
-        return torch.addmm(onto.reshape(-1, o), u.reshape(-1, q), up, alpha=scale).view(onto.shape)
-    delta = torch.mm(u.reshape(-1, q), up).view(onto.shape)
-    return onto.add_(delta, alpha=scale) if in_place else torch.add(onto, delta, alpha=scale).to(onto.dtype)
-
-
 class _Fused(torch.autograd.Function):
-    """Keeps x, h with the scores or gates, and the weights; forms everything else again."""
+    """Keeps x, the weights, and for every layer h with the scores or gates; forms everything else again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, W: Tensor | None, B: Tensor, of_task: Tensor | None,
-                onto: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-                gating: Splits, scale: float) -> Tensor:  # fmt: skip
-        down, up = _down(A, W, x.dtype), B.to(x.dtype)
-        ctx.kernel = None if W is None else _kernel_for(gating, down, up)
-        gates = None
-        if ctx.kernel is not None:
-            compiled, choice = ctx.kernel
-            kept = F.linear(x.reshape(-1, x.shape[-1]), down)
-            u = compiled.mix(kept, choice).view(*x.shape[:-1], choice.q)
-            gates = kept[:, choice.p :]  # they have taken the place of the scores
-        else:
-            kept = _product(x, down)
-            h, scores = _split(kept, A.shape[0])
-            g = gating.select(h, scores, of_task)
-            u = gating.mix(h, g)
-            if scores is not None and gating.keeps_gates and _unwatched():
-                # Kept are h and the gates, not the scores: whichever of h and the gates is smaller is copied.
-                if h.shape[-1] < scores.shape[-1]:
-                    kept, gates = h.clone(), g
-                else:
-                    gates = scores.copy_(g.reshape(scores.shape)).view(g.shape)
-        onto, in_place = _beneath(x, onto, None if weight is None else (weight, bias))
-        y = _up(u, up, scale, onto, x.dtype, in_place)
+    def forward(
+        ctx: Any, x: Tensor, onto: Tensor | None, plans: list[_Plan], *leaves: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        dtype, need_x = x.dtype, ctx.needs_input_grad[0]
+        flat, joined = x.reshape(-1, x.shape[-1]), _joined(leaves, dtype)
+        z = (
+            products.down(flat, joined) if plans[0].compiled is None else F.linear(flat, joined)
+        )  # as the kernel takes it
         # Casts are small beside x, and cost two passes over the weights. In the dtype of x there are none to keep.
-        casts = (None, None) if A.dtype == x.dtype else (down, up)
-        # As it is now, and only where it is needed: a layer may be merged before backward comes.
-        frozen = weight.detach() if weight is not None and ctx.needs_input_grad[0] else None
-        ctx.save_for_backward(x, kept, gates, A, W, B, of_task, frozen, *casts)
-        ctx.gating, ctx.scale = gating, scale
-        # What a function gives as a view must not be changed in place, and models do that (`clamp_`).
-        return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y  # type: ignore[no-any-return]
+        ys: list[Tensor] = []
+        saved = [x, None if cast(Tensor, leaves[0]).dtype == dtype else joined]
+        parts = z.split_with_sizes([plan.rows for plan in plans], 1) if len(plans) > 1 else (z,)
+        for i, (plan, part) in enumerate(zip(plans, parts, strict=True)):
+            A, W, B, of_task = cast(Any, leaves[4 * i : 4 * i + 4])
+            up, kept, gates = _cast(B, dtype), part, None
+            if plan.compiled is not None:
+                compiled, choice = plan.compiled
+                u = compiled.mix(part, choice)
+                gates = part[:, choice.p :]  # they have taken the place of the scores
+            else:
+                h, scores = split(part.view(*x.shape[:-1], plan.rows), A.shape[0])
+                g = plan.gating.select(h, scores, of_task)
+                u = plan.gating.mix(h, g)
+                if scores is not None and plan.gating.keeps_gates and unwatched():
+                    # Kept are h and the gates, not the scores: whichever of h and the gates is smaller is copied.
+                    if h.shape[-1] < scores.shape[-1]:
+                        kept, gates = h.clone(), g
+                    else:
+                        gates = scores.copy_(g.reshape(scores.shape)).view(g.shape)
+            y = products.up(u, up, plan.scale, x, onto, plan.base)
+            # As it is now, and only where it is needed: a layer may be merged before backward comes.
+            weight = plan.base[0].detach() if plan.base is not None and need_x else None
+            saved += (A, W, B, of_task, kept, gates, None if B.dtype == dtype else up, weight)
+            # What a function gives as a view must not be changed in place, and models do that (`clamp_`).
+            ys.append(torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y)
+        ctx.save_for_backward(*saved)
+        ctx.plans = [plan._replace(base=None) for plan in plans]
+        ctx.set_materialize_grads(False)
+        return tuple(ys)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if autocast_dtype(dy) is None:
-            return _gradients(ctx, dy)
-        with torch.autocast(dy.device.type, enabled=False):  # it has nothing to say about what ran without it
-            return _gradients(ctx, dy)
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # asked for once: a checkpoint gives them once
+        if autocast_dtype(saved[0]) is None:
+            return _gradients(ctx, saved, dys)
+        with torch.autocast(saved[0].device.type, enabled=False):  # it has nothing to say about what ran without it
+            return _gradients(ctx, saved, dys)
 
 
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, kept, gates, A, W, B, of_task, weight, down, up = ctx.saved_tensors
-    need_x, need_A, need_W, need_B, _, need_onto = ctx.needs_input_grad[:6]
-    p, o, dtype = A.shape[0], B.shape[1], x.dtype
-    s = 0 if W is None else W.shape[0]
-    flat = dy.to(dtype).reshape(-1, o)
-    up = B.to(dtype) if up is None else up
-    d_task = None
-    if ctx.kernel is not None:
-        compiled, choice = ctx.kernel
-        u, dz = compiled.gradients(kept.contiguous(), flat @ up.t(), choice, ctx.scale)
-    else:
-        u, dz, d_task = _gradients_of_gates(ctx, kept, gates, of_task, up @ flat.t(), p, s)
-    dx = dA = dW = dB = None
-    if need_B:
-        dB = (u @ flat).to(B.dtype)
-        if ctx.scale != 1.0:
-            dB *= ctx.scale
-    if need_A or need_W:
-        d_down = dz @ x.reshape(-1, x.shape[-1])
-        dA = d_down[:p].to(A.dtype) if need_A else None
-        dW = d_down[p:].to(W.dtype) if need_W else None
-    if need_x:
-        down = _down(A, W, dtype) if down is None else down
-        dx = dz.t() @ down if weight is None else (flat @ weight).addmm_(dz.t(), down)
-        dx = dx.view(x.shape)
-    return dx, dA, dW, dB, d_task, dy if need_onto else None, None, None, None, None
+def _gradients(ctx: Any, saved: Sequence[Any], dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    x, joined, *saved = saved
+    need_x, need_onto, _, *needs = ctx.needs_input_grad
+    flat, dtype = x.reshape(-1, x.shape[-1]), x.dtype
+    grads: list[Tensor | None] = [None] * len(needs)
+    used = [i for i, dy in enumerate(dys) if dy is not None]
+    rows = sum(ctx.plans[i].rows for i in used)
+    dz, dx, at = flat.new_empty(rows, flat.shape[0]), None, 0  # tokens innermost
+    for i in used:
+        plan, (A, _, B, of_task, kept, gates, up, weight) = ctx.plans[i], saved[8 * i : 8 * i + 8]
+        part, at = dz[at : at + plan.rows] if plan.rows < rows else dz, at + plan.rows
+        dy = _cast(cast(Tensor, dys[i]), dtype).reshape(-1, B.shape[1])
+        up = _cast(B, dtype) if up is None else up
+        if plan.compiled is not None:
+            compiled, choice = plan.compiled
+            kept = kept if kept.stride(1) == 1 else kept.contiguous()  # hooks give what they like
+            u, _ = compiled.gradients(kept, dy @ up.t(), choice, plan.scale, part)
+        else:
+            task = of_task, needs[4 * i + 3]
+            u, grads[4 * i + 3] = _gradients_of_gates(plan, x, A.shape[0], kept, gates, *task, up @ dy.t(), part)
+        if needs[4 * i + 2]:
+            dB = _cast(u @ dy, B.dtype)
+            grads[4 * i + 2] = dB if plan.scale == 1.0 else dB.mul_(plan.scale)
+        if weight is not None:
+            dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
+    if used and need_x:
+        if joined is None or len(used) < len(dys):
+            joined = _joined([saved[8 * i + k] for i in used for k in range(4)], dtype)
+        dx = dz.t() @ joined if dx is None else dx.addmm_(dz.t(), joined)
+    if any(needs[0::4]) or any(needs[1::4]):
+        d_down, at = dz @ flat, 0
+        for place, leaf in ((4 * i + k, saved[8 * i + k]) for i in used for k in (0, 1)):
+            if leaf is not None:
+                grads[place] = _cast(d_down[at : at + leaf.shape[0]], leaf.dtype) if needs[place] else None
+                at += leaf.shape[0]
+    return None if dx is None else dx.view(x.shape), dys[0] if need_onto else None, None, *grads
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t.to(dtype), without the call where there is nothing to do."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def _joined(leaves: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
+    """A and W of all layers, one below the other."""
+    return join([leaf for i, leaf in enumerate(leaves) if i % 4 < 2], dtype)
 
 
 def _gradients_of_gates(
-    ctx: Any, kept: Tensor, gates: Tensor | None, of_task: Tensor | None, du: Tensor, p: int, s: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """u (q tokens) again, the gradient of [h; scores] (p + s tokens), and that of what the tasks gave."""
-    if ctx.scale != 1.0:
-        du *= ctx.scale
-    q, tokens = du.shape
-    du = du.t().view(*kept.shape[:-1], q)  # tokens innermost
-    dz, d_task = du.new_empty(p + s, tokens), None
+    plan: _Plan, x: Tensor, p: int, kept: Tensor, gates: Tensor | None, of_task: Tensor | None, need_task: bool,
+    du: Tensor, dz: Tensor,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """u (q tokens) again and the gradient of what the tasks gave; that of [h; scores] is written into dz."""
+    if plan.scale != 1.0:
+        du *= plan.scale
+    q, shape = du.shape[0], x.shape[:-1]
+    du = du.t().view(*shape, q)  # tokens innermost
+    kept, d_task = kept.reshape(*shape, kept.shape[-1]), None
     if gates is not None:
         h = kept[..., :p]
-        u = ctx.gating.mix(h, gates)
-        d_h, d_scores = ctx.gating.gradients(h, gates, du)
+        u = plan.gating.mix(h, gates)
+        d_h, d_scores = plan.gating.gradients(h, gates, du)
     else:
-        need_task = ctx.needs_input_grad[4]
         with torch.enable_grad():
-            h, scores = _split(kept, p)
+            h, scores = split(kept, p)
             h = h.detach().requires_grad_()
             scores = None if scores is None else scores.detach().requires_grad_()
             if of_task is not None:
                 of_task = of_task.detach().requires_grad_(need_task)
-            u = ctx.gating.mix(h, ctx.gating.select(h, scores, of_task))
+            u = plan.gating.mix(h, plan.gating.select(h, scores, of_task))
         inputs: list[Any] = [h, *([] if scores is None else [scores]), *([of_task] if need_task else [])]
         # A gate that does not depend on one of them has the gradient zero there, not none.
         grads = list(torch.autograd.grad(u, inputs, du, allow_unused=True, materialize_grads=True))
@@ -435,6 +327,6 @@ def _gradients_of_gates(
         d_h, d_scores = grads[0], grads[-1]
         u = u.detach()
     dz[:p] = d_h.reshape(-1, p).t()
-    if s:
-        dz[p:] = d_scores.reshape(-1, s).t()
-    return u.reshape(-1, q).t(), dz, d_task
+    if plan.rows > p:
+        dz[p:] = d_scores.reshape(-1, plan.rows - p).t()
+    return u.reshape(-1, q).t(), d_task

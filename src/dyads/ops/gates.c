@@ -11,7 +11,8 @@
 // `inverse` is 1 / temperature; du is multiplied by `scale` first.
 //
 // A token's numbers lie side by side where a product with the tokens as its rows gives or takes them: z = [h; scores],
-// which comes out as [h; g], u of `mix`, and du. What goes into products over the tokens, u and dz of `gradients`, has
+// which comes out as [h; g] and may be a part of a wider matrix (the next token's z begins `width` numbers further on),
+// u of `mix`, and du. What goes into products over the tokens, u and dz of `gradients`, has
 // the tokens innermost. Each is the order in which that product is fastest. In between, CHUNK tokens are turned so that
 // a vector holds one number of 16 tokens; a compiler makes of such a vector what the processor has.
 
@@ -113,19 +114,19 @@ static inline void transpose(v x[LANES]) {
 #define U_ROW(i, j) (own ? (i) * S + (j) : (k * S + (j)) * n + (i))
 
 #define KERNELS(T, X)                                                                                                  \
-    /* (tokens rows) of memory -> [row][token], zeros where there are no more tokens */                                \
-    static inline void turn_##X(const T *from, v (*to)[BLOCKS], int64_t rows, int64_t tokens) {                        \
+    /* `rows` numbers of each token, of which the next begins `width` further on -> [row][token], zeros after them */  \
+    static inline void turn_##X(const T *from, v (*to)[BLOCKS], int64_t rows, int64_t width, int64_t tokens) {         \
         for (int64_t b = 0; b < BLOCKS; b++)                                                                           \
             for (int64_t r = 0; r < rows; r += LANES) {                                                                \
                 v x[LANES];                                                                                            \
                 for (int64_t l = 0, o = b * LANES; l < LANES; l++, o++)                                                \
-                    x[l] = load_##X(from + o * rows + r, o < tokens ? rows - r : 0);                                   \
+                    x[l] = load_##X(from + o * width + r, o < tokens ? rows - r : 0);                                  \
                 transpose(x);                                                                                          \
                 for (int64_t l = 0; l < LANES && r + l < rows; l++) to[r + l][b] = x[l];                               \
             }                                                                                                          \
     }                                                                                                                  \
                                                                                                                        \
-    /* and back, into the last `rows` numbers of every token, which has `width` */                                     \
+    /* and back */                                                                                                     \
     static inline void turn_back_##X(v (*from)[BLOCKS], T *to, int64_t rows, int64_t width, int64_t tokens) {          \
         for (int64_t b = 0; b < BLOCKS; b++)                                                                           \
             for (int64_t r = 0; r < rows; r += LANES) {                                                                \
@@ -133,18 +134,18 @@ static inline void transpose(v x[LANES]) {
                 for (int64_t l = 0; l < LANES; l++) x[l] = r + l < rows ? from[r + l][b] : all(0.0f);                  \
                 transpose(x);                                                                                          \
                 for (int64_t l = 0, o = b * LANES; l < LANES && o < tokens; l++, o++)                                  \
-                    store_##X(to + o * width + width - rows + r, x[l], rows - r);                                      \
+                    store_##X(to + o * width + r, x[l], rows - r);                                                     \
             }                                                                                                          \
     }                                                                                                                  \
                                                                                                                        \
-    void mix_##X(T *z, T *u, int64_t K, int64_t S, int64_t n, int64_t own, int64_t t, float inverse,                   \
+    void mix_##X(T *z, T *u, int64_t width, int64_t K, int64_t S, int64_t n, int64_t own, int64_t t, float inverse,    \
                  int64_t threads) {                                                                                    \
         const int64_t p = own ? n * S : K * S, s = K * n, q = own ? p : p * n;                                         \
         _Pragma("omp parallel for num_threads(threads)")                                                               \
         for (int64_t from = 0; from < t; from += CHUNK) {                                                              \
             const int64_t tokens = t - from < CHUNK ? t - from : CHUNK;                                                \
             v turned[p + s][BLOCKS], mixed[q][BLOCKS];                                                                 \
-            turn_##X(z + from * (p + s), turned, p + s, tokens);                                                       \
+            turn_##X(z + from * width, turned, p + s, width, tokens);                                                  \
             for (int64_t k = 0; k < K; k++) {                                                                          \
                 v most[BLOCKS], sum[BLOCKS], (*g)[BLOCKS] = turned + p + k * n;                                        \
                 for (int64_t i = 0; i < n; i++) EACH_BLOCK {                                                           \
@@ -161,20 +162,20 @@ static inline void transpose(v x[LANES]) {
                     for (int64_t i = 0; i < n; i++)                                                                    \
                         EACH_BLOCK mixed[U_ROW(i, j)][b] = as_##X(turned[H_ROW(i, j)][b] * g[i][b]);                   \
             }                                                                                                          \
-            turn_back_##X(turned + p, z + from * (p + s), s, p + s, tokens);                                           \
+            turn_back_##X(turned + p, z + from * width + p, s, width, tokens);                                         \
             turn_back_##X(mixed, u + from * q, q, q, tokens);                                                          \
         }                                                                                                              \
     }                                                                                                                  \
                                                                                                                        \
-    void gradients_##X(const T *z, const T *du, T *u, T *dz, int64_t K, int64_t S, int64_t n, int64_t own, int64_t t,  \
-                       float inverse, float scale, int64_t threads) {                                                  \
+    void gradients_##X(const T *z, const T *du, T *u, T *dz, int64_t width, int64_t K, int64_t S, int64_t n,           \
+                       int64_t own, int64_t t, float inverse, float scale, int64_t threads) {                          \
         const int64_t p = own ? n * S : K * S, s = K * n, q = own ? p : p * n;                                         \
         _Pragma("omp parallel for num_threads(threads)")                                                               \
         for (int64_t from = 0; from < t; from += CHUNK) {                                                              \
             const int64_t tokens = t - from < CHUNK ? t - from : CHUNK;                                                \
             v turned[p + s][BLOCKS], of_u[q][BLOCKS], a[n][BLOCKS], sum[BLOCKS] = {0};                                 \
-            turn_##X(z + from * (p + s), turned, p + s, tokens);                                                       \
-            turn_##X(du + from * q, of_u, q, tokens);                                                                  \
+            turn_##X(z + from * width, turned, p + s, width, tokens);                                                  \
+            turn_##X(du + from * q, of_u, q, q, tokens);                                                               \
             for (int64_t k = 0; k < K; k++) {                                                                          \
                 v(*g)[BLOCKS] = turned + p + k * n;                                                                    \
                 for (int64_t j = 0; j < S; j++) {                                                                      \

@@ -101,41 +101,60 @@ class Kernel:
         self._mix, self._gradients = {}, {}
         for dtype, suffix in _SUFFIX.items():
             mix, gradients = (getattr(library, f"{name}_{suffix}") for name in ("mix", "gradients"))
-            mix.argtypes = [pointer] * 2 + [whole] * 5 + [real, whole]
-            gradients.argtypes = [pointer] * 4 + [whole] * 5 + [real, real, whole]
+            mix.argtypes = [pointer] * 2 + [whole] * 6 + [real, whole]
+            gradients.argtypes = [pointer] * 4 + [whole] * 6 + [real, real, whole]
             mix.restype = gradients.restype = None
             self._mix[dtype], self._gradients[dtype] = mix, gradients
 
     def mix(self, z: Tensor, choice: Choice) -> Tensor:
-        """u = h ∘ g (tokens q) from a contiguous z = [h, scores] (tokens p + s): its scores become the gates g."""
-        _check(z, len(z), choice.p + choice.s, z.dtype)
-        u = z.new_empty(len(z), choice.q)
+        """u = h ∘ g (tokens q) from z = [h, scores] (tokens p + s), whose scores become the gates g.
+
+        z may be some columns of a matrix that is contiguous.
+        """
+        tokens = z.shape[0]
+        width = _width(z, tokens, choice.p + choice.s, z.dtype)
+        u = z.new_empty(tokens, choice.q)
         with _seen_by_profilers():
             self._mix[z.dtype](
-                z.data_ptr(), u.data_ptr(), *choice._as_c, len(z), 1 / choice.temperature, torch.get_num_threads(),
+                z.data_ptr(), u.data_ptr(), width, *choice._as_c, tokens, 1 / choice.temperature,
+                torch.get_num_threads(),
             )  # fmt: skip
         return u
 
-    def gradients(self, z: Tensor, du: Tensor, choice: Choice, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-        """u (q tokens) again and the gradient of z (p + s tokens), from z = [h, g] and that of scale · u (tokens q)."""
-        _check(z, len(z), choice.p + choice.s, z.dtype)
-        _check(du, len(z), choice.q, z.dtype)
-        u, dz = z.new_empty(choice.q, len(z)), z.new_empty(z.shape[1], len(z))
+    def gradients(
+        self, z: Tensor, du: Tensor, choice: Choice, scale: float = 1.0, dz: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """u (q tokens) again and the gradient of z (p + s tokens), from z = [h, g] and that of scale · u (tokens q).
+
+        The gradient of z is written into `dz` where that is given.
+        """
+        tokens = z.shape[0]
+        width = _width(z, tokens, choice.p + choice.s, z.dtype)
+        if _width(du, tokens, choice.q, z.dtype) != choice.q:
+            raise ValueError(f"the kernel takes a contiguous du, got {tuple(du.shape)} with strides {du.stride()}")
+        if dz is None:
+            dz = z.new_empty(z.shape[1], tokens)
+        elif dz.shape != (z.shape[1], tokens) or dz.dtype != z.dtype or not dz.is_contiguous():
+            raise ValueError(f"the kernel writes a contiguous dz, got {tuple(dz.shape)} with strides {dz.stride()}")
+        u = z.new_empty(choice.q, tokens)
         with _seen_by_profilers():
             self._gradients[z.dtype](
-                z.data_ptr(), du.data_ptr(), u.data_ptr(), dz.data_ptr(), *choice._as_c, len(z),
+                z.data_ptr(), du.data_ptr(), u.data_ptr(), dz.data_ptr(), width, *choice._as_c, tokens,
                 1 / choice.temperature, scale, torch.get_num_threads(),
             )  # fmt: skip
         return u, dz
 
 
-def _check(t: Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:
-    """What is wrong here would be read and written past the end of its memory."""
-    if t.shape != (rows, columns) or t.dtype != dtype or not t.is_contiguous():
+def _width(t: Tensor, rows: int, columns: int, dtype: torch.dtype) -> int:
+    """How far one row lies from the next. What is wrong here would be read and written past the end of its memory."""
+    apart, step = t.stride() if t.ndim == 2 else (0, 0)
+    side_by_side = (step == 1 or columns == 1) and (apart >= columns or rows <= 1)
+    if t.shape != (rows, columns) or t.dtype != dtype or not side_by_side:
         raise ValueError(
-            f"the kernel takes a contiguous matrix of {rows} × {columns} in {dtype}, got {tuple(t.shape)} with strides"
-            f" {t.stride()} in {t.dtype}"
+            f"the kernel takes a matrix of {rows} × {columns} in {dtype} whose rows are contiguous, got"
+            f" {tuple(t.shape)} with strides {t.stride()} in {t.dtype}"
         )
+    return apart if rows > 1 else columns
 
 
 def _seen_by_profilers() -> AbstractContextManager[object]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["Switch"]
+__all__ = ["FAST", "Switch"]
 
 
 class Switch:
@@ -26,3 +26,7 @@ class Switch:
             yield
         finally:
             self._on = before
+
+
+FAST = Switch()
+"""Whether `fused` and `Held` are anything else than `dyadic`: see `plain`."""

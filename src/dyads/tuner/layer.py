@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dyads.errors import ConfigError, MergeError
 from dyads.methods.base import Core, DyadsConfig
-from dyads.ops import Frozen, Held, Together, autocast_dtype, fused
+from dyads.ops import Adapted, Frozen, Held, Together, autocast_dtype, can_share, fused, fused_all, serves
 from dyads.tuner.routing import Routing
 
 __all__ = ["DyadsLayer"]
@@ -146,10 +146,49 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 task = self._task(adapter, core, x)
                 if core.has_auxiliary_loss and self.training:
                     self.routing.collect(adapter, core, x, task, self.of_decoder)
-                result = self._sum(adapter, x, task, result, frozen)
+                shared = self._shared(adapter, x) if frozen is not None else None
+                result = self._sum(adapter, x, task, result, frozen) if shared is None else shared
             frozen = None  # the first adapter adds to the base layer, the others to what it gave
         assert result is not None
         return result
+
+    def _adapted(self, adapter: str, x: Tensor) -> Adapted | None:
+        """This layer, where it or one before it can compute it from x beside others; None where it must be called."""
+        if self.disable_adapters or self.merged or adapter not in self.scaling or self.active_adapters[0] != adapter:
+            return None
+        A, core, frozen = self.dyads_A[adapter], self.core(adapter), self._frozen()
+        if frozen is None or core.heads > 1 or not core.splits or _drops(self.dyads_dropout[adapter]):
+            return None
+        # Replicas and sharded or offloaded parameters are of another kind or elsewhere, but for their own turn.
+        if any(type(one) is not nn.Parameter or one.device != x.device for one in (A, frozen[0])):
+            return None
+        if A.shape[-1] != x.shape[-1] or frozen[0].shape[-1] != x.shape[-1]:
+            return None
+        return Adapted(A, self.dyads_B[adapter], core, self._task(adapter, core, x), self.scaling[adapter], frozen)
+
+    def _shared(self, adapter: str, x: Tensor) -> Tensor | None:
+        """What a layer that saw x before computed for this one too, or this one for all that will; None for by itself.
+
+        Who sees the same x is learned in every pass, and used while training with gradients.
+        """
+        if not serves(self.core(adapter)):
+            return None
+        siblings = self.routing.siblings(adapter)
+        first = siblings.first_of(x)
+        if first is not None:
+            found = siblings.take(self)
+            if found is None:
+                siblings.add(first, self)
+            return found
+        others = siblings.begin(self, x)
+        if not others or not self.training or not can_share(x):
+            return None
+        layers = [(one, adapted) for one in (self, *others) if (adapted := one._adapted(adapter, x)) is not None]
+        if len(layers) < 2 or layers[0][0] is not self:
+            return None
+        mine, *theirs = fused_all(x, [adapted for _, adapted in layers])
+        siblings.keep([one for one, _ in layers[1:]], theirs)
+        return mine
 
     def _sum(self, adapter: str, x: Tensor, task: Tensor | None, onto: Tensor | None, base: Frozen | None) -> Tensor:
         core, dropout = self.core(adapter), self.dyads_dropout[adapter]
@@ -162,7 +201,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             scale=self.scaling[adapter],
             onto=onto,
             base=base,
-            inner=dropout(x) if dropout.training and not isinstance(dropout, nn.Identity) else None,
+            inner=dropout(x) if _drops(dropout) else None,
         )
         return y if onto is None else y.to(onto.dtype)
 
@@ -249,6 +288,10 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return "dyads." + super().__repr__()
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return dropout.training and not isinstance(dropout, nn.Identity)
 
 
 def _is_watched(module: nn.Linear) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dyads.errors import RoutingError, did_you_mean
 from dyads.methods.base import Core
-from dyads.ops import Held, Together
+from dyads.ops import Held, Siblings, Together
 
 __all__ = ["Routing", "RoutingState", "TaskLike", "auxiliary_loss", "use_task"]
 
@@ -213,6 +213,7 @@ class Routing:
         """The operators by layer and adapter, while weights do not change (`frozen_weights`)."""
         self.together: dict[str, Together] = {}
         """What layers with the same input share meanwhile, by adapter."""
+        self._siblings: dict[str, Siblings[Any, Tensor]] = {}
         self.call: TrainingCall | None = None
         """The call of the model in training that is under way."""
         self.untaken: Tensor | None = None
@@ -222,7 +223,7 @@ class Routing:
 
     def __getstate__(self) -> dict[str, Any]:
         # What a forward pass left over belongs to its graph, which can be neither copied nor stored.
-        return {**self.__dict__, "call": None, "untaken": None, "held": None, "together": {}}
+        return {**self.__dict__, "call": None, "untaken": None, "held": None, "together": {}, "_siblings": {}}
 
     @contextmanager
     def using(self, task: TaskLike | None) -> Iterator[None]:
@@ -254,6 +255,13 @@ class Routing:
         if self.held is not None:
             self.held.clear()
         self.together = {}
+
+    def siblings(self, adapter: str) -> Siblings[Any, Tensor]:
+        """Which layers of an adapter see the same input, while weights may change."""
+        found = self._siblings.get(adapter)
+        if found is None:
+            found = self._siblings[adapter] = Siblings()
+        return found
 
     def ids(self, adapter: str, x: Tensor) -> Tensor:
         """The task of every row (first axis) of a layer's input, on its device; a single row for a vector.
@@ -390,6 +398,8 @@ class _LeaveForward:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         routing, call = self.routing, self.routing.call
         routing.state, routing.call = routing._outer.pop()
+        for siblings in routing._siblings.values():
+            siblings.settle(failed=output is None)
         if call is None or not call.losses or output is None:  # None: an error ended it
             return None
         with_loss = _add_loss(output, call)
