@@ -167,22 +167,22 @@ class _Plan(NamedTuple):
     rows: int
     """p + s."""
     scale: float
-    base: Frozen | None
     compiled: tuple[Kernel, Choice] | None
     """What computes its gates in one pass; None where PyTorch's operations serve."""
 
 
 def _fused(x: Tensor, layers: Sequence[Adapted], onto: Tensor | None) -> tuple[Tensor, ...]:
     leaves: list[Tensor | None] = []
-    plans = []
+    plans, bases = [], []
     for A, B, gating, task, scale, base in layers:
         W = gating.router_rows()
         leaves += (A, W, B, gating.of_task(task))
         rows = A.shape[0] if W is None else A.shape[0] + W.shape[0]
-        plans.append(_Plan(gating, rows, scale, base, None if W is None else _compiled(x, A, W, B, gating)))
+        plans.append(_Plan(gating, rows, scale, None if W is None else _compiled(x, A, W, B, gating)))
+        bases.append(base)
     if len(plans) > 1 and not all(plan.compiled for plan in plans):
         plans = [plan._replace(compiled=None) for plan in plans]  # their product down lies one way round for all
-    found: tuple[Tensor, ...] = _Fused.apply(x, onto, plans, *leaves)  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, ...] = _Fused.apply(x, onto, plans, bases, *leaves)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -201,18 +201,17 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, onto: Tensor | None, plans: list[_Plan], *leaves: Tensor | None
+        ctx: Any, x: Tensor, onto: Tensor | None, plans: list[_Plan], bases: list[Frozen | None], *leaves: Tensor | None
     ) -> tuple[Tensor, ...]:
         dtype, need_x = x.dtype, ctx.needs_input_grad[0]
         flat, joined = x.reshape(-1, x.shape[-1]), _joined(leaves, dtype)
-        z = (
-            products.down(flat, joined) if plans[0].compiled is None else F.linear(flat, joined)
-        )  # as the kernel takes it
+        as_the_kernel_takes_it = plans[0].compiled is not None
+        z = F.linear(flat, joined) if as_the_kernel_takes_it else products.down(flat, joined)
         # Casts are small beside x, and cost two passes over the weights. In the dtype of x there are none to keep.
-        ys: list[Tensor] = []
         saved = [x, None if cast(Tensor, leaves[0]).dtype == dtype else joined]
+        ys: list[Tensor] = []
         parts = z.split_with_sizes([plan.rows for plan in plans], 1) if len(plans) > 1 else (z,)
-        for i, (plan, part) in enumerate(zip(plans, parts, strict=True)):
+        for i, (plan, base, part) in enumerate(zip(plans, bases, parts, strict=True)):
             A, W, B, of_task = cast(Any, leaves[4 * i : 4 * i + 4])
             up, kept, gates = _cast(B, dtype), part, None
             if plan.compiled is not None:
@@ -229,14 +228,14 @@ class _Fused(torch.autograd.Function):
                         kept, gates = h.clone(), g
                     else:
                         gates = scores.copy_(g.reshape(scores.shape)).view(g.shape)
-            y = products.up(u, up, plan.scale, x, onto, plan.base)
+            y = products.up(u, up, plan.scale, x, onto, base)
             # As it is now, and only where it is needed: a layer may be merged before backward comes.
-            weight = plan.base[0].detach() if plan.base is not None and need_x else None
+            weight = base[0].detach() if base is not None and need_x else None
             saved += (A, W, B, of_task, kept, gates, None if B.dtype == dtype else up, weight)
             # What a function gives as a view must not be changed in place, and models do that (`clamp_`).
             ys.append(torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y)
         ctx.save_for_backward(*saved)
-        ctx.plans = [plan._replace(base=None) for plan in plans]
+        ctx.plans = plans
         ctx.set_materialize_grads(False)
         return tuple(ys)
 
@@ -252,7 +251,7 @@ class _Fused(torch.autograd.Function):
 
 def _gradients(ctx: Any, saved: Sequence[Any], dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     x, joined, *saved = saved
-    need_x, need_onto, _, *needs = ctx.needs_input_grad
+    need_x, need_onto, _, _, *needs = ctx.needs_input_grad
     flat, dtype = x.reshape(-1, x.shape[-1]), x.dtype
     grads: list[Tensor | None] = [None] * len(needs)
     used = [i for i, dy in enumerate(dys) if dy is not None]
@@ -285,7 +284,7 @@ def _gradients(ctx: Any, saved: Sequence[Any], dys: Sequence[Tensor | None]) -> 
             if leaf is not None:
                 grads[place] = _cast(d_down[at : at + leaf.shape[0]], leaf.dtype) if needs[place] else None
                 at += leaf.shape[0]
-    return None if dx is None else dx.view(x.shape), dys[0] if need_onto else None, None, *grads
+    return None if dx is None else dx.view(x.shape), dys[0] if need_onto else None, None, None, *grads
 
 
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:

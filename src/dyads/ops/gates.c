@@ -109,6 +109,17 @@ static inline void transpose(v x[LANES]) {
     SWAP(8, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
 }
 
+// Memory that is about to be read, or written: `pieces` of so many bytes, `apart` from one another.
+static inline void fetch(const void *from, int64_t bytes, int64_t apart, int64_t pieces, int write) {
+    if (pieces > CHUNK && !write) pieces = CHUNK;
+    for (int64_t i = 0; i < pieces; i++)
+        for (int64_t b = 0; b < bytes; b += 64) {
+            const char *p = (const char *)from + i * apart + b;
+            if (write) __builtin_prefetch(p, 1, 2);
+            else __builtin_prefetch(p, 0, 2);
+        }
+}
+
 #define EACH_BLOCK for (int64_t b = 0; b < BLOCKS; b++)
 #define H_ROW(i, j) ((own ? (i) * S : k * S) + (j))
 #define U_ROW(i, j) (own ? (i) * S + (j) : (k * S + (j)) * n + (i))
@@ -145,6 +156,8 @@ static inline void transpose(v x[LANES]) {
         for (int64_t from = 0; from < t; from += CHUNK) {                                                              \
             const int64_t tokens = t - from < CHUNK ? t - from : CHUNK;                                                \
             v turned[p + s][BLOCKS], mixed[q][BLOCKS];                                                                 \
+            fetch(z + (from + CHUNK) * width, (p + s) * sizeof(T), width * sizeof(T), t - from - CHUNK, 0);            \
+            fetch(u + from * q, q * sizeof(T), q * sizeof(T), tokens, 1);                                              \
             turn_##X(z + from * width, turned, p + s, width, tokens);                                                  \
             for (int64_t k = 0; k < K; k++) {                                                                          \
                 v most[BLOCKS], sum[BLOCKS], (*g)[BLOCKS] = turned + p + k * n;                                        \
@@ -174,6 +187,9 @@ static inline void transpose(v x[LANES]) {
         for (int64_t from = 0; from < t; from += CHUNK) {                                                              \
             const int64_t tokens = t - from < CHUNK ? t - from : CHUNK;                                                \
             v turned[p + s][BLOCKS], of_u[q][BLOCKS], a[n][BLOCKS], sum[BLOCKS] = {0};                                 \
+            fetch(z + (from + CHUNK) * width, (p + s) * sizeof(T), width * sizeof(T), t - from - CHUNK, 0);            \
+            fetch(u + from, tokens * sizeof(T), t * sizeof(T), q, 1);                                                  \
+            fetch(dz + from, tokens * sizeof(T), t * sizeof(T), p + s, 1);                                             \
             turn_##X(z + from * width, turned, p + s, width, tokens);                                                  \
             turn_##X(du + from * q, of_u, q, q, tokens);                                                               \
             for (int64_t k = 0; k < K; k++) {                                                                          \

@@ -30,6 +30,8 @@ _HALF = (torch.bfloat16, torch.float16)
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to products with x; None where it leaves them alone."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
