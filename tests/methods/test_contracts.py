@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dyads.methods import Core, MoDEConfig
 from dyads.methods.mode import MoDE
-from dyads.ops import Held, Together, dyadic, dyadic_sum, fused, plain
+from dyads.ops import Adapted, Held, Together, dyadic, dyadic_sum, fused, fused_all, plain
 from tiny import TASKS, Variant
 
 # Ones and primes on purpose: an axis that is confused with another must show.
@@ -284,6 +284,40 @@ def test_layers_that_do_not_see_the_same_or_are_not_alike_stay_apart(change: str
             if change == "in place":
                 rows.relu_()
             assert_close(held[1](rows, together=together), fused(rows, held[1].A, held[1].B, cores[1]))
+
+
+@pytest.mark.parametrize("used", [(0, 1, 2), (1,), (0, 2)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_layers_computed_at_once_give_what_each_gives_alone(
+    variant: Variant, dtype: torch.dtype, used: tuple[int, ...]
+) -> None:
+    """Outputs of three sizes, of which some are used."""
+    layers: list[Any] = []
+    for o, bias in ((5, True), (3, False), (7, False)):
+        core, x, A, B, task = tiny(variant, 2, 3, 12, o)
+        if not core.splits:
+            pytest.skip("such gates are left to the plain operator")
+        wide = torch.promote_types(dtype, torch.float32)
+        base = (torch.randn(o, 12).to(dtype), torch.randn(o).to(dtype) if bias else None)
+        leaves = [t.to(wide).requires_grad_() for t in (A, B)]
+        layers.append(Adapted(*leaves, core.to(wide), task if "task" in core.looks_at else None, 0.7, base))
+    x = x.to(dtype).requires_grad_()
+    trained = [x, *(leaf for one in layers for leaf in (one.A, one.B, *one.gating.parameters()))]
+
+    def run(at_once: bool) -> list[Tensor | None]:
+        if at_once:
+            ys = fused_all(x, layers)
+        else:
+            ys = tuple(fused(x, a, b, core, task, scale=s, base=base) for a, b, core, task, s, base in layers)
+        loss = sum(ys[i].float().square().sum() for i in used)
+        return [*(y.detach() for y in ys), *torch.autograd.grad(loss, trained, allow_unused=True)]  # type: ignore[arg-type]
+
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
+    for ours, theirs in zip(run(True), run(False), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None and theirs is not None:
+            assert ours.dtype == theirs.dtype
+            assert_close(ours, theirs, atol=tolerance * max(1.0, float(theirs.abs().max())), rtol=0)
 
 
 def test_fused_can_be_switched_off(variant: Variant) -> None:

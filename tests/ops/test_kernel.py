@@ -123,6 +123,28 @@ def test_nothing_is_written_outside_of_the_matrices(
         assert (fence[-32:] == 7).all()
 
 
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_of_wider_matrices_are_served_and_their_neighbours_left_alone(tokens: int, dtype: torch.dtype) -> None:
+    choice = Choice(2, 3, 2)
+    p, rows = choice.p, choice.p + choice.s
+    wide, wide_dz = torch.randn(tokens, rows + 9).to(dtype), torch.full((rows + 5, tokens), 7.0, dtype=dtype)
+    before, part, du = wide.clone(), wide[:, 4 : 4 + rows], torch.randn(tokens, choice.q).to(dtype)
+    alone = part.clone()
+    found = compiled(alone, choice)
+    assert_close(found.mix(part, choice), found.mix(alone, choice), atol=0, rtol=0)
+    assert_close(part, alone, atol=0, rtol=0)
+    assert_close(wide[:, : 4 + p], before[:, : 4 + p], atol=0, rtol=0)
+    assert_close(wide[:, 4 + rows :], before[:, 4 + rows :], atol=0, rtol=0)
+    u, dz = found.gradients(part, du, choice, 0.3, wide_dz[2 : 2 + rows])
+    wanted_u, wanted_dz = found.gradients(alone, du, choice, 0.3)
+    assert_close(u, wanted_u, atol=0, rtol=0)
+    assert_close(wide_dz[2 : 2 + rows], wanted_dz, atol=0, rtol=0)
+    assert dz.data_ptr() == wide_dz[2].data_ptr()
+    assert (wide_dz[:2] == 7).all()
+    assert (wide_dz[2 + rows :] == 7).all()
+
+
 def test_a_token_is_the_same_in_whatever_company_and_on_any_number_of_threads() -> None:
     choice = Choice(2, 5, 3)
     z, du = torch.randn(700, choice.p + choice.s), torch.randn(700, choice.q)
@@ -294,6 +316,11 @@ def test_what_does_not_fit_is_refused_before_memory_is_touched() -> None:
     for wrong in (du.double(), du[:4], du.t().contiguous().t()):
         with pytest.raises(ValueError, match="the kernel takes a matrix of 5 × 6"):
             found.gradients(z, wrong, choice)
+    for wrong in (torch.empty(8, 4), torch.empty(8, 5).double(), torch.empty(5, 8).t()):
+        with pytest.raises(ValueError, match=r"writes a contiguous matrix of 8 × 5 in torch\.float32"):
+            found.gradients(z, du, choice, 1.0, wrong)
+    with pytest.raises(ValueError, match="the kernel takes a contiguous du"):
+        found.gradients(z, torch.randn(5, 7)[:, :6], choice)
     core = MoDEConfig(r=4, num_experts=3).core(8)
     x, A, B = torch.randn(2, 8), torch.randn(3, 8, requires_grad=True), torch.randn(12, 5)
     with pytest.raises(RuntimeError, match=r"shape|size"):

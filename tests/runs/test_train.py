@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from dyads import auxiliary_loss
 from dyads.data.batches import Collator, pad_id_of
 from dyads.errors import ConfigError, DyadsError, RunError, TaskError
+from dyads.ops import unshared
 from dyads.runs import train as training_module
 from dyads.runs.config import Recipe
 from dyads.runs.folder import RunFolder
@@ -218,7 +219,7 @@ def test_a_seed_decides_everything(method: str, tiny: Tiny, tmp_path: Path) -> N
 
 
 class _Spy:
-    """What reached the model: the batches, and the tasks that the gates were told."""
+    """What reached the model in training: the batches, and the tasks that the gates were told."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[list[list[int]]] = []
@@ -227,12 +228,14 @@ class _Spy:
         loss, state = training_module.label_loss, RoutingState.__init__
 
         def spy_loss(unwrapped: Any, model: Any, inputs: dict[str, Any], labels: Tensor, kind: bool) -> Any:
-            self.batches.append(inputs["input_ids"].tolist())
-            self.tasks.append(inputs["task"].tolist() if "task" in inputs else [])
+            if torch.is_grad_enabled():
+                self.batches.append(inputs["input_ids"].tolist())
+                self.tasks.append(inputs["task"].tolist() if "task" in inputs else [])
             return loss(unwrapped, model, inputs, labels, kind)
 
         def spy_state(this: RoutingState, task: Any) -> None:
-            self.told.append(task.tolist() if isinstance(task, Tensor) else task)
+            if torch.is_grad_enabled():
+                self.told.append(task.tolist() if isinstance(task, Tensor) else task)
             state(this, task)
 
         monkeypatch.setattr(training_module, "label_loss", spy_loss)
@@ -274,13 +277,13 @@ class _PowerCutError(Exception):
 
 
 def _cut_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """Ends the process, as it were, in the loss of that call."""
+    """Ends the process, as it were, in the loss of that call in training."""
     calls = 0
     loss = training_module.label_loss
 
     def cut(*args: Any) -> Any:
         nonlocal calls
-        calls += 1
+        calls += torch.is_grad_enabled()
         if calls == call:
             raise _PowerCutError
         return loss(*args)
@@ -288,13 +291,15 @@ def _cut_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     monkeypatch.setattr(training_module, "label_loss", cut)
 
 
-@pytest.mark.parametrize(("method", "accumulation"), [("mode", 1), ("more", 2)])
+@pytest.mark.parametrize(
+    ("method", "dropout", "accumulation"), [("mode", 0.1, 1), ("more", 0.1, 2), ("mode", 0.0, 2), ("task_mode", 0.0, 1)]
+)
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
-    method: str, accumulation: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, dropout: float, accumulation: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny(
         method,
-        options={"lora_dropout": 0.1},
+        options={"lora_dropout": dropout},
         train={"steps": 5, "save_steps": 2, "gradient_accumulation": accumulation},
     )
     through = train(recipe, tmp_path / "through", evaluate=False)
@@ -398,7 +403,7 @@ def test_what_is_not_finite_stops_the_training_and_keeps_the_last_checkpoint(
 
     def broken(*args: Any) -> Any:
         nonlocal calls
-        calls += 1
+        calls += torch.is_grad_enabled()
         total, count = loss(*args)
         if calls <= 3 * accumulation:
             return total, count
@@ -550,7 +555,8 @@ def test_every_schedule_warms_up(scheduler: str, rates: list[float], tiny: Tiny,
 
 @pytest.mark.parametrize("method", ["lora", "mode", "more"])
 def test_checkpointing_trains_the_same_adapter(method: str, tiny: Tiny, tmp_path: Path) -> None:
-    plain = train(tiny(method), tmp_path / "a", evaluate=False)
+    with unshared():  # as within checkpoints
+        plain = train(tiny(method), tmp_path / "a", evaluate=False)
     saving = train(tiny(method, train={"gradient_checkpointing": True}), tmp_path / "b", evaluate=False)
     assert_close(adapter_of(saving), adapter_of(plain), rtol=1e-4, atol=1e-6)
 

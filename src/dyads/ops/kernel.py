@@ -135,7 +135,10 @@ class Kernel:
         if dz is None:
             dz = z.new_empty(z.shape[1], tokens)
         elif dz.shape != (z.shape[1], tokens) or dz.dtype != z.dtype or not dz.is_contiguous():
-            raise ValueError(f"the kernel writes a contiguous dz, got {tuple(dz.shape)} with strides {dz.stride()}")
+            raise ValueError(
+                f"the kernel writes a contiguous matrix of {z.shape[1]} × {tokens} in {z.dtype}, got {tuple(dz.shape)}"
+                f" with strides {dz.stride()} in {dz.dtype}"
+            )
         u = z.new_empty(choice.q, tokens)
         with _seen_by_profilers():
             self._gradients[z.dtype](

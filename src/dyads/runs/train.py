@@ -214,6 +214,8 @@ class Training:
         if self.adapted is not None:
             trainer.add_callback(KeepRows(self.adapted))
             folder.append_log({"event": "adapted", "run": cast(Any, self.recipe.adapt).run, **self.starts})
+        if trainer.routed:
+            trainer.look_round()
         trainer.train(resume_from_checkpoint=checkpoint)
         folder.append_log(
             {
@@ -328,6 +330,16 @@ class _Trainer(Trainer):  # type: ignore[misc]
             pin_memory=self.args.dataloader_pin_memory,
         )
         return cast("DataLoader[Any]", self.accelerator.prepare(loader))
+
+    @torch.no_grad()
+    def look_round(self) -> None:
+        """A forward pass of one example, which trains nothing and draws no random numbers.
+
+        Layers that see the same input find out about each other in it, and are computed together from the first step
+        on. A run that goes on from a checkpoint does the same, and so takes the very steps of one that was not cut off.
+        """
+        batch = cast(Any, self.data_collator)([cast(Any, self.train_dataset)[self.batches[0][0]]])
+        self.label_loss(self.model.eval(), {name: value.to(self.args.device) for name, value in batch.items()})
 
     def compute_loss(
         self,
