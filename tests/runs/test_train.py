@@ -225,16 +225,18 @@ class _Spy:
         self.batches: list[list[list[int]]] = []
         self.tasks: list[list[int]] = []
         self.told: list[Any] = []
+        self.trains = False
         loss, state = training_module.label_loss, RoutingState.__init__
 
         def spy_loss(unwrapped: Any, model: Any, inputs: dict[str, Any], labels: Tensor, kind: bool) -> Any:
-            if torch.is_grad_enabled():
+            self.trains = unwrapped.training
+            if self.trains:
                 self.batches.append(inputs["input_ids"].tolist())
                 self.tasks.append(inputs["task"].tolist() if "task" in inputs else [])
             return loss(unwrapped, model, inputs, labels, kind)
 
         def spy_state(this: RoutingState, task: Any) -> None:
-            if torch.is_grad_enabled():
+            if self.trains:
                 self.told.append(task.tolist() if isinstance(task, Tensor) else task)
             state(this, task)
 
@@ -281,12 +283,12 @@ def _cut_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     calls = 0
     loss = training_module.label_loss
 
-    def cut(*args: Any) -> Any:
+    def cut(unwrapped: Any, *args: Any) -> Any:
         nonlocal calls
-        calls += torch.is_grad_enabled()
+        calls += unwrapped.training
         if calls == call:
             raise _PowerCutError
-        return loss(*args)
+        return loss(unwrapped, *args)
 
     monkeypatch.setattr(training_module, "label_loss", cut)
 
@@ -401,10 +403,10 @@ def test_what_is_not_finite_stops_the_training_and_keeps_the_last_checkpoint(
     calls = 0
     loss = training_module.label_loss
 
-    def broken(*args: Any) -> Any:
+    def broken(unwrapped: Any, *args: Any) -> Any:
         nonlocal calls
-        calls += torch.is_grad_enabled()
-        total, count = loss(*args)
+        calls += unwrapped.training
+        total, count = loss(unwrapped, *args)
         if calls <= 3 * accumulation:
             return total, count
         return (total * float("nan") if what == "loss" else _InfiniteGradient.apply(total)), count

@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from dyads import MoDEConfig
+from dyads import MoDEConfig, use_task
 from dyads.ops import plain, unshared
 from dyads.tuner import DyadsLayer
 from dyads.tuner import layer as of_layer
@@ -113,8 +113,9 @@ def block(**options: Any) -> tuple[PeftModel, Block]:
 
 
 def step(model: nn.Module, x: Tensor) -> list[Tensor | None]:
+    """Output, and the gradients of x and all that is trained."""
     trained = [x, *(p for p in model.parameters() if p.requires_grad)]
-    y = model(x)
+    y = model(x * 1)
     return [y.detach(), *torch.autograd.grad(y.square().sum(), trained, allow_unused=True)]
 
 
@@ -149,9 +150,20 @@ def test_a_pass_without_gradients_learns_and_uses_nothing(groups: list[int]) -> 
         outputs = [model(x), model(x), model.eval()(x), model.eval()(x)]
     for output in outputs:
         assert_close(output, outputs[0], atol=0, rtol=0)
-    assert_close(model.eval()(x), outputs[0], atol=1e-12, rtol=1e-12)
-    assert not groups
     step(model.train(), x)
+    assert not groups
+    step(model, x)
+    assert groups == [3]
+
+
+def test_a_pass_in_evaluation_learns_and_uses_nothing(groups: list[int]) -> None:
+    model, _ = block()
+    model.eval()
+    outputs = [model(torch.ones(1, 6).double()) for _ in range(3)]
+    for output in outputs:
+        assert_close(output, outputs[0], atol=0, rtol=0)
+    assert not groups
+    step(model.train(), inputs())
     assert groups == [3]
 
 
@@ -186,7 +198,7 @@ def test_an_output_that_is_not_used_gives_no_gradient() -> None:
     agree(model, 1)
     taken: dict[str, Tensor] = {}
     base.v.register_forward_hook(lambda module, args, output: taken.update(v=output))
-    model(inputs())
+    model(inputs() * 1)
     taken["v"].sum().backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all((grad is not None) == (".v." in name) for name, grad in grads.items())
@@ -233,7 +245,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(groups: list[int]) -> None:
         raise ValueError("in between")
 
     base.between = fail
-    x = inputs()
+    x = inputs() * 1
     with pytest.raises(ValueError, match="in between"):
         model(x)
     there = weakref.ref(x)
@@ -248,7 +260,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(groups: list[int]) -> None:
 def test_a_pass_that_succeeds_leaves_nothing_behind() -> None:
     model, _ = block()
     agree(model, 2)
-    x = inputs()
+    x = inputs() * 1
     there = weakref.ref(x)
     model(x)
     del x
@@ -295,8 +307,75 @@ def test_where_saved_tensors_are_watched_every_layer_computes_by_itself(groups: 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         agree(model, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        model.float()(torch.randn(2, 7, 6))
+        model.float()(torch.randn(2, 7, 6).requires_grad_() * 1)
     assert not groups
+
+
+def test_inputs_that_come_from_no_operation_leave_layers_their_own_graphs(groups: list[int]) -> None:
+    model, base = block()
+    taken: dict[str, Tensor] = {}
+    for name in ("q", "v"):
+        layer = getattr(base, name)
+        layer.register_forward_hook(lambda module, args, output, name=name: taken.update({name: output}))
+    for x in (inputs(), inputs().detach(), inputs()):
+        model(x)
+        for output in taken.values():
+            output.sum().backward()  # one after the other, without retain_graph
+    assert not groups
+
+
+@pytest.mark.parametrize(
+    "what", ["called alone", "hooked", "no gradients", "autocast", "saved elsewhere", "another task"]
+)
+def test_what_was_computed_for_a_layer_serves_only_where_it_would_have_been_computed_so(
+    what: str, groups: list[int]
+) -> None:
+    model, base = block()
+    agree(model, 2)
+    k, x = base.k, inputs() * 1
+    contexts: dict[str, Any] = {
+        "no gradients": torch.no_grad,
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+        "saved elsewhere": lambda: torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t),
+        "another task": lambda: use_task(model, "other"),
+    }
+    with unshared():
+        alone = k(x)
+    groups.clear()
+    if what == "called alone":
+        assert_close(base.q(x).shape, (2, 7, 5))
+        with torch.no_grad():
+            k.dyads_B["default"].mul_(2)
+        with unshared():
+            alone = k(x)
+        assert_close(k(x), alone, atol=0, rtol=0)
+        assert not groups
+        return
+    if what == "hooked":
+
+        def doubles(module: DyadsLayer, args: Any) -> None:
+            module.dyads_B["default"].data.mul_(2)
+
+        k.register_forward_pre_hook(doubles)
+        model(x)
+        assert groups == [2]
+        return
+    seen: list[Tensor] = []
+    inner, base.k = k, nn.Identity()
+
+    class Within(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            with contexts[what]():
+                seen.append(inner(x))
+            return seen[-1].to(x.dtype)
+
+    base.k = Within()
+    model(x)
+    assert groups == [3]
+    with contexts[what](), unshared():
+        alone = inner(x)
+    assert (seen[0].dtype, seen[0].requires_grad) == (alone.dtype, alone.requires_grad)
+    assert_close(seen[0], alone, atol=0, rtol=0)
 
 
 def nodes(tensor: Tensor) -> Iterator[Any]:
@@ -325,7 +404,7 @@ def test_nothing_more_is_kept_for_backward(variant_: Variant) -> None:
     torch.manual_seed(0)
     config = variant_.config(target_modules=["q", "k", "v"], init_weights=False, lora_dropout=0.0)
     model = get_peft_model(Block(), config).train()
-    x, task = torch.randn(2, 700, 6).requires_grad_(), task_of(config, "sst2", "rte")
+    x, task = torch.randn(2, 700, 6).requires_grad_() * 1, task_of(config, "sst2", "rte")
     model(x, **task)
     shared = kept(model, x, task)
     with unshared():

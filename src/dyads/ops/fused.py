@@ -93,12 +93,15 @@ def serves(gating: Gating) -> bool:
 def can_share(x: Tensor) -> bool:
     """Whether layers with the input x may be computed at once, here and now: while gradients are recorded.
 
-    Not within autocast, and not where hooks see what is saved for backward, as in gradient checkpointing: it counts
-    what is saved, and who shares with whom may be learned between its two passes.
+    Not where x comes from no operation: its layers then have no graph in common, and may be asked for their gradients
+    one after the other, which one node would not survive. Not within autocast, and not where hooks see what is saved
+    for backward, as in gradient checkpointing: it counts what is saved, and who shares with whom may be learned between
+    its two passes.
     """
     return (
         bool(_SHARING)
         and torch.is_grad_enabled()
+        and x.grad_fn is not None
         and not x.is_inference()
         and unwatched()
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
@@ -217,7 +220,7 @@ class _Fused(torch.autograd.Function):
             if plan.compiled is not None:
                 compiled, choice = plan.compiled
                 u = compiled.mix(part, choice)
-                gates = part[:, choice.p :]  # they have taken the place of the scores
+                gates = part.new_empty(0)  # they have taken the place of the scores; this tells a checkpoint so
             else:
                 h, scores = split(part.view(*x.shape[:-1], plan.rows), A.shape[0])
                 g = plan.gating.select(h, scores, of_task)

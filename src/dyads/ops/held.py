@@ -121,23 +121,22 @@ class Together:
 
     def coefficients(self, held: Held, x: Tensor, dtype: torch.dtype) -> Tensor:
         """As `Held.coefficients`, for an operator whose gates look at no task."""
-        siblings = self._siblings
-        first = siblings.first_of(x)
-        if first is not None:
-            found = siblings.take(held)
+        shared = self._siblings.at(x)
+        if shared is not None:
+            found = shared.take(held)
             if found is not None:
                 return found
-            if held.is_like(first):
-                siblings.add(first, held)
+            if shared.first is not None and held.is_like(shared.first):
+                self._siblings.add(shared.first, held)
             return held.coefficients(x, held.weights(dtype)[0])
-        others = siblings.begin(held, x)
-        if not others:
+        shared = self._siblings.begin(held, x)
+        if not shared.others:
             return held.coefficients(x, held.weights(dtype)[0])
-        all_of_them = (held, *others)
+        all_of_them = (held, *shared.others)
         key = (dtype, tuple(map(id, all_of_them)))
         down = self._made.get(key)
         if down is None:
             down = self._made[key] = torch.cat([one.weights(dtype)[0] for one in all_of_them], 1)
         mine, *theirs = held.coefficients(x, down, layers=len(all_of_them)).unbind(-2)
-        siblings.keep(others, theirs)
+        shared.keep(shared.others, theirs)
         return mine

@@ -139,14 +139,15 @@ def _folder_of(key: str, packaged: Packaged) -> Path:
     partial = folder.parent / f".{folder.name}-{uuid4().hex}"
     partial.mkdir(parents=True)  # not by mkdtemp: others who share the cache must be able to read it
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, gguf_file=packaged.place, dtype=torch.float32)
-        # A model that was loaded from GGUF refuses to be saved as long as its config says that it is quantised.
-        config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
-        plain = type(model)(type(model.config).from_dict(config))
-        plain.load_state_dict(model.state_dict())
-        plain.generation_config = model.generation_config
-        plain.to(torch.bfloat16).save_pretrained(partial)
-        AutoTokenizer.from_pretrained(source, gguf_file=packaged.place).save_pretrained(partial)
+        with torch.device("cpu"):  # whoever asks may count parameters on the meta device
+            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=packaged.place, dtype=torch.float32)
+            # A model that was loaded from GGUF refuses to be saved as long as its config says that it is quantised.
+            config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+            plain = type(model)(type(model.config).from_dict(config))
+            plain.load_state_dict(model.state_dict())
+            plain.generation_config = model.generation_config
+            plain.to(torch.bfloat16).save_pretrained(partial)
+            AutoTokenizer.from_pretrained(source, gguf_file=packaged.place).save_pretrained(partial)
         try:
             partial.rename(folder)
         except OSError:

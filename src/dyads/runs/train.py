@@ -331,9 +331,8 @@ class _Trainer(Trainer):  # type: ignore[misc]
         )
         return cast("DataLoader[Any]", self.accelerator.prepare(loader))
 
-    @torch.no_grad()
     def look_round(self) -> None:
-        """A forward pass of one example, which trains nothing and draws no random numbers.
+        """A forward pass of one example in evaluation, which trains nothing and draws no random numbers.
 
         Layers that see the same input find out about each other in it, and are computed together from the first step
         on. A run that goes on from a checkpoint does the same, and so takes the very steps of one that was not cut off.

@@ -156,6 +156,8 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """This layer, where it or one before it can compute it from x beside others; None where it must be called."""
         if self.disable_adapters or self.merged or adapter not in self.scaling or self.active_adapters[0] != adapter:
             return None
+        if self._forward_pre_hooks or "forward" in vars(self):
+            return None  # who looks on before it is called may change what it is made of
         A, core, frozen = self.dyads_A[adapter], self.core(adapter), self._frozen()
         if frozen is None or core.heads > 1 or not core.splits or _drops(self.dyads_dropout[adapter]):
             return None
@@ -169,26 +171,33 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _shared(self, adapter: str, x: Tensor) -> Tensor | None:
         """What a layer that saw x before computed for this one too, or this one for all that will; None for by itself.
 
-        Who sees the same x is learned in every pass, and used while training with gradients.
+        Who sees the same x is learned in every forward pass of the model with gradients, and used while training.
         """
-        if not serves(self.core(adapter)):
+        routing = self.routing
+        if not torch.is_grad_enabled() or not routing.is_under_way or not serves(self.core(adapter)):
             return None
-        siblings = self.routing.siblings(adapter)
-        first = siblings.first_of(x)
-        if first is not None:
-            found = siblings.take(self)
-            if found is None:
-                siblings.add(first, self)
-            return found
-        others = siblings.begin(self, x)
-        if not others or not self.training or not can_share(x):
+        siblings = routing.siblings(adapter)
+        shared = siblings.at(x, routing.state)
+        if shared is not None:
+            if shared.found and can_share(x) and self.training:
+                found = shared.take(self)
+                if found is not None:
+                    return found
+            if shared.first is not None:
+                siblings.add(shared.first, self)
             return None
-        layers = [(one, adapted) for one in (self, *others) if (adapted := one._adapted(adapter, x)) is not None]
-        if len(layers) < 2 or layers[0][0] is not self:
+        shared = siblings.begin(self, x, routing.state)
+        if not shared.others or not self.training or not can_share(x):
             return None
-        mine, *theirs = fused_all(x, [adapted for _, adapted in layers])
-        siblings.keep([one for one, _ in layers[1:]], theirs)
-        return mine
+        mine = self._adapted(adapter, x)
+        if mine is None:
+            return None
+        layers = [(one, adapted) for one in shared.others if (adapted := one._adapted(adapter, x)) is not None]
+        if not layers:
+            return None
+        result, *theirs = fused_all(x, [mine, *(adapted for _, adapted in layers)])
+        shared.keep([one for one, _ in layers], theirs)
+        return result
 
     def _sum(self, adapter: str, x: Tensor, task: Tensor | None, onto: Tensor | None, base: Frozen | None) -> Tensor:
         core, dropout = self.core(adapter), self.dyads_dropout[adapter]

@@ -256,6 +256,11 @@ class Routing:
             self.held.clear()
         self.together = {}
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a forward pass of the whole model is."""
+        return bool(self._outer)
+
     def siblings(self, adapter: str) -> Siblings[Any, Tensor]:
         """Which layers of an adapter see the same input, while weights may change."""
         found = self._siblings.get(adapter)
@@ -398,7 +403,7 @@ class _LeaveForward:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         routing, call = self.routing, self.routing.call
         routing.state, routing.call = routing._outer.pop()
-        for siblings in routing._siblings.values():
+        for siblings in routing._siblings.values() if not routing._outer else ():
             siblings.settle(failed=output is None)
         if call is None or not call.losses or output is None:  # None: an error ended it
             return None
