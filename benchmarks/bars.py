@@ -53,7 +53,7 @@ TRIED = {
         " products of the adapter bring it to 0.95, gates to 1.00; Poly took 0.94. Kept: gates and their gradients as"
         " compiled code (0.971 of the step before, quartiles 0.964 to 0.981), operands turned the way each product is"
         " fastest (10 to 30 % of a product), the base layer's output and its gradient written over, layers that see the"
-        " same input computed at once (1.030 of Poly before, 1.017 with it, in one process). Tried and left: oneDNN for"
+        " same input computed at once (1.030 of Poly before, 1.018 with it, in one process). Tried and left: oneDNN for"
         " the narrow products (11.3 to 12.9 ms of a step and 11.6 to 13.7), the small product before the large one that"
         " it is added to (108 to 111 ms), blocks of tokens that stay in a core's cache (1.05 and more). torch.compile:"
         " gates alone were no faster than PyTorch's operations (131 to 192 µs, and 92 to 115); the whole model took"

@@ -200,7 +200,10 @@ def _compiled(x: Tensor, A: Tensor, W: Tensor, B: Tensor, gating: Splits) -> tup
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps x, the weights, and for every layer h with the scores or gates; forms everything else again."""
+    """Keeps x, the weights, and for every layer h with the scores or gates; forms everything else again.
+
+    Its leaves are four of every layer: A, W, B, and what the tasks gave.
+    """
 
     @staticmethod
     def forward(
@@ -270,8 +273,9 @@ def _gradients(ctx: Any, saved: Sequence[Any], dys: Sequence[Tensor | None]) -> 
             kept = kept if kept.stride(1) == 1 else kept.contiguous()  # hooks give what they like
             u, _ = compiled.gradients(kept, dy @ up.t(), choice, plan.scale, part)
         else:
-            task = of_task, needs[4 * i + 3]
-            u, grads[4 * i + 3] = _gradients_of_gates(plan, x, A.shape[0], kept, gates, *task, up @ dy.t(), part)
+            need_task, du = needs[4 * i + 3], up @ dy.t()
+            u, d_task = _gradients_of_gates(plan, x, A.shape[0], kept, gates, of_task, need_task, du, part)
+            grads[4 * i + 3] = d_task
         if needs[4 * i + 2]:
             dB = _cast(u @ dy, B.dtype)
             grads[4 * i + 2] = dB if plan.scale == 1.0 else dB.mul_(plan.scale)

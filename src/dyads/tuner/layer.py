@@ -154,7 +154,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _adapted(self, adapter: str, x: Tensor) -> Adapted | None:
         """This layer, where it or one before it can compute it from x beside others; None where it must be called."""
-        if self.disable_adapters or self.merged or adapter not in self.scaling or self.active_adapters[0] != adapter:
+        if self.disable_adapters or self.merged or adapter not in self.scaling or self.active_adapters[:1] != [adapter]:
             return None
         if self._forward_pre_hooks or "forward" in vars(self):
             return None  # who looks on before it is called may change what it is made of
