@@ -66,7 +66,7 @@ def _agree(what: str, ours: Iterable[Tensor], wanted: Iterable[Tensor | None], d
     """A tensor may differ by a share of its own size, or of a hundredth of the largest one's: a gradient that is small
     because large numbers cancel out has their rounding."""
     pairs = [
-        (mine.double(), torch.zeros_like(mine, dtype=torch.float64) if theirs is None else theirs.double())
+        (mine.detach().double(), (torch.zeros_like(mine) if theirs is None else theirs.detach()).double())
         for mine, theirs in zip(ours, wanted, strict=True)
     ]
     least = max(float(theirs.abs().max()) for _, theirs in pairs) / 100
