@@ -54,6 +54,8 @@ def kind_of(operation: str) -> str:
     """The kind of work that a name of the profiler stands for."""
     if operation == "dyads::gates":
         return "softmax"
+    if operation == "mkl::_mkl_linear":
+        return "matrix products"
     name = operation.removeprefix("aten::")
     if name == operation:
         return "Python and autograd"

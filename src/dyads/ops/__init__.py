@@ -6,6 +6,7 @@ from dyads.ops.fused import Adapted, Splits, can_share, fused, fused_all, plain,
 from dyads.ops.held import Held, Together
 from dyads.ops.kernel import Choice, Kernel, kernel, without_kernel
 from dyads.ops.oracle import dyadic_sum
+from dyads.ops.packed import unpacked
 from dyads.ops.products import autocast_dtype
 from dyads.ops.siblings import Siblings
 
@@ -28,6 +29,7 @@ __all__ = [
     "kernel",
     "plain",
     "serves",
+    "unpacked",
     "unshared",
     "without_kernel",
 ]

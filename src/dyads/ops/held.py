@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dyads.ops.dyadic import Frozen, Gating, dyadic
+from dyads.ops.packed import packs
 from dyads.ops.products import cheap_dtype, is_small, join, split, up
 from dyads.ops.siblings import Siblings
 from dyads.ops.switch import FAST
@@ -49,13 +50,16 @@ class Held:
         """`together` serves layers that see the same x one after the other."""
         if not FAST or not self._splits:
             return dyadic(x, self.A, self.B, self.core, task, scale=self.scale, onto=onto, base=base)
+        few, packed = is_small(x, self._rows), None
         dtype = cheap_dtype(x, self._rows)
         down, B = self.weights(dtype)
-        if together is not None and task is None and is_small(x, self._rows):
+        if base is not None and not few:  # of a few rows, looking it up takes a part that counts
+            packed = packs(x, base[0])
+        if together is not None and task is None and few:
             u = together.coefficients(self, x, dtype)
         else:
             u = self.coefficients(x, down, self.of_task(task))
-        return up(u, B, 1.0, x, onto, base)
+        return up(u, B, 1.0, x, onto, base, packed)
 
     def coefficients(self, x: Tensor, down: Tensor, of_task: Tensor | None = None, layers: int = 1) -> Tensor:
         """What the rows of B are multiplied by: (… q), or (… layers q) with the weights of several layers in `down`."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyads.ops.dyadic import Frozen
+from dyads.ops.packed import Packs
 
 __all__ = [
     "autocast_dtype",
@@ -76,11 +77,13 @@ def split(z: Tensor, p: int) -> tuple[Tensor, Tensor | None]:
     return h, scores
 
 
-def up(u: Tensor, B: Tensor, scale: float, x: Tensor, onto: Tensor | None, base: Frozen | None) -> Tensor:
-    """scale · u B (… o), which is added to `onto` or base(x) where one is given."""
+def up(
+    u: Tensor, B: Tensor, scale: float, x: Tensor, onto: Tensor | None, base: Frozen | None, packed: Packs | None = None
+) -> Tensor:
+    """scale · u B (… o), which is added to `onto` or base(x) where one is given; `packed` is of the base's weight."""
     rows, in_place = u.reshape(-1, B.shape[0]), False
     if base is not None:
-        onto, in_place = F.linear(x, *base), unwatched()
+        onto, in_place = F.linear(x, *base) if packed is None else packed.linear(x, *base), unwatched()
     if onto is None:
         return ((rows if scale == 1.0 else rows * scale) @ B).to(x.dtype).view(*x.shape[:-1], B.shape[1])
     if onto.dtype == B.dtype:
