@@ -146,7 +146,19 @@ def test_what_is_packed_takes_no_more_room_than_there_is(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "what", ["few rows", "many rows", "half precision", "double", "strided", "watched", "subclass", "off", "unwanted"]
+    "what",
+    [
+        "few rows",
+        "many rows",
+        "half precision",
+        "double",
+        "strided",
+        "watched",
+        "subclass",
+        "inference",
+        "off",
+        "unwanted",
+    ],
 )
 def test_where_there_is_nothing_to_gain_nothing_is_packed(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = frozen()[0], torch.randn(32, 48)
@@ -166,6 +178,9 @@ def test_where_there_is_nothing_to_gain_nothing_is_packed(what: str, monkeypatch
             assert packs(x, weight) is None
     elif what == "subclass":
         assert packs(x.as_subclass(type("Other", (Tensor,), {})), weight) is None
+    elif what == "inference":
+        with torch.inference_mode():
+            assert packs(x, torch.randn(33, 48)) is None
     elif what == "off":
         with unpacked():
             assert packs(x, weight) is None

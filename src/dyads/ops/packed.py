@@ -15,6 +15,7 @@ through `.data` in place, PyTorch does not count as changed: make it anew instea
 from __future__ import annotations
 
 import os
+from collections.abc import MutableMapping
 from contextlib import AbstractContextManager
 from functools import cache
 
@@ -101,7 +102,7 @@ class Packs:
         return self._bytes * (self._there.is_packed + self._back.is_packed)
 
 
-_PACKS = WeakTensorKeyDictionary()
+_PACKS: MutableMapping[Tensor, Packs] = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
 
 
 def packs(x: Tensor, weight: Tensor) -> Packs | None:
@@ -112,13 +113,13 @@ def packs(x: Tensor, weight: Tensor) -> Packs | None:
     """
     if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu" or not _ENABLED:
         return None
-    if type(x) not in _PLAIN or type(weight) not in _PLAIN:
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN or weight.is_inference():
         return None
     if not _FEWEST <= x.shape[:-1].numel() <= _MOST:
         return None
     if torch._C._len_torch_dispatch_stack() or not weight.is_contiguous() or not _can_pack():
         return None
-    found: Packs | None = _PACKS.get(weight)
+    found = _PACKS.get(weight)
     if found is None or not found.are_of(weight):
         found = _PACKS[weight] = Packs(weight)
     return found
@@ -139,5 +140,6 @@ def _taken() -> int:
 
 @cache
 def _can_pack() -> bool:
-    wanted = os.environ.get("DYADS_PACK") != "0"
-    return wanted and torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+    if os.environ.get("DYADS_PACK") == "0" or not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return hasattr(torch.ops.mkl, "_mkl_linear")
