@@ -53,7 +53,10 @@ TRIED = {
         " products of the adapter bring it to 0.95, gates to 1.00; Poly took 0.94. Kept: gates and their gradients as"
         " compiled code (0.971 of the step before, quartiles 0.964 to 0.981), operands turned the way each product is"
         " fastest (10 to 30 % of a product), the base layer's output and its gradient written over, layers that see the"
-        " same input computed at once (1.030 of Poly before, 1.018 with it, in one process). Tried and left: oneDNN for"
+        " same input computed at once (1.030 of Poly before, 1.018 with it, in one process), frozen weights packed once"
+        " (1.025 before, 1.002 with it). What is left above the products' own time is memory: the six products of the"
+        " adapter read and write what has left the cache (75 ms of 373; at the base layers' rate 51). Tried and left:"
+        " narrow products of our own in AVX-512 (no faster than MKL's with cold operands), oneDNN for"
         " the narrow products (11.3 to 12.9 ms of a step and 11.6 to 13.7), the small product before the large one that"
         " it is added to (108 to 111 ms), blocks of tokens that stay in a core's cache (1.05 and more). torch.compile:"
         " gates alone were no faster than PyTorch's operations (131 to 192 µs, and 92 to 115); the whole model took"
@@ -72,8 +75,9 @@ TRIED = {
     ),
     ("decode", "lora"): (
         "A decoding step multiplies a handful of rows. Kept, as they gained: weights joined and cast once for a whole"
-        " generation, products of few rows in fp32 on a CPU (4 rows 50 to 7 µs, 32 rows 49 to 37), and fewer steps of"
-        " Python in every layer (above the frozen layer 334 to 253 µs, where LoRA takes 198 to 233). Kept, without a"
+        " generation, products of few rows in fp32 on a CPU (4 rows 50 to 7 µs, 32 rows 49 to 37), fewer steps of"
+        " Python in every layer (above the frozen layer 334 to 253 µs, where LoRA takes 198 to 233), and two compiled"
+        " calls of a layer (1.045 of LoRA's time before, 1.013 with them). Kept, without a"
         " gain of its own for MoDE: q, k and v sharing one product and one call of the gates. The profile of decoding"
         " has the floor. With glibc's own settings MoDE had 0.97 of LoRA (0.95 to 0.98), and both were slower (LOG.md)."
     ),
