@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ def answer(place: Path) -> int:
 def calls(place: Path) -> int:
     """How often something was compiled or linked."""
     noted = place / "calls"
-    return len(noted.read_text().splitlines()) if noted.exists() else 0
+    told = noted.read_text().splitlines() if noted.exists() else []
+    return sum("--version" not in one for one in told)
 
 
 def kept(place: Path) -> list[Path]:
@@ -81,8 +83,8 @@ def test_another_cause_is_compiled_anew(place: Path, change: str, monkeypatch: p
     elif change == "what it includes":
         (place / "answer.h").write_text("#define ANSWER 43\n")
     elif change == "compiler":
-        with (place / "cc").open("a") as program:
-            program.write("# another version\n")
+        script = (place / "cc").read_text()
+        (place / "cc").write_text(script.replace("exec", "test $1 = --version && echo another one && exit\nexec"))
     elif change == "flags":
         monkeypatch.setenv("CC", f"{place / 'cc'} -DNOTHING")
     else:
@@ -112,12 +114,51 @@ def test_what_another_user_left_is_not_loaded(place: Path, monkeypatch: pytest.M
     assert calls(place) == 4
 
 
+def raising(error: Exception) -> Callable[..., Any]:
+    def fail(*_: object) -> Any:
+        raise error
+
+    return fail
+
+
 @needs_a_compiler
-def test_without_a_place_to_keep_it_it_is_compiled_every_time(place: Path) -> None:
-    (place / "cache").write_text("not a folder")
+@pytest.mark.parametrize("why", ["no folder", "full", "no home", "an unknown processor"])
+def test_without_a_place_to_keep_it_it_is_compiled_every_time(
+    place: Path, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if why == "no folder":
+        (place / "cache").write_text("not a folder")
+    elif why == "full":
+        monkeypatch.setattr(shutil, "copyfile", raising(OSError(28, "No space left on device")))
+    elif why == "no home":
+        monkeypatch.delenv("DYADS_CACHE")
+        monkeypatch.setattr(Path, "home", raising(RuntimeError("Could not determine home directory.")))
+    else:
+        monkeypatch.setattr(of_compile, "_processor", lambda: None)
     for times in (1, 2):
         assert answer(place) == 42
         assert calls(place) == 2 * times
+
+
+@needs_a_compiler
+def test_what_does_not_load_is_compiled_once(place: Path) -> None:
+    (place / "answer.c").write_text("int missing(void);\nint answer(void) { return missing(); }\n")
+    now = '#!/bin/sh\necho "$@" >> {0}/calls\nexec cc -Wl,-z,now "$@"\n'
+    (place / "cc").write_text(now.format(place))
+    for _ in range(2):
+        assert list(compile_c(place / "answer.c", place / "answer.h")) == []
+        assert calls(place) == 6, "two commands for each of three sets of flags, in the first of two attempts"
+
+
+@needs_a_compiler
+def test_a_compiler_that_is_slow_gives_nothing_and_not_something_else(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(of_compile, "_PATIENCE", 0.5)
+    (place / "cc").write_text('#!/bin/sh\ntest "$1" = --version && exit\necho "$@" >> calls\nexec sleep 9\n')
+    monkeypatch.chdir(place)
+    assert list(compile_c(place / "answer.c", place / "answer.h")) == []
+    assert calls(place) == 1
 
 
 @needs_a_compiler

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 from dyads.methods import Core, MoDEConfig, MoLoRAConfig
@@ -199,3 +201,48 @@ def test_what_does_not_fit_is_refused_and_not_read_past_its_end() -> None:
     ):
         with pytest.raises(ValueError, match="the kernel adds"):
             found.add(rows, panels, y)
+    with pytest.raises(ValueError, match=r"on the CPU, got .* on meta"):
+        found.coefficients(x, down.to("meta"), choice)
+    with pytest.raises(ValueError, match=r"all on the CPU, got .* on meta"):
+        found.add(u[0], up.to("meta"), torch.zeros(3, 20))
+
+
+@torch.no_grad()
+def test_no_rows_are_no_error_in_a_thread_that_computed_nothing_before() -> None:
+    held, base = layer("mode", 96, 50), (torch.randn(50, 96), None)
+    found: list[Tensor] = []
+
+    def call() -> None:
+        with torch.no_grad():
+            found.append(held(torch.randn(0, 96), base=base))
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert [y.shape for y in found] == [(0, 50)]
+
+
+@torch.no_grad()
+def test_one_that_goes_another_way_leaves_the_others_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, together = [layer("mode", 48, 20) for _ in range(3)], Together()
+    base, onto = (torch.randn(20, 48), None), torch.randn(5, 20)
+    seen = watched(layers[0], monkeypatch)
+    for _ in range(3):
+        x = torch.randn(5, 48)
+        seen.clear()
+        layers[0](x, base=base, together=together)
+        layers[1](x, onto=onto, together=together)
+        layers[2](x, base=base, together=together)
+    assert seen == ["coefficients", "add", "add"]
+
+
+def test_forward_derivatives_go_through_the_operator() -> None:
+    held, x, tangent = layer("mode", 48, 20), torch.randn(5, 48), torch.randn(5, 48)
+    base = (torch.randn(20, 48), None)
+    with torch.no_grad(), forward_ad.dual_level():
+        y = held(forward_ad.make_dual(x, tangent), base=base)
+        found = forward_ad.unpack_dual(y).tangent
+    _, expected = torch.func.jvp(
+        lambda x: dyadic(x, held.A, held.B, held.core, scale=held.scale, base=base), (x,), (tangent,)
+    )
+    assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -394,6 +394,7 @@ def test_where_no_compiler_serves_pytorch_does(tmp_path: Path) -> None:
     for environment in nothing:
         assert served(**environment)[0] == "no"
     assert served(CC=" ")[0] == flags
+    assert served(CC="cc -fvisibility=hidden")[0] == flags
 
 
 def test_the_kernel_serves_plain_cpu_tensors_in_fp32_and_bf16_only() -> None:

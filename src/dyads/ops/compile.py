@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How does C become functions, where a compiler is at hand?
 
-GCC or Clang (`cc`, or what `$CC` names) compiles for the processor that is there; that takes one or two seconds, and
-what comes out is kept in the cache folder, under a name made of everything that it depends on. Where the folder cannot
-be written to, it is compiled in every process. Why it failed is logged at level DEBUG.
+GCC or Clang (`cc`, or what `$CC` names) compiles for the processor that is there. That takes one or two seconds, on
+processors without AVX-512 ten and more, and what comes out is kept in the cache folder, under a name made of everything
+that it depends on. Where the folder cannot be used it is compiled in every process. Why it failed is logged at level
+DEBUG.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -29,12 +31,13 @@ _NATIVE = "-march=native" if platform.machine() in ("x86_64", "AMD64", "i686") e
 # One attempt after the other: all threads, one, whatever processor.
 _FLAGS = ((_NATIVE, "-fopenmp"), (_NATIVE,), ())
 _ALWAYS = ("-std=gnu11", "-O3", "-fPIC")
+_PATIENCE = 180  # seconds, for a busy machine
 _LOG = logging.getLogger(__name__)
 
 
 def cache_folder() -> Path:
     """The folder for what takes long to make and can be made again: $DYADS_CACHE, else ~/.cache/dyads."""
-    return Path(os.environ.get("DYADS_CACHE") or Path.home() / ".cache" / "dyads")
+    return Path(os.environ.get("DYADS_CACHE") or Path.home() / ".cache" / "dyads").expanduser()
 
 
 class Library(NamedTuple):
@@ -49,7 +52,12 @@ def compile_c(*sources: Path) -> Iterator[Library]:
     """What comes of a file, which includes the others: with all flags, then with fewer, where anything comes at all."""
     compiler = [] if sys.platform == "win32" else _compiler()
     for flags in _FLAGS if compiler else ():
-        found = _attempt(sources, compiler, flags)
+        try:
+            found = _attempt(sources, compiler, flags)
+        except subprocess.TimeoutExpired as slow:
+            # Other flags would give other bits, and another process might be in time.
+            _LOG.debug("%s with %s: %s", sources[0].name, flags, slow)
+            return
         if found is not None:
             yield Library(found, compiler, flags)
 
@@ -59,7 +67,7 @@ def _attempt(sources: tuple[Path, ...], compiler: list[str], flags: tuple[str, .
         return _library(sources, compiler, flags)
     except subprocess.CalledProcessError as failed:
         _LOG.debug("%s with %s: %s", sources[0].name, flags, failed.stderr)
-    except (OSError, subprocess.TimeoutExpired) as failed:
+    except OSError as failed:
         _LOG.debug("%s with %s: %s", sources[0].name, flags, failed)
     return None
 
@@ -74,47 +82,100 @@ def _compiler() -> list[str]:
 
 
 def _library(sources: tuple[Path, ...], compiler: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
-    kept = cache_folder() / "compiled" / f"{sources[0].stem}-{_key(sources, compiler, flags)}.so"
-    try:
-        if kept.is_file() and kept.stat().st_uid == os.getuid():
-            return ctypes.CDLL(str(kept))
-    except OSError as failed:  # half of a file, or not ours to read
-        _LOG.debug("%s: %s", kept, failed)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True) as folder:
-            made = _compiled(sources[0], compiler, flags, folder)
-            library = ctypes.CDLL(made)
-            os.replace(made, kept)  # in one step: another process finds all of it or nothing
-            return library
-    except OSError as failed:
-        _LOG.debug("%s: %s", kept.parent, failed)
+    kept = _place(sources, compiler, flags)
+    if kept is not None and (kept.exists() or kept.is_symlink()):
+        if not _is_ours(kept):
+            kept = None
+        elif kept.stat().st_size == 0:
+            raise OSError(f"{kept}: it was compiled before and did not load")
+        else:
+            try:
+                return ctypes.CDLL(str(kept))
+            except OSError as failed:  # half of a file
+                _LOG.debug("%s: %s", kept, failed)
     with tempfile.TemporaryDirectory(prefix="dyads-", ignore_cleanup_errors=True) as folder:
-        return ctypes.CDLL(_compiled(sources[0], compiler, flags, folder))
+        made = _compiled(sources[0], compiler, flags, folder)
+        try:
+            library = ctypes.CDLL(made)
+        except OSError:
+            _keep(None, kept)
+            raise
+        _keep(made, kept)
+        return library
+
+
+def _is_ours(kept: Path) -> bool:
+    """Whether nobody else can have written it."""
+    found = kept.lstat()
+    return stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def _place(sources: tuple[Path, ...], compiler: list[str], flags: tuple[str, ...]) -> Path | None:
+    """Where the library is kept; None where there is no such place, or one for several kinds of processors."""
+    processor = _processor()
+    if processor is None:
+        return None
+    try:
+        key = _key(sources, compiler, flags, processor)
+        return cache_folder() / "compiled" / f"{sources[0].stem}-{key}.so"
+    except (OSError, RuntimeError, subprocess.SubprocessError) as failed:  # no home, or a compiler that tells nothing
+        _LOG.debug("the cache: %s", failed)
+        return None
+
+
+def _keep(made: str | None, kept: Path | None) -> None:
+    """Put a library, or that there is none, where it will be found: all of it or nothing, as far as it can be done."""
+    if kept is None:
+        return
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        copy = kept.with_name(f"{kept.name}.{os.getpid()}")
+        try:
+            if made is None:
+                copy.touch()
+            else:
+                shutil.copyfile(made, copy)
+            copy.chmod(0o700)
+            os.replace(copy, kept)
+        finally:
+            copy.unlink(missing_ok=True)
+    except OSError as failed:
+        _LOG.debug("%s: %s", kept, failed)
 
 
 def _compiled(source: Path, compiler: list[str], flags: tuple[str, ...], folder: str) -> str:
     """The library's file. It is linked without OpenMP's own: PyTorch has loaded one, and two would fight over cores."""
     parts = [f"{folder}/{source.stem}.o", f"{folder}/{source.stem}.so"]
     for arguments in ([*_ALWAYS, *flags, "-c", str(source), "-o", parts[0]], ["-shared", parts[0], "-o", parts[1]]):
-        command = [*compiler, *arguments]
-        subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True, timeout=20)
+        _run([*compiler, *arguments])
     return parts[1]
 
 
-def _key(sources: tuple[Path, ...], compiler: list[str], flags: tuple[str, ...]) -> str:
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=True,
+        timeout=_PATIENCE,
+    )
+
+
+def _key(sources: tuple[Path, ...], compiler: list[str], flags: tuple[str, ...], processor: str) -> str:
     """A name for all that the result depends on: a home may be shared by machines with different processors."""
-    program = shutil.which(compiler[0]) or compiler[0]
-    found = os.stat(program)
-    about = [*compiler, *_ALWAYS, *flags, os.path.realpath(program), found.st_mtime_ns, found.st_size, _processor()]
+    version = _run([*compiler, "--version"]).stdout
+    about = [*compiler, *_ALWAYS, *flags, version, processor, platform.system(), *platform.libc_ver()]
     made_of = [repr(about).encode(), *(source.read_bytes() for source in sources)]
     return hashlib.sha256(b"\0".join(made_of)).hexdigest()[:20]
 
 
-def _processor() -> str:
-    """What `native` stands for here."""
+def _processor() -> str | None:
+    """What `native` stands for here; None where that cannot be known."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
     except OSError:
-        return platform.processor() + platform.machine()
-    return "".join(sorted(line for line in lines if line.startswith(("model", "flags", "Features", "CPU "))))
+        return None
+    told = sorted(line for line in lines if line.startswith(("model", "flags", "Features", "CPU ")))
+    return "\n".join([platform.machine(), *told]) if any("eatures" in one or "flags" in one for one in told) else None

@@ -7,8 +7,6 @@
 //
 // [A; W]ᵀ and B lie in panels of 32 columns, zeros after the last: a panel is read from its first number to its last.
 
-#include <stdlib.h>
-
 #include "gates.c"
 
 #define ROWS 8
@@ -28,27 +26,14 @@ static inline void times(const float *a, const float *panel, int64_t K, v to[ROW
     for (int r = 0; r < ROWS; r++) to[r][0] = s[r][0], to[r][1] = s[r][1];
 }
 
-// Memory of this thread for so many numbers, the same at every call; NULL where there is no more.
-static float *scratch(int64_t numbers) {
-    static _Thread_local float *memory;
-    static _Thread_local int64_t room;
-    if (numbers > room) {
-        free(memory);
-        memory = aligned_alloc(64, (numbers * sizeof *memory + 63) / 64 * 64);
-        room = memory ? numbers : 0;
-    }
-    return memory;
-}
-
-// `coefficients` gives back 0, or 1 where there is no memory.
+// `in` is room for whole eights of rows of x, and of z after them.
 #define FEW(T, X)                                                                                                      \
-    int coefficients_##X(const T *x, const float *down, float *u, int64_t rows, int64_t d, int64_t panels,             \
-                         int64_t layers, int64_t K, int64_t S, int64_t n, int64_t own, float inverse,                  \
-                         int64_t threads) {                                                                            \
+    void coefficients_##X(const T *x, const float *down, float *in, float *u, int64_t rows, int64_t d, int64_t panels, \
+                          int64_t layers, int64_t K, int64_t S, int64_t n, int64_t own, float inverse,                 \
+                          int64_t threads) {                                                                           \
         const int64_t one = (own ? n * S : K * S) + K * n, q = own ? n * S : K * S * n, width = panels * COLUMNS;      \
         const int64_t room = (rows + ROWS - 1) / ROWS * ROWS;                                                          \
-        float *in = scratch(room * (d + width)), *z = in + room * d;                                                   \
-        if (!in) return 1;                                                                                             \
+        float *z = in + room * d;                                                                                      \
         for (int64_t i = 0; i < rows * d; i += LANES) store_f32(in + i, load_##X(x + i, rows * d - i), rows * d - i);  \
         memset(in + rows * d, 0, (room - rows) * d * sizeof *in);                                                      \
         _Pragma("omp parallel for num_threads(threads)")                                                               \
@@ -63,7 +48,6 @@ static float *scratch(int64_t numbers) {
             mix_few(z + l * one, u + l * room * q, width, K, S, n, own, rows, inverse, 1);                             \
             memset(u + (l * room + rows) * q, 0, (room - rows) * q * sizeof *u);                                       \
         }                                                                                                              \
-        return 0;                                                                                                      \
     }                                                                                                                  \
                                                                                                                        \
     void add_##X(const float *u, const float *up, T *y, int64_t rows, int64_t q, int64_t o, int64_t threads) {         \

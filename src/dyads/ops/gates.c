@@ -19,6 +19,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#pragma GCC visibility push(default)
+
 #define LANES 16
 #define CHUNK 128
 #define BLOCKS (CHUNK / LANES)

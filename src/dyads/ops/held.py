@@ -18,9 +18,9 @@ from torch import Tensor
 from dyads.ops.dyadic import Frozen, Gating, dyadic
 from dyads.ops.kernel import Choice, Kernel, kernel
 from dyads.ops.packed import packs
-from dyads.ops.products import cheap_dtype, is_small, join, split, unwatched, up
+from dyads.ops.products import cheap_dtype, is_small, join, split, up
 from dyads.ops.siblings import Siblings
-from dyads.ops.switch import FAST
+from dyads.ops.switch import FAST, runs_plainly
 
 __all__ = ["Held", "Together"]
 
@@ -88,7 +88,7 @@ class Held:
     def _compiled(self, x: Tensor) -> Kernel | None:
         """What can take x in two calls."""
         found = kernel(x, self._choice)
-        return found if found is not None and x.is_contiguous() and unwatched() else None
+        return found if found is not None and x.is_contiguous() and runs_plainly() else None
 
     def coefficients(self, x: Tensor, way: _Way, of_task: Tensor | None = None) -> Tensor:
         """What the rows of B are multiplied by, for few rows: (… q), or compiled (rows q) in whole eights of rows."""
@@ -177,6 +177,7 @@ class Together:
 
     def __init__(self) -> None:
         self._siblings: Siblings[Held, Tensor] = Siblings()
+        self._way: _Way | None = None
         self._made: dict[tuple[_Way, tuple[int, ...]], Tensor] = {}
 
     def see(self, held: Held, x: Tensor) -> None:
@@ -193,14 +194,16 @@ class Together:
 
     def coefficients(self, held: Held, x: Tensor, way: _Way) -> Tensor:
         """As `Held.coefficients`, for an operator whose gates look at no task."""
-        shared = self._siblings.at(x, way)
+        shared = self._siblings.at(x)
         if shared is not None:
+            if way is not self._way:  # than that of those who share x
+                return held.coefficients(x, way)
             found = shared.take(held)
             if found is not None:
                 return found
             self._learn(shared.first, held)
             return held.coefficients(x, way)
-        shared = self._siblings.begin(held, x, way)
+        shared, self._way = self._siblings.begin(held, x), way
         if not shared.others:
             return held.coefficients(x, way)
         all_of_them = (held, *shared.others)

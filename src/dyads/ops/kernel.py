@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,14 +95,14 @@ class Kernel:
         takes = {
             "mix": [pointer] * 2 + [whole] * 6 + [real, whole],
             "gradients": [pointer] * 4 + [whole] * 6 + [real, real, whole],
-            "coefficients": [pointer] * 3 + [whole] * 8 + [real, whole],
+            "coefficients": [pointer] * 4 + [whole] * 8 + [real, whole],
             "add": [pointer] * 3 + [whole] * 4,
         }
-        self._of: dict[tuple[str, torch.dtype], Callable[..., Any]] = {}
+        self._of: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
         for name, arguments in takes.items():
             for dtype, suffix in _SUFFIX.items():
                 function = getattr(library.functions, f"{name}_{suffix}")
-                function.argtypes, function.restype = arguments, ctypes.c_int if name == "coefficients" else None
+                function.argtypes, function.restype = arguments, None
                 self._of[name, dtype] = function
 
     def mix(self, z: Tensor, choice: Choice) -> Tensor:
@@ -160,19 +159,21 @@ class Kernel:
         """
         rows, d = x.shape
         needs = (-(-layers * (choice.p + choice.s) // _PANEL), d, _PANEL)
-        if not x.is_contiguous() or down.shape != needs or not down.is_contiguous() or down.dtype != torch.float32:
+        if not (
+            x.is_contiguous() and down.is_contiguous() and down.shape == needs and down.dtype == torch.float32
+            and x.is_cpu and down.is_cpu
+        ):  # fmt: skip
             raise ValueError(
-                f"the kernel takes a contiguous x and panels {needs} in fp32, got {tuple(x.shape)} with strides"
-                f" {x.stride()} and {tuple(down.shape)} in {down.dtype}"
+                f"the kernel takes a contiguous x and panels {needs} in fp32 on the CPU, got {tuple(x.shape)} with"
+                f" strides {x.stride()} on {x.device} and {tuple(down.shape)} in {down.dtype} on {down.device}"
             )
-        u = down.new_empty(layers, -(-rows // _EIGHT) * _EIGHT, choice.q)
+        room = -(-rows // _EIGHT) * _EIGHT
+        u, work = down.new_empty(layers, room, choice.q), down.new_empty(room * (d + needs[0] * _PANEL))
         with _seen_by_profilers("few"):
-            no_memory = self._of["coefficients", x.dtype](
-                x.data_ptr(), down.data_ptr(), u.data_ptr(), rows, d, needs[0], layers, *choice._as_c,
+            self._of["coefficients", x.dtype](
+                x.data_ptr(), down.data_ptr(), work.data_ptr(), u.data_ptr(), rows, d, needs[0], layers, *choice._as_c,
                 1 / choice.temperature, _threads(down.numel()),
             )  # fmt: skip
-        if no_memory:
-            raise MemoryError(f"no memory for {rows} rows of {d + needs[0] * _PANEL} numbers")
         return u
 
     def add(self, u: Tensor, up: Tensor, y: Tensor) -> None:
@@ -182,11 +183,12 @@ class Kernel:
         if not (
             y.is_contiguous() and u.is_contiguous() and up.is_contiguous() and room == -(-rows // _EIGHT) * _EIGHT
             and u.dtype == up.dtype == torch.float32 and up.shape == (-(-o // _PANEL), q, _PANEL)
+            and y.is_cpu and u.is_cpu and up.is_cpu
         ):  # fmt: skip
             raise ValueError(
-                f"the kernel adds u (rows q) and panels (o/{_PANEL} q {_PANEL}) in fp32 to a contiguous y, got"
-                f" {tuple(u.shape)} in {u.dtype}, {tuple(up.shape)} in {up.dtype}, and {tuple(y.shape)} with strides"
-                f" {y.stride()}"
+                f"the kernel adds u (rows q) and panels (o/{_PANEL} q {_PANEL}) in fp32 to a contiguous y, all on the"
+                f" CPU, got {tuple(u.shape)} in {u.dtype} on {u.device}, {tuple(up.shape)} in {up.dtype} on"
+                f" {up.device}, and {tuple(y.shape)} with strides {y.stride()} on {y.device}"
             )
         with _seen_by_profilers("few"):
             self._of["add", y.dtype](
@@ -230,8 +232,14 @@ def _kernel() -> Kernel | None:
     """Compiled, or found, once in a process; None where it is not wanted or cannot be had."""
     if os.environ.get("DYADS_KERNEL") == "0":
         return None
-    library = next(compile_c(*_SOURCES), None)
-    return None if library is None else Kernel(library)
+    return next(filter(None, map(_of_library, compile_c(*_SOURCES))), None)
+
+
+def _of_library(library: Library) -> Kernel | None:
+    try:
+        return Kernel(library)
+    except AttributeError:  # a compiler that was told to hide what it compiles
+        return None
 
 
 def _threads(numbers: int) -> int:

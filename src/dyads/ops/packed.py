@@ -3,13 +3,13 @@
 
 Before MKL multiplies by a weight in fp32 it copies it into the order that the processor likes. Of a product of few rows
 that is a good part: a third with 16 of them, 6 % with 512 (LOG.md, 2026-11-23). A weight that does not change needs it
-once. MKL prepares for one number of rows: that is done when the same number has come three times one after the other,
-and holds until another one has. What was prepared takes as much memory as the weight, forward and backward each, and at
-most a gigabyte in all.
+once. MKL prepares for one number of rows: that is done when the same number comes twice in a row, and holds until
+another one does. What was prepared takes as much memory as the weight, forward and backward each, and at most a
+gigabyte in all.
 
-It changes no bit of a result: on the spot, the packed product is compared with the plain one, and where they are not
-the same (MKL adds up in another order, as with widths from about 900 on) it is not used. (A weight that is written to
-through `.data` in place, PyTorch does not count as changed: make it anew instead, as merging does.)
+It changes no bit of a result: a packed product is first compared with the plain one on random numbers, and where they
+are not the same (MKL adds up in another order, as with widths from about 900 on) it is not used. (A weight that is
+written to through `.data` in place, PyTorch does not count as changed: make it anew instead, as merging does.)
 """
 
 from __future__ import annotations
@@ -18,69 +18,77 @@ import os
 from collections.abc import MutableMapping
 from contextlib import AbstractContextManager
 from functools import cache
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dyads.ops.switch import Switch
+from dyads.ops.switch import Switch, runs_plainly
 
 __all__ = ["Packs", "packs", "unpacked"]
 
 _FEWEST, _MOST = 16, 1024
 """Numbers of rows where it pays: with fewer MKL has other ways, with more the copy is small beside the product."""
-_TIMES = 3
 _ROOM = 2**30
 _PLAIN = (Tensor, torch.nn.Parameter)  # and no other kind, which may keep its numbers elsewhere
 _ENABLED = Switch()  # see `unpacked`
+_LOCK = Lock()
 
 
 class _Product:
     """x Wᵀ for one weight that stays as it is: plain, and packed once it is known for how many rows."""
 
-    __slots__ = ("_for", "_last", "_packed", "_refused", "_times")
+    __slots__ = ("_last", "_ready", "_refused")
 
     def __init__(self) -> None:
-        self._packed: Tensor | None = None
-        self._for = self._last = (0, 0)  # rows and threads
+        # Rows and threads, and what is packed for them: set at once, as other threads may read it.
+        self._ready: tuple[tuple[int, int], Tensor] | None = None
+        self._last = (0, 0)
         self._refused: set[tuple[int, int]] = set()
-        self._times = 0
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        now = (x.shape[:-1].numel(), torch.get_num_threads())
-        if now == self._for:
-            self._last = now
-            packed: Tensor = torch.ops.mkl._mkl_linear(x, self._packed, weight, bias, now[0])
-            return packed
-        y = F.linear(x, weight, bias)
-        self._times = self._times + 1 if now == self._last else 1
+        if not x.is_contiguous():
+            return F.linear(x, weight, bias)  # MKL is called in another way then
+        now, ready = (x.shape[:-1].numel(), torch.get_num_threads()), self._ready
+        if (ready is None or ready[0] != now) and now == self._last and now not in self._refused:
+            ready = self._pack(now, weight, bias) or ready
         self._last = now
-        if self._times == _TIMES and now not in self._refused:
-            self._pack(x, weight, bias, y)
-        return y
+        if ready is None or ready[0] != now:
+            return F.linear(x, weight, bias)
+        packed: Tensor = torch.ops.mkl._mkl_linear(x, ready[1], weight, bias, now[0])
+        return packed
 
     @property
     def is_packed(self) -> bool:
-        return self._packed is not None
+        return self._ready is not None
 
-    def _pack(self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        self._packed, self._for = None, (0, 0)
-        if _taken() + weight.nbytes > _ROOM:
-            return
-        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), self._last[0])
-        if torch.equal(torch.ops.mkl._mkl_linear(x, packed, weight, bias, self._last[0]), y):
-            self._packed, self._for = packed, self._last
-        else:
-            self._refused.add(self._last)
+    def _pack(self, now: tuple[int, int], weight: Tensor, bias: Tensor | None) -> tuple[tuple[int, int], Tensor] | None:
+        with _LOCK:
+            self._ready = None
+            if _taken() + weight.nbytes > _ROOM:
+                return None
+            packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), now[0])
+            # Not on x: zeros add up to the same in every order.
+            probe = torch.randn(now[0], weight.shape[1], generator=torch.Generator().manual_seed(0))
+            given = torch.ops.mkl._mkl_linear(probe, packed, weight, bias, now[0])
+            if not torch.equal(given, F.linear(probe, weight, bias)):
+                self._refused.add(now)
+                return None
+            self._ready = (now, packed)
+            return self._ready
 
 
 class Packs:
     """What is packed of a weight W (o d) as it is now."""
 
-    __slots__ = ("_back", "_bytes", "_of", "_there")
+    __slots__ = ("_back", "_bytes", "_of", "_storage", "_there")
 
     def __init__(self, weight: Tensor) -> None:
+        # While it is held, no other storage gets the identity of this one.
+        self._storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
         self._of, self._bytes = _state(weight), weight.nbytes
         self._there, self._back = _Product(), _Product()
 
@@ -108,20 +116,19 @@ _PACKS: MutableMapping[Tensor, Packs] = WeakTensorKeyDictionary()  # type: ignor
 def packs(x: Tensor, weight: Tensor) -> Packs | None:
     """What is packed of a frozen weight, for products with inputs like x; None where there is nothing to gain.
 
-    Which is on other processors than CPUs with MKL, in other types than fp32, and where somebody looks on who has to
-    know every operation.
+    Which is on other processors than CPUs with MKL, in other types than fp32 or where fp32 may be computed as something
+    else, and where somebody looks on who has to know every operation.
     """
-    if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu" or not _ENABLED:
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or not (x.is_cpu and weight.is_cpu and _ENABLED):
         return None
-    if type(x) not in _PLAIN or type(weight) not in _PLAIN or weight.is_inference():
+    if type(x) not in _PLAIN or type(weight) not in _PLAIN or not _FEWEST <= x.shape[:-1].numel() <= _MOST:
         return None
-    if not _FEWEST <= x.shape[:-1].numel() <= _MOST:
-        return None
-    if torch._C._len_torch_dispatch_stack() or not weight.is_contiguous() or not _can_pack():
+    if not _can_pack() or not runs_plainly() or not _is_exact() or weight.is_inference() or not weight.is_contiguous():
         return None
     found = _PACKS.get(weight)
     if found is None or not found.are_of(weight):
-        found = _PACKS[weight] = Packs(weight)
+        with _LOCK:
+            found = _PACKS[weight] = Packs(weight)
     return found
 
 
@@ -130,12 +137,20 @@ def unpacked() -> AbstractContextManager[None]:
     return _ENABLED.off()
 
 
-def _state(weight: Tensor) -> tuple[int, int]:
-    return weight.data_ptr(), weight._version
+def _state(weight: Tensor) -> tuple[int, ...]:
+    return weight.untyped_storage()._cdata, weight._version, weight.storage_offset(), *weight.shape
 
 
 def _taken() -> int:
     return sum(one.taken for one in _PACKS.values())
+
+
+def _is_exact() -> bool:
+    """Whether products in fp32 are computed in fp32."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set in PyTorch's newer way too, and to something else
+        return False
 
 
 @cache

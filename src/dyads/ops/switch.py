@@ -6,7 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["FAST", "Switch"]
+import torch
+from torch.autograd import forward_ad
+
+__all__ = ["FAST", "Switch", "runs_plainly"]
 
 
 class Switch:
@@ -30,3 +33,16 @@ class Switch:
 
 FAST = Switch()
 """Whether `fused` and `Held` are anything else than `dyadic`: see `plain`."""
+
+
+def runs_plainly() -> bool:
+    """Whether operations do what they are called for and nothing else: nobody traces, transforms or watches them.
+
+    What is no operation of PyTorch, or one that it has no derivative for, must not take the place of others then.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+    )
