@@ -8,6 +8,7 @@ import gc
 import io
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dyads.methods import MoDEConfig
+from dyads import use_task
+from dyads.methods import MoDEConfig, MoREConfig
 from dyads.ops import fused, unpacked
 from dyads.ops.packed import Packs, packs
 
@@ -327,3 +330,34 @@ def test_a_model_can_be_copied_and_saved_after_its_weights_were_packed(calls: li
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
     assert torch.equal(of(x, loaded.weight).linear(x, loaded.weight, loaded.bias), layer(x))
+
+
+def test_what_is_packed_in_inference_mode_serves_training_too(calls: list[int]) -> None:
+    (weight, bias), x, dy = frozen(), torch.randn(32, 48), torch.randn(32, 33)
+    with torch.inference_mode():
+        for _ in range(3):
+            assert torch.equal(of(x, weight).linear(x, weight, bias), F.linear(x, weight, bias))
+    assert len(calls) == 3
+    core = MoDEConfig(r=2, num_experts=3).core(48)
+    core.reset_parameters()
+    A, B, x = torch.randn(2, 48, requires_grad=True), torch.randn(6, 33), x.requires_grad_()
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(fused(x, A, B, core, base=(weight, bias)), (x, A), dy)
+
+    packed = gradients()
+    assert len(calls) == 4
+    with unpacked():
+        assert all(torch.equal(one, other) for one, other in zip(packed, gradients(), strict=True))
+
+
+def test_a_merged_layer_gives_the_memory_back(calls: list[int]) -> None:
+    config = MoREConfig(r=4, num_tasks=2, target_modules=["linear"], init_weights=False)
+    model = get_peft_model(nn.Sequential(OrderedDict(linear=nn.Linear(48, 33))), config)
+    with use_task(model, 0):
+        for _ in range(3):
+            model(torch.randn(32, 48)).sum().backward()
+        assert calls
+        taken = of_packed._taken()
+        model.merge_adapter()
+    assert of_packed._taken() < taken

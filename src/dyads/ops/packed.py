@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dyads.ops.switch import Switch, runs_plainly
 
-__all__ = ["Packs", "packs", "unpacked"]
+__all__ = ["Packs", "forget", "packs", "unpacked"]
 
 _FEWEST, _MOST = 16, 1024
 """Numbers of rows where it pays: with fewer MKL has other ways, with more the copy is small beside the product."""
@@ -130,6 +130,12 @@ def packs(x: Tensor, weight: Tensor) -> Packs | None:
         with _LOCK:
             found = _PACKS[weight] = Packs(weight)
     return found
+
+
+def forget(weight: Tensor) -> None:
+    """Give back the memory of what is packed of a weight."""
+    with _LOCK:
+        _PACKS.pop(weight, None)
 
 
 def unpacked() -> AbstractContextManager[None]:

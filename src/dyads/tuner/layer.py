@@ -19,7 +19,18 @@ from transformers.pytorch_utils import Conv1D
 
 from dyads.errors import ConfigError, MergeError
 from dyads.methods.base import Core, DyadsConfig
-from dyads.ops import Adapted, Frozen, Held, Together, autocast_dtype, can_share, fused, fused_all, serves
+from dyads.ops import (
+    Adapted,
+    Frozen,
+    Held,
+    Together,
+    autocast_dtype,
+    can_share,
+    forget,
+    fused,
+    fused_all,
+    serves,
+)
 from dyads.tuner.routing import Routing
 
 __all__ = ["DyadsLayer"]
@@ -275,6 +286,7 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             weight.data = merged
+            forget(weight)
             self.merged_adapters.append(name)
             task = self._task(name, self.core(name), weight.data.new_zeros(1, 1))
             self._merged_delta_task[name] = task
