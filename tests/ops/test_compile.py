@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import shutil
@@ -148,6 +149,23 @@ def test_what_does_not_load_is_compiled_once(place: Path) -> None:
     for _ in range(2):
         assert list(compile_c(place / "answer.c", place / "answer.h")) == []
         assert calls(place) == 6, "two commands for each of three sets of flags, in the first of two attempts"
+
+
+@needs_a_compiler
+def test_where_nothing_may_be_run_from_a_temporary_folder_the_cache_serves(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = ctypes.CDLL
+
+    def loads(name: str) -> ctypes.CDLL:
+        if not name.startswith(str(place / "cache")):
+            raise OSError("failed to map segment from shared object")
+        return load(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", loads)
+    for _ in range(2):
+        assert answer(place) == 42
+        assert calls(place) == 2
 
 
 @needs_a_compiler

@@ -83,7 +83,7 @@ def _compiler() -> list[str]:
 
 def _library(sources: tuple[Path, ...], compiler: list[str], flags: tuple[str, ...]) -> ctypes.CDLL:
     kept = _place(sources, compiler, flags)
-    if kept is not None and (kept.exists() or kept.is_symlink()):
+    if kept is not None and os.path.lexists(kept):
         if not _is_ours(kept):
             kept = None
         elif kept.stat().st_size == 0:
@@ -95,13 +95,16 @@ def _library(sources: tuple[Path, ...], compiler: list[str], flags: tuple[str, .
                 _LOG.debug("%s: %s", kept, failed)
     with tempfile.TemporaryDirectory(prefix="dyads-", ignore_cleanup_errors=True) as folder:
         made = _compiled(sources[0], compiler, flags, folder)
+        _keep(made, kept)
         try:
-            library = ctypes.CDLL(made)
+            return ctypes.CDLL(made)
+        except OSError as failed:
+            _LOG.debug("%s: %s", made, failed)
+        try:
+            return ctypes.CDLL(str(kept))  # nothing may be run from a temporary folder here
         except OSError:
             _keep(None, kept)
             raise
-        _keep(made, kept)
-        return library
 
 
 def _is_ours(kept: Path) -> bool:
