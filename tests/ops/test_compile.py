@@ -107,7 +107,6 @@ def test_half_of_a_library_is_compiled_anew(place: Path) -> None:
 
 
 @needs_a_compiler
-@pytest.mark.skipif(sys.platform == "win32", reason="files have no owners")
 def test_what_another_user_left_is_not_loaded(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert answer(place) == 42
     monkeypatch.setattr(os, "getuid", lambda: 12345)

@@ -31,10 +31,10 @@ from torch import Tensor
 
 from dyads.ops import products
 from dyads.ops.dyadic import Frozen, Gating, dyadic
-from dyads.ops.kernel import Choice, Kernel, kernel
+from dyads.ops.kernel import Choice, Kernel, choice_of, kernel
 from dyads.ops.packed import Packs, packs
-from dyads.ops.products import autocast_dtype, cheap_dtype, join, split, unwatched
-from dyads.ops.switch import FAST, Switch
+from dyads.ops.products import autocast_dtype, cheap_dtype, join, split
+from dyads.ops.switch import FAST, Switch, unwatched
 
 __all__ = ["Adapted", "Splits", "can_share", "fused", "fused_all", "plain", "serves", "unshared"]
 
@@ -195,13 +195,11 @@ def _fused(x: Tensor, layers: Sequence[Adapted], onto: Tensor | None) -> tuple[T
 
 
 def _compiled(x: Tensor, A: Tensor, W: Tensor, B: Tensor, gating: Splits) -> tuple[Kernel, Choice] | None:
-    if not gating.keeps_gates or not unwatched() or type(A) not in _PLAIN or type(W) not in _PLAIN:
+    if type(A) not in _PLAIN or type(W) not in _PLAIN:
         return None
-    choice = gating.choice()
-    if choice is None or (choice.p, choice.s, choice.q) != (A.shape[0], W.shape[0], B.shape[0]):
-        return None
+    choice = choice_of(gating, A, W, B)
     found = kernel(x, choice)
-    return None if found is None else (found, choice)
+    return None if found is None or choice is None else (found, choice)
 
 
 class _Fused(torch.autograd.Function):

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyads.ops.dyadic import Frozen, Gating, dyadic
-from dyads.ops.kernel import Choice, Kernel, kernel
+from dyads.ops.kernel import Choice, Kernel, choice_of, kernel
 from dyads.ops.packed import packs
 from dyads.ops.products import cheap_dtype, is_small, join, split, up
 from dyads.ops.siblings import Siblings
-from dyads.ops.switch import FAST, runs_plainly
+from dyads.ops.switch import FAST
 
 __all__ = ["Held", "Together"]
 
@@ -43,16 +43,9 @@ class Held:
         self.A, self.B, self.core, self.scale = A, B, cast(Any, gating), scale
         self._splits = getattr(gating, "splits", False)
         self._rows = max(A.shape[0], B.shape[0])
-        self._choice = self._find_choice() if self._splits else None
+        self._choice = choice_of(gating, A, self.core.router_rows(), B) if self._splits else None
         self._made: dict[Any, Tensor] = {}
         self._of_tasks: dict[int, Tensor] = {}
-
-    def _find_choice(self) -> Choice | None:
-        """What its gates are, where compiled code knows them."""
-        W, choice = self.core.router_rows(), self.core.choice() if self.core.keeps_gates else None
-        if W is None or choice is None or (choice.p, choice.s, choice.q) != (len(self.A), len(W), len(self.B)):
-            return None
-        return cast(Choice, choice)
 
     def __call__(
         self,
@@ -88,7 +81,7 @@ class Held:
     def _compiled(self, x: Tensor) -> Kernel | None:
         """What can take x in two calls."""
         found = kernel(x, self._choice)
-        return found if found is not None and x.is_contiguous() and runs_plainly() else None
+        return found if x.is_contiguous() else None
 
     def coefficients(self, x: Tensor, way: _Way, of_task: Tensor | None = None) -> Tensor:
         """What the rows of B are multiplied by, for few rows: (… q), or compiled (rows q) in whole eights of rows."""
@@ -140,7 +133,7 @@ class Held:
             if what == "down":
                 made = down_of((self,), way)
             elif what == "rows":
-                made = join((self.A, self.core.router_rows()), cast(torch.dtype, way))
+                made = rows_of((self,), cast(torch.dtype, way))
             else:
                 made = self.B * self.scale if self.scale != 1.0 else self.B
                 made = way.panels(made) if isinstance(way, Kernel) else made.to(way)
@@ -156,12 +149,16 @@ class Held:
         return alike and not any(True for core in (self.core, other.core) for _ in core.buffers())
 
 
+def rows_of(layers: Sequence[Held], dtype: torch.dtype) -> Tensor:
+    """[A; W] of one layer above those of the next."""
+    return join([matrix for one in layers for matrix in (one.A, one.core.router_rows())], dtype)
+
+
 def down_of(layers: Sequence[Held], way: _Way) -> Tensor:
-    """[A; W]ᵀ of one layer beside those of the next, as a product of few rows takes them."""
-    rows = [matrix for one in layers for matrix in (one.A, one.core.router_rows())]
+    """The same as a product of few rows takes it: turned, or in panels."""
     if isinstance(way, Kernel):
-        return way.panels(join(rows, torch.float32).t())
-    return join(rows, way).t().contiguous()
+        return way.panels(rows_of(layers, torch.float32).t())
+    return rows_of(layers, way).t().contiguous()
 
 
 def _plain(core: Any) -> dict[str, Any]:

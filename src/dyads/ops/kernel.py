@@ -17,15 +17,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dyads.ops.compile import Library, compile_c
-from dyads.ops.switch import Switch
+from dyads.ops.switch import Switch, runs_plainly
 
-__all__ = ["Choice", "Kernel", "kernel", "without_kernel"]
+__all__ = ["Choice", "Kernel", "choice_of", "kernel", "without_kernel"]
 
 _SOURCES = (Path(__file__).with_name("few.c"), Path(__file__).with_name("gates.c"))
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -215,11 +216,19 @@ def _seen_by_profilers(name: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+def choice_of(core: Any, A: Tensor, W: Tensor | None, B: Tensor) -> Choice | None:
+    """The choice that a core makes, where it is one and fits the matrices of a layer; else None."""
+    choice: Choice | None = core.choice() if core.keeps_gates and W is not None else None
+    if choice is None or W is None or (choice.p, choice.s, choice.q) != (A.shape[0], W.shape[0], B.shape[0]):
+        return None
+    return choice
+
+
 def kernel(z: Tensor, choice: Choice | None) -> Kernel | None:
     """The kernel, if it can serve: plain tensors in fp32 or bf16 on a CPU, and a compiler; else None."""
     if choice is None or not _ENABLED or z.dtype not in _SUFFIX or z.device.type != "cpu" or type(z) is not Tensor:
         return None
-    return _kernel() if choice.fits else None
+    return _kernel() if choice.fits and runs_plainly() else None
 
 
 def without_kernel() -> AbstractContextManager[None]:

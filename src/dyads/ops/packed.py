@@ -54,7 +54,7 @@ class _Product:
             return F.linear(x, weight, bias)  # MKL is called in another way then
         now, ready = (x.shape[:-1].numel(), torch.get_num_threads()), self._ready
         if (ready is None or ready[0] != now) and now == self._last and now not in self._refused:
-            ready = self._pack(now, weight, bias) or ready
+            ready = self._pack(now, weight, bias)
         self._last = now
         if ready is None or ready[0] != now:
             return F.linear(x, weight, bias)
@@ -69,6 +69,7 @@ class _Product:
         with _LOCK:
             self._ready = None
             if _taken() + weight.nbytes > _ROOM:
+                self._refused.add(now)  # asking costs a look at every weight
                 return None
             packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), now[0])
             # Not on x: zeros add up to the same in every order.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dyads.ops.dyadic import Frozen
 from dyads.ops.packed import Packs
+from dyads.ops.switch import unwatched
 
 __all__ = [
     "autocast_dtype",
@@ -19,7 +20,6 @@ __all__ = [
     "is_small",
     "join",
     "split",
-    "unwatched",
     "up",
 ]
 
@@ -37,11 +37,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
-
-
-def unwatched() -> bool:
-    """Whether nobody looks on who may keep what an operation gave, as selective checkpointing does."""
-    return torch._C._len_torch_dispatch_stack() == 0
 
 
 def is_small(x: Tensor, rows: int) -> bool:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["FAST", "Switch", "runs_plainly"]
+__all__ = ["FAST", "Switch", "runs_plainly", "unwatched"]
 
 
 class Switch:
@@ -35,13 +35,18 @@ FAST = Switch()
 """Whether `fused` and `Held` are anything else than `dyadic`: see `plain`."""
 
 
+def unwatched() -> bool:
+    """Whether nobody looks on who may keep what an operation gave, as selective checkpointing does."""
+    return torch._C._len_torch_dispatch_stack() == 0
+
+
 def runs_plainly() -> bool:
     """Whether operations do what they are called for and nothing else: nobody traces, transforms or watches them.
 
     What is no operation of PyTorch, or one that it has no derivative for, must not take the place of others then.
     """
     return (
-        torch._C._len_torch_dispatch_stack() == 0
+        unwatched()
         and not torch._C._are_functorch_transforms_active()
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
