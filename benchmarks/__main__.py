@@ -122,7 +122,7 @@ class _Keeper:
     def __call__(self, part: str, group: str, settings: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> None:
         path = self.out / f"{part}-{group}.json"
         here = environment()
-        facts = {name: here[name] for name in ("versions", "cpu", "compiler")}
+        facts = {name: here[name] for name in ("versions", "cpu", "compiler", "tiles")}
         settings = {**settings, "source": source(), **facts}
         settings = json.loads(json.dumps(settings))
         if self.resume and path.is_file():
@@ -319,6 +319,7 @@ def environment() -> dict[str, Any]:
         "git": revision.stdout.strip() or None,
         "cpu": _cpu(),
         "compiler": _compiler(),
+        "tiles": _has_tiles(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
@@ -335,6 +336,15 @@ def _compiler() -> str | None:
         return None
     said = subprocess.run([*found.compiler, "--version"], capture_output=True, text=True)
     return " ".join([*said.stdout.splitlines()[:1], *found.flags])
+
+
+def _has_tiles() -> bool:
+    """Whether the processor's unit for bf16 computes dyads' products in fp32."""
+    import torch
+
+    from dyads.ops.tiles import tiles
+
+    return tiles(torch.zeros(96, 64)) is not None
 
 
 def _cpu() -> str:

@@ -181,6 +181,9 @@ LLAMA = Setting(
         "mode-torch": Contender(
             "MoDE of rank 8, gates by PyTorch's operations", "mode", {"r": 8, "compiled": False}, solve="num_experts"
         ),
+        "mode-untiled": Contender(
+            "MoDE of rank 8, products by PyTorch's operations", "mode", {"r": 8, "tiled": False}, solve="num_experts"
+        ),
         "mode-grouped": Contender("MoDE, rank 16 in groups of 4", "mode", {"r": 16, "group_size": 4}, "num_experts"),
         **_OURS,
         "more-mixed": replace(_OURS["more-mixed"], label="MoRE, a batch of 4 tasks"),  # one for every row
@@ -188,7 +191,7 @@ LLAMA = Setting(
     },
     groups={
         "main": ("lora", "molora-8x8", "mode", "poly"),  # the closest bars again
-        "xlora": ("lora", "molora-8x8", "mode", "mode-torch", "xlora"),
+        "xlora": ("lora", "molora-8x8", "mode", "mode-torch", "mode-untiled", "xlora"),
         "family": ("lora", "mode-grouped", "molora-sd", "more", "more-mixed", "lora-rank"),
         "rivals": ("lora", "frozen", "mhr", "arrow", "more-merged"),
         "relatives": ("lora", "moelora", "mtl-lora", "smora", "poly-ours", "task-mode"),
@@ -245,7 +248,7 @@ def resolved(setting: Setting, out: Path, only: Sequence[str]) -> dict[str, Cont
     model, targets = base_name(setting, out), list(setting.targets)
 
     def plain(c: Contender) -> dict[str, Any]:
-        hidden = ("merged", "compiled", "autocast_adapter_dtype", "experts", "n_skills", "n_splits")
+        hidden = ("merged", "compiled", "tiled", "autocast_adapter_dtype", "experts", "n_skills", "n_splits")
         return {**{k: v for k, v in c.options.items() if k not in hidden}, "target_modules": targets}
 
     chosen = setting.contenders[setting.budget]
@@ -331,8 +334,9 @@ def build(setting: Setting, contender: Contender, out: Path) -> Any:
         from dyads.methods import build_config
 
         merged, autocast = options.pop("merged", False), options.pop("autocast_adapter_dtype", True)
-        if not options.pop("compiled", True):
-            os.environ["DYADS_KERNEL"] = "0"  # read when gates are first computed in this process, which is its own
+        for option, variable in (("compiled", "DYADS_KERNEL"), ("tiled", "DYADS_TILES")):
+            if not options.pop(option, True):
+                os.environ[variable] = "0"  # read when they are first needed in this process, which is its own
         config = build_config(contender.builder, {**options, **common})
         model = get_peft_model(base, config, autocast_adapter_dtype=autocast)
         if merged:

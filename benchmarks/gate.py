@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dyads.tuner  # noqa: F401  # PEFT has to know the methods
 from benchmarks.contenders import TASKS, Contender
 from dyads.methods import Core, build_config, methods
-from dyads.ops import dyadic, dyadic_sum, fused, without_kernel
+from dyads.ops import dyadic, dyadic_sum, fused, untiled, without_kernel
 from dyads.tuner.layer import DyadsLayer
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2}
@@ -45,13 +45,14 @@ def check(contenders: dict[str, Contender], *, dtype: str, width: int, say: Call
     for name, contender in ours.items():
         options = dict(contender.options)
         merged, in_fp32 = options.pop("merged", False), options.pop("autocast_adapter_dtype", True)
-        compiled, here = options.pop("compiled", True), (getattr(torch, dtype), width)
-        with nullcontext() if compiled else without_kernel():
+        compiled, tiled = options.pop("compiled", True), options.pop("tiled", True)
+        here = getattr(torch, dtype), width
+        with nullcontext() if compiled else without_kernel(), nullcontext() if tiled else untiled():
             if merged:
                 _merged(f"{name}, merged", contender.builder, options, *here)
             for tokens in (1, 80):  # fast paths may depend on how large a product is
                 _layer(f"{name}, one layer", contender.builder, options, *here, tokens, in_fp32)
-            if (key := f"{contender.builder} {compiled} {sorted(options.items())}") in seen:
+            if (key := f"{contender.builder} {compiled} {tiled} {sorted(options.items())}") in seen:
                 continue
             seen.add(key)
             for shape in SHAPES:

@@ -286,7 +286,7 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         "",
         measured,
         "",
-        _gates(results),
+        _computed(results),
         "",
         f"Every contender runs in a process of its own, started anew after every {Setting.lives} rounds, as it may be",
         "faster or slower than another of its kind for as long as it lives. For all alike, glibc is told to keep",
@@ -374,15 +374,25 @@ def _machine(environment: dict[str, Any]) -> str:
     return f"{cpu} ({cores} cores), Python {environment['python']}, {versions}"
 
 
-def _gates(results: list[dict[str, Any]]) -> str:
-    """What computed dyads' softmax gates, and in which groups it was something else."""
-    by: dict[str | None, list[str]] = {}
+def _computed(results: list[dict[str, Any]]) -> str:
+    """What computed dyads' softmax gates and its products in fp32, and in which groups it was something else."""
+    gates: dict[Any, str] = {None: "by PyTorch's operations"}
+    tiles = {True: "by the processor's unit for bf16, to the accuracy of fp32", False: "by PyTorch", None: "by PyTorch"}
     for result in results:
-        by.setdefault(result["environment"].get("compiler"), []).append(f"{result['part']} {result['group']}")
-    torch = by.pop(None, [])
-    said = [f"by code that {compiler} compiled ({', '.join(groups)})" for compiler, groups in by.items()]
-    said += [f"by PyTorch's operations ({', '.join(torch)})"] if torch else []
-    return f"Where a row does not say otherwise, softmax gates of dyads were computed {'; '.join(said)}."
+        compiler = result["environment"].get("compiler")
+        gates.setdefault(compiler, f"by code that {compiler} compiled")
+    by_gates, by_tiles = _by(results, "compiler", gates), _by(results, "tiles", tiles)
+    return (
+        f"Where a row does not say otherwise, softmax gates of dyads were computed {by_gates}; the products of the"
+        f" layers that it adapts, where they are in fp32 on a CPU, {by_tiles}."
+    )
+
+
+def _by(results: list[dict[str, Any]], fact: str, said: dict[Any, str]) -> str:
+    groups: dict[str, list[str]] = {}
+    for result in results:
+        groups.setdefault(said[result["environment"].get(fact)], []).append(f"{result['part']} {result['group']}")
+    return "; ".join(f"{what} ({', '.join(where)})" if len(groups) > 1 else what for what, where in groups.items())
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:

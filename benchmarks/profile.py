@@ -54,7 +54,7 @@ def kind_of(operation: str) -> str:
     """The kind of work that a name of the profiler stands for."""
     if operation == "dyads::gates":
         return "softmax"
-    if operation in ("mkl::_mkl_linear", "dyads::few"):
+    if operation in ("dyads::tiles", "dyads::few"):
         return "matrix products"
     name = operation.removeprefix("aten::")
     if name == operation:

@@ -7,9 +7,9 @@ from dyads.ops.fused import Adapted, Splits, can_share, fused, fused_all, plain,
 from dyads.ops.held import Held, Together
 from dyads.ops.kernel import Choice, Kernel, kernel, without_kernel
 from dyads.ops.oracle import dyadic_sum
-from dyads.ops.packed import forget, unpacked
 from dyads.ops.products import autocast_dtype
 from dyads.ops.siblings import Siblings
+from dyads.ops.tiles import untiled
 
 __all__ = [
     "Adapted",
@@ -26,13 +26,12 @@ __all__ = [
     "can_share",
     "dyadic",
     "dyadic_sum",
-    "forget",
     "fused",
     "fused_all",
     "kernel",
     "plain",
     "serves",
-    "unpacked",
     "unshared",
+    "untiled",
     "without_kernel",
 ]

@@ -9,7 +9,7 @@ Seven things differ from `dyadic`, and none of them changes the result beyond ro
 - gates and their gradients are compiled code where that can be had (`kernel`); else they are stored with the tokens
   innermost: a gate's softmax goes over a handful of numbers, and along the tokens it is one vector operation for many
   of them (LOG.md, 2026-11-22: up to six times faster on a CPU);
-- the base layer's weight, which does not change, is prepared for products once (`packed`);
+- products in fp32 are computed by the processor's unit for bf16, where it has one (`tiles`);
 - backward forms coefficients again from a few numbers per token: kept for it are x, h, and the scores or their gates;
 - the sum is written over what the base layer gave, and the gradient for x over the base layer's, where `base` is given:
   of neither is there a second copy.
@@ -32,9 +32,9 @@ from torch import Tensor
 from dyads.ops import products
 from dyads.ops.dyadic import Frozen, Gating, dyadic
 from dyads.ops.kernel import Choice, Kernel, choice_of, kernel
-from dyads.ops.packed import Packs, packs
-from dyads.ops.products import autocast_dtype, cheap_dtype, join, split
+from dyads.ops.products import autocast_dtype, cheap_dtype, join, linears, split
 from dyads.ops.switch import FAST, Switch, unwatched
+from dyads.ops.tiles import Right, times
 
 __all__ = ["Adapted", "Splits", "can_share", "fused", "fused_all", "plain", "serves", "unshared"]
 
@@ -162,7 +162,9 @@ def _one(x: Tensor, layer: Adapted, onto: Tensor | None) -> Tensor:
     joined = join((A, gating.router_rows()), cheap_dtype(x, max(A.shape[0], B.shape[0])))
     h, scores = split(products.down(x.to(joined.dtype), joined), A.shape[0])
     u = gating.mix(h, gating.select(h, scores, gating.of_task(task)))
-    return products.up(u, B.to(joined.dtype), scale, x, onto, base, packs(x, base[0]) if base is not None else None)
+    if base is not None:
+        onto = next(linears(x, [base]))
+    return products.up(u, B.to(joined.dtype), scale, x, onto, base is not None and unwatched())
 
 
 class _Plan(NamedTuple):
@@ -174,8 +176,6 @@ class _Plan(NamedTuple):
     scale: float
     compiled: tuple[Kernel, Choice] | None
     """What computes its gates in one pass; None where PyTorch's operations serve."""
-    packed: Packs | None
-    """What is packed of the base layer's weight; None where nothing is."""
 
 
 def _fused(x: Tensor, layers: Sequence[Adapted], onto: Tensor | None) -> tuple[Tensor, ...]:
@@ -186,7 +186,7 @@ def _fused(x: Tensor, layers: Sequence[Adapted], onto: Tensor | None) -> tuple[T
         leaves += (A, W, B, gating.of_task(task))
         rows = A.shape[0] if W is None else A.shape[0] + W.shape[0]
         compiled = None if W is None else _compiled(x, A, W, B, gating)
-        plans.append(_Plan(gating, rows, scale, compiled, packs(x, base[0]) if base is not None else None))
+        plans.append(_Plan(gating, rows, scale, compiled))
         bases.append(base)
     if len(plans) > 1 and not all(plan.compiled for plan in plans):
         plans = [plan._replace(compiled=None) for plan in plans]  # their product down lies one way round for all
@@ -214,8 +214,12 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         dtype, need_x = x.dtype, ctx.needs_input_grad[0]
         flat, joined = x.reshape(-1, x.shape[-1]), _joined(leaves, dtype)
-        as_the_kernel_takes_it = plans[0].compiled is not None
-        z = F.linear(flat, joined) if as_the_kernel_takes_it else products.down(flat, joined)
+        maps: list[Frozen] = [base for base in bases if base is not None]
+        if plans[0].compiled is not None:
+            linear = linears(x, [(joined, None), *maps])
+            z = next(linear).view(-1, joined.shape[0])
+        else:
+            linear, z = linears(x, maps), products.down(flat, joined)
         # Casts are small beside x, and cost two passes over the weights. In the dtype of x there are none to keep.
         saved = [x, None if cast(Tensor, leaves[0]).dtype == dtype else joined]
         ys: list[Tensor] = []
@@ -237,7 +241,8 @@ class _Fused(torch.autograd.Function):
                         kept, gates = h.clone(), g
                     else:
                         gates = scores.copy_(g.reshape(scores.shape)).view(g.shape)
-            y = products.up(u, up, plan.scale, x, onto, base, plan.packed)
+            below = onto if base is None else next(linear)
+            y = products.up(u, up, plan.scale, x, below, base is not None and unwatched())
             # As it is now, and only where it is needed: a layer may be merged before backward comes.
             weight = base[0].detach() if base is not None and need_x else None
             saved += (A, W, B, of_task, kept, gates, None if B.dtype == dtype else up, weight)
@@ -274,24 +279,24 @@ def _gradients(ctx: Any, saved: Sequence[Any], dys: Sequence[Tensor | None]) -> 
         if plan.compiled is not None:
             compiled, choice = plan.compiled
             kept = kept if kept.stride(1) == 1 else kept.contiguous()  # hooks give what they like
-            u, _ = compiled.gradients(kept, dy @ up.t(), choice, plan.scale, part)
+            du, *more = times(dy, Right(up.t()), *([] if weight is None else [Right(weight, dx)]))
+            dx = more[0] if more else dx
+            u, _ = compiled.gradients(kept, du, choice, plan.scale, part)
         else:
             need_task, du = needs[4 * i + 3], up @ dy.t()
             u, d_task = _gradients_of_gates(plan, x, A.shape[0], kept, gates, of_task, need_task, du, part)
             grads[4 * i + 3] = d_task
+            if weight is not None:
+                (dx,) = times(dy, Right(weight, dx))
         if needs[4 * i + 2]:
-            dB = _cast(u @ dy, B.dtype)
+            dB = _cast(times(u, Right(dy))[0], B.dtype)
             grads[4 * i + 2] = dB if plan.scale == 1.0 else dB.mul_(plan.scale)
-        if weight is not None and dx is not None:
-            dx.addmm_(dy, weight)
-        elif weight is not None:
-            dx = dy @ weight if plan.packed is None else plan.packed.back(dy, weight)
     if used and need_x:
         if joined is None or len(used) < len(dys):
             joined = _joined([saved[8 * i + k] for i in used for k in range(4)], dtype)
-        dx = dz.t() @ joined if dx is None else dx.addmm_(dz.t(), joined)
+        (dx,) = times(dz.t(), Right(joined, dx))
     if any(needs[0::4]) or any(needs[1::4]):
-        d_down, at = dz @ flat, 0
+        (d_down,), at = times(dz, Right(flat)), 0
         for place, leaf in ((4 * i + k, saved[8 * i + k]) for i in used for k in (0, 1)):
             if leaf is not None:
                 grads[place] = _cast(d_down[at : at + leaf.shape[0]], leaf.dtype) if needs[place] else None

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from dyads.ops.dyadic import Frozen, Gating, dyadic
 from dyads.ops.kernel import Choice, Kernel, choice_of, kernel
-from dyads.ops.packed import packs
-from dyads.ops.products import cheap_dtype, is_small, join, split, up
+from dyads.ops.products import cheap_dtype, is_small, join, linears, split, up
 from dyads.ops.siblings import Siblings
-from dyads.ops.switch import FAST
+from dyads.ops.switch import FAST, unwatched
 
 __all__ = ["Held", "Together"]
 
@@ -74,9 +73,9 @@ class Held:
             if together is not None:
                 together.see(self, x)
             u = self._of_many(x, dtype, self.of_task(task))
-        # Of a few rows, looking up what is packed takes a part that counts.
-        packed = None if few or base is None else packs(x, base[0])
-        return up(u, self._once(dtype, "up"), 1.0, x, onto, base, packed)
+        if base is not None:
+            onto = F.linear(x, *base) if few else next(linears(x, [base]))
+        return up(u, self._once(dtype, "up"), 1.0, x, onto, base is not None and unwatched())
 
     def _compiled(self, x: Tensor) -> Kernel | None:
         """What can take x in two calls."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyads.ops.compile import Library, compile_c
-from dyads.ops.switch import Switch, runs_plainly
+from dyads.ops.switch import Switch, runs_plainly, seen_by_profilers
 
 __all__ = ["Choice", "Kernel", "choice_of", "kernel", "without_kernel"]
 
@@ -114,7 +114,7 @@ class Kernel:
         tokens = z.shape[0]
         width = _width(z, tokens, choice.p + choice.s, z.dtype)
         u = z.new_empty(tokens, choice.q)
-        with _seen_by_profilers("gates"):
+        with seen_by_profilers("gates"):
             self._of["mix", z.dtype](
                 z.data_ptr(), u.data_ptr(), width, *choice._as_c, tokens, 1 / choice.temperature,
                 torch.get_num_threads(),
@@ -140,7 +140,7 @@ class Kernel:
                 f" with strides {dz.stride()} in {dz.dtype}"
             )
         u = z.new_empty(choice.q, tokens)
-        with _seen_by_profilers("gates"):
+        with seen_by_profilers("gates"):
             self._of["gradients", z.dtype](
                 z.data_ptr(), du.data_ptr(), u.data_ptr(), dz.data_ptr(), width, *choice._as_c, tokens,
                 1 / choice.temperature, scale, torch.get_num_threads(),
@@ -170,7 +170,7 @@ class Kernel:
             )
         room = -(-rows // _EIGHT) * _EIGHT
         u, work = down.new_empty(layers, room, choice.q), down.new_empty(room * (d + needs[0] * _PANEL))
-        with _seen_by_profilers("few"):
+        with seen_by_profilers("few"):
             self._of["coefficients", x.dtype](
                 x.data_ptr(), down.data_ptr(), work.data_ptr(), u.data_ptr(), rows, d, needs[0], layers, *choice._as_c,
                 1 / choice.temperature, _threads(down.numel()),
@@ -191,7 +191,7 @@ class Kernel:
                 f" CPU, got {tuple(u.shape)} in {u.dtype} on {u.device}, {tuple(up.shape)} in {up.dtype} on"
                 f" {up.device}, and {tuple(y.shape)} with strides {y.stride()} on {y.device}"
             )
-        with _seen_by_profilers("few"):
+        with seen_by_profilers("few"):
             self._of["add", y.dtype](
                 u.data_ptr(), up.data_ptr(), y.data_ptr(), rows, q, o, _threads(up.numel())
             )  # fmt: skip
@@ -207,13 +207,6 @@ def _width(t: Tensor, rows: int, columns: int, dtype: torch.dtype) -> int:
             f" {tuple(t.shape)} with strides {t.stride()} in {t.dtype}"
         )
     return apart if rows > 1 else columns
-
-
-def _seen_by_profilers(name: str) -> AbstractContextManager[object]:
-    """What is no operation of PyTorch, a profiler does not see by itself."""
-    if torch._C._autograd._profiler_enabled():
-        return torch.profiler.record_function(f"dyads::{name}")
-    return nullcontext()
 
 
 def choice_of(core: Any, A: Tensor, W: Tensor | None, B: Tensor) -> Choice | None:

@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dyads.ops.dyadic import Frozen
-from dyads.ops.packed import Packs
-from dyads.ops.switch import unwatched
+from dyads.ops.tiles import Right, tiles, times
 
 __all__ = [
     "autocast_dtype",
@@ -19,6 +18,7 @@ __all__ = [
     "down",
     "is_small",
     "join",
+    "linears",
     "split",
     "up",
 ]
@@ -72,19 +72,27 @@ def split(z: Tensor, p: int) -> tuple[Tensor, Tensor | None]:
     return h, scores
 
 
-def up(
-    u: Tensor, B: Tensor, scale: float, x: Tensor, onto: Tensor | None, base: Frozen | None, packed: Packs | None = None
-) -> Tensor:
-    """scale · u B (… o), which is added to `onto` or base(x) where one is given; `packed` is of the base's weight."""
-    rows, in_place = u.reshape(-1, B.shape[0]), False
-    if base is not None:
-        onto, in_place = F.linear(x, *base) if packed is None else packed.linear(x, *base), unwatched()
+def linears(x: Tensor, maps: Iterable[Frozen]) -> Iterator[Tensor]:
+    """x Wᵀ + bias (… o) of several maps, each when it is asked for, or all at once."""
+    flat = x.reshape(-1, x.shape[-1])
+    if tiles(flat) is None:
+        for one in maps:
+            yield F.linear(x, *one)
+        return
+    rights = [Right(W.t(), None if bias is None else bias.expand(len(flat), -1).clone()) for W, bias in maps]
+    for y in times(flat, *rights):
+        yield y.view(*x.shape[:-1], y.shape[1])
+
+
+def up(u: Tensor, B: Tensor, scale: float, x: Tensor, onto: Tensor | None, in_place: bool = False) -> Tensor:
+    """scale · u B (… o), which is added to `onto` where that is given, and may be written over it."""
+    rows, right = u.reshape(-1, B.shape[0]), Right(B, scale=scale)
     if onto is None:
-        return ((rows if scale == 1.0 else rows * scale) @ B).to(x.dtype).view(*x.shape[:-1], B.shape[1])
+        return times(rows, right)[0].to(x.dtype).view(*x.shape[:-1], B.shape[1])
     if onto.dtype == B.dtype:
         # One product both projects up and adds: the sum needs no memory of its own.
         if in_place:
-            onto.view(-1, B.shape[1]).addmm_(rows, B, alpha=scale)
+            times(rows, right._replace(onto=onto.view(-1, B.shape[1])))
             return onto
         return torch.addmm(onto.reshape(-1, B.shape[1]), rows, B, alpha=scale).view(onto.shape)
     delta = torch.mm(rows, B).view(onto.shape)

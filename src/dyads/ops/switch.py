@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch.autograd import forward_ad
 
-__all__ = ["FAST", "Switch", "runs_plainly", "unwatched"]
+__all__ = ["FAST", "Switch", "runs_plainly", "seen_by_profilers", "unwatched"]
 
 
 class Switch:
@@ -51,3 +51,10 @@ def runs_plainly() -> bool:
         and torch._C._get_tracing_state() is None
         and forward_ad._current_level < 0
     )
+
+
+def seen_by_profilers(name: str) -> AbstractContextManager[object]:
+    """What is no operation of PyTorch, a profiler does not see by itself."""
+    if torch._C._autograd._profiler_enabled():
+        return torch.profiler.record_function(f"dyads::{name}")
+    return nullcontext()

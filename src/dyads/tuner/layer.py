@@ -26,7 +26,6 @@ from dyads.ops import (
     Together,
     autocast_dtype,
     can_share,
-    forget,
     fused,
     fused_all,
     serves,
@@ -286,7 +285,6 @@ class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             weight.data = merged
-            forget(weight)
             self.merged_adapters.append(name)
             task = self._task(name, self.core(name), weight.data.new_zeros(1, 1))
             self._merged_delta_task[name] = task
