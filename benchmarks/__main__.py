@@ -342,9 +342,9 @@ def _has_tiles() -> bool:
     """Whether the processor's unit for bf16 computes dyads' products in fp32."""
     import torch
 
-    from dyads.ops.tiles import tiles
+    from dyads.ops.tiles import tiles_for
 
-    return tiles(torch.zeros(96, 64)) is not None
+    return tiles_for(torch.zeros(96, 64)) is not None
 
 
 def _cpu() -> str:

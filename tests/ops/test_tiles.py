@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyads.methods import MoDEConfig, MoLoRAConfig, MoREConfig
 from dyads.ops import Adapted, dyadic, fused, fused_all, untiled
-from dyads.ops.tiles import Right, Tiles, tiles, times
+from dyads.ops.tiles import Right, Tiles, tiles_for, times
 
 of_tiles: Any = import_module("dyads.ops.tiles")
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def ours() -> Tiles:
-    found = tiles(torch.randn(96, 64))
+    found = tiles_for(torch.randn(96, 64))
     assert found is not None, "the processor can, and there is a compiler"
     return found
 
@@ -121,6 +121,23 @@ def test_a_product_is_as_near_to_the_exact_one_as_one_in_fp32(
         assert ours_is <= 2 * mkl_is, "and no farther on average"
 
 
+@pytest.mark.parametrize("kind", ["normal", "positive", "half of them zero"])
+@pytest.mark.parametrize("k", [576, 2048, 8192, 32768])
+def test_a_long_sum_is_no_farther_from_the_exact_one_than_pytorch_s(k: int, kind: str, ours: Tiles) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    left, matrix = torch.randn(96, k), torch.randn(k, 64)
+    if kind == "positive":
+        left, matrix = left.abs(), matrix.abs()
+    elif kind == "half of them zero":
+        left = left.relu()
+    wanted = left.double() @ matrix.double()
+    error, theirs = (
+        (found.double() - wanted).square().mean() for found in (ours.products(left, [Right(matrix)])[0], left @ matrix)
+    )
+    assert error <= 1.5 * theirs
+
+
 def test_parts_of_larger_matrices_are_read_where_they_lie(ours: Tiles) -> None:
     whole, other = torch.randn(150, 90), torch.randn(90, 150)
     for left in (whole[7:130, 5:70], other[5:70, 7:130].t()):
@@ -130,7 +147,7 @@ def test_parts_of_larger_matrices_are_read_where_they_lie(ours: Tiles) -> None:
 
 
 def test_all_bits_of_a_number_count(ours: Tiles) -> None:
-    """x · 1 is x, bit for bit, whatever x: its three parts add up to it."""
+    """x · 1 is x, bit for bit, as its three parts add up to it."""
     x = torch.randn(300, 64) * 10.0 ** torch.randint(-25, 25, (300, 64))
     assert torch.equal(ours.products(x, [Right(torch.eye(64))])[0], x)
     assert torch.equal(ours.products(torch.eye(64), [Right(x.t())])[0], x.t())
@@ -152,6 +169,13 @@ def test_what_is_not_finite_stays_so_and_where_it_is(bad: float, ours: Tiles) ->
     assert not out[33].isfinite().any()
     assert torch.equal(out[:33], clean[:33])
     assert torch.equal(out[34:], clean[34:])
+
+
+def test_what_grows_too_large_is_not_finite(ours: Tiles) -> None:
+    left, matrix = torch.full((40, 32), 3e30), torch.full((32, 40), 2e30)
+    assert not ours.products(left, [Right(matrix)])[0].isfinite().any()
+    largest = torch.diag(torch.full((32,), 3.39e38))
+    assert torch.equal(ours.products(largest, [Right(torch.eye(32))])[0], largest)
 
 
 def test_what_is_next_to_nothing_counts_as_nothing(ours: Tiles) -> None:
@@ -192,6 +216,25 @@ def test_threads_do_not_disturb_each_other(ours: Tiles) -> None:
     for one in several:
         one.join()
     assert wrong == []
+
+
+def test_threads_share_what_is_worth_it(ours: Tiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[int] = []
+    products = ours._products
+    monkeypatch.setattr(ours, "_products", lambda *given: (used.append(given[-1]), products(*given)))
+    torch.set_num_threads(2)
+    for m in (32, 512):
+        ours.products(torch.randn(m, 64), [Right(torch.randn(64, 512))])
+    torch.set_num_threads(1)
+    ours.products(torch.randn(512, 64), [Right(torch.randn(64, 512))])
+    assert used == [1, 2, 1]
+
+
+def test_without_openmp_it_serves_one_thread_only(ours: Tiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours, "is_parallel", False)
+    for count, served in ((1, True), (2, False)):
+        torch.set_num_threads(count)
+        assert (tiles_for(torch.randn(96, 64)) is not None) == served
 
 
 def test_others_who_use_the_unit_are_not_disturbed(ours: Tiles) -> None:
@@ -242,6 +285,10 @@ def test_small_matrices_and_other_kinds_are_left_to_pytorch(calls: list[tuple[in
         (x, Right(W, onto.t().contiguous().t(), 0.5)),
         (x, Right(W.as_subclass(type("Other", (Tensor,), {})))),
         (x.as_subclass(type("Other", (Tensor,), {})), Right(W)),
+        (torch._neg_view(x), Right(W)),
+        (x, Right(torch._neg_view(W))),
+        (torch._efficientzerotensor((512, 256)), Right(W)),
+        (x, Right(W, torch.zeros(512, 256).as_subclass(type("Other", (Tensor,), {})))),
     ]
     for left, right in left_alone:
         wanted = exact(left, right)
@@ -253,28 +300,28 @@ def test_small_matrices_and_other_kinds_are_left_to_pytorch(calls: list[tuple[in
 @pytest.mark.parametrize("what", ["off", "watched", "inexact", "forward AD", "vmap", "traced"])
 def test_where_somebody_looks_on_or_asks_for_it_pytorch_serves(what: str) -> None:
     x, asked = torch.randn(96, 64), []
-    assert tiles(x) is not None
+    assert tiles_for(x) is not None
     if what == "off":
         with untiled():
-            asked.append(tiles(x))
+            asked.append(tiles_for(x))
     elif what == "watched":
         with TorchDispatchMode():
-            asked.append(tiles(x))
+            asked.append(tiles_for(x))
     elif what == "inexact":
         torch.set_float32_matmul_precision("medium")
         try:
-            asked.append(tiles(x))
+            asked.append(tiles_for(x))
         finally:
             torch.set_float32_matmul_precision("highest")
     elif what == "forward AD":
         with forward_ad.dual_level():
-            asked.append(tiles(x))
+            asked.append(tiles_for(x))
     elif what == "vmap":
-        torch.func.vmap(lambda one: asked.append(tiles(x)) or one)(x)
+        torch.func.vmap(lambda one: asked.append(tiles_for(x)) or one)(x)
     else:
-        torch.jit.trace(lambda one: asked.append(tiles(x)) or one + 1, x, check_trace=False)
+        torch.jit.trace(lambda one: asked.append(tiles_for(x)) or one + 1, x, check_trace=False)
     assert asked == [None]
-    assert tiles(x) is not None
+    assert tiles_for(x) is not None
 
 
 METHODS = [MoDEConfig(r=8, num_experts=9), MoLoRAConfig(r=13, num_experts=5), MoREConfig(r=70, num_tasks=3)]
@@ -351,9 +398,9 @@ def in_a_process_of_its_own(code: str, **environment: str) -> str:
 
 ASK = """
 import torch
-from dyads.ops.tiles import Right, tiles, times
+from dyads.ops.tiles import Right, tiles_for, times
 x = torch.ones(512, 256)
-print(tiles(x) is None, times(x, Right(x.t()))[0].unique())
+print(tiles_for(x) is None, times(x, Right(x.t()))[0].unique())
 """
 
 
@@ -363,9 +410,39 @@ def test_without_tiles_pytorch_serves(environment: dict[str, str], tmp_path: Pat
     assert told == "True tensor([256.])"
 
 
+def test_a_small_stack_is_enough() -> None:
+    told = in_a_process_of_its_own(
+        """
+import threading, torch
+from dyads.ops.tiles import Right, tiles_for, times
+torch.set_num_threads(2)
+x = torch.ones(512, 256)
+found = []
+tiles_for(x)
+threading.stack_size(64 * 1024)
+one = threading.Thread(target=lambda: found.extend(times(x, Right(x.t()))))
+one.start()
+one.join()
+print(tiles_for(x) is None, found[0].unique())
+""",
+        OMP_STACKSIZE="64k",
+    )
+    assert told == "False tensor([256.])"
+
+
 def test_a_library_without_tiles_says_so(tmp_path: Path) -> None:
     """As on a processor that has none."""
     subprocess.run(
-        ["cc", "-shared", "-fPIC", "-mno-amx-bf16", str(of_tiles._SOURCE), "-o", f"{tmp_path}/none.so"], check=True
+        [
+            "cc",
+            "-march=native",
+            "-mno-amx-bf16",
+            "-shared",
+            "-fPIC",
+            str(of_tiles._SOURCE),
+            "-o",
+            f"{tmp_path}/none.so",
+        ],
+        check=True,
     )
     assert ctypes.CDLL(f"{tmp_path}/none.so").tiles_ready() == 0

@@ -163,7 +163,7 @@ def _one(x: Tensor, layer: Adapted, onto: Tensor | None) -> Tensor:
     h, scores = split(products.down(x.to(joined.dtype), joined), A.shape[0])
     u = gating.mix(h, gating.select(h, scores, gating.of_task(task)))
     if base is not None:
-        onto = next(linears(x, [base]))
+        onto = next(linears(x, x.reshape(-1, x.shape[-1]), [base]))
     return products.up(u, B.to(joined.dtype), scale, x, onto, base is not None and unwatched())
 
 
@@ -216,10 +216,10 @@ class _Fused(torch.autograd.Function):
         flat, joined = x.reshape(-1, x.shape[-1]), _joined(leaves, dtype)
         maps: list[Frozen] = [base for base in bases if base is not None]
         if plans[0].compiled is not None:
-            linear = linears(x, [(joined, None), *maps])
+            linear = linears(x, flat, [(joined, None), *maps])
             z = next(linear).view(-1, joined.shape[0])
         else:
-            linear, z = linears(x, maps), products.down(flat, joined)
+            linear, z = linears(x, flat, maps), products.down(flat, joined)
         # Casts are small beside x, and cost two passes over the weights. In the dtype of x there are none to keep.
         saved = [x, None if cast(Tensor, leaves[0]).dtype == dtype else joined]
         ys: list[Tensor] = []

@@ -74,7 +74,7 @@ class Held:
                 together.see(self, x)
             u = self._of_many(x, dtype, self.of_task(task))
         if base is not None:
-            onto = F.linear(x, *base) if few else next(linears(x, [base]))
+            onto = F.linear(x, *base) if few else next(linears(x, x.reshape(-1, x.shape[-1]), [base]))
         return up(u, self._once(dtype, "up"), 1.0, x, onto, base is not None and unwatched())
 
     def _compiled(self, x: Tensor) -> Kernel | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyads.ops.dyadic import Frozen
-from dyads.ops.tiles import Right, tiles, times
+from dyads.ops.tiles import Right, tiles_for, times
 
 __all__ = [
     "autocast_dtype",
@@ -72,15 +72,15 @@ def split(z: Tensor, p: int) -> tuple[Tensor, Tensor | None]:
     return h, scores
 
 
-def linears(x: Tensor, maps: Iterable[Frozen]) -> Iterator[Tensor]:
-    """x Wᵀ + bias (… o) of several maps, each when it is asked for, or all at once."""
-    flat = x.reshape(-1, x.shape[-1])
-    if tiles(flat) is None:
+def linears(x: Tensor, rows: Tensor, maps: Iterable[Frozen]) -> Iterator[Tensor]:
+    """x Wᵀ + bias (… o) of several maps, for the rows (n d) of x: each when it is asked for, so that it is
+    still near the processor for what comes next; or all at once, where that is faster."""
+    if tiles_for(rows) is None:
         for one in maps:
             yield F.linear(x, *one)
         return
-    rights = [Right(W.t(), None if bias is None else bias.expand(len(flat), -1).clone()) for W, bias in maps]
-    for y in times(flat, *rights):
+    rights = [Right(W.t(), None if bias is None else bias.expand(len(rows), -1).clone()) for W, bias in maps]
+    for y in times(rows, *rights):
         yield y.view(*x.shape[:-1], y.shape[1])
 
 

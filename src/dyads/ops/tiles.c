@@ -6,15 +6,17 @@
 //
 //     x y ≈ x₃y₁ + x₂y₁ + x₂y₂ + x₁y₂ + x₁y₃ + x₁y₁        (what is left out is below 2⁻²⁴ of x y)
 //
-// in fp32, as tiles do: they multiply 32 times as many numbers of bf16 as vectors do of fp32. Exceptions to the
-// equation: a number that is not finite, or above 3.38e38, becomes NaN, and what is below 1.2e-38 counts as zero.
+// in fp32, as tiles do: they multiply 16 times as many numbers of bf16 as vectors do of fp32. That is so for numbers and
+// products above 1e-31; smaller ones lose their third part and then their second, as bf16 ends at 1.2e-38 too. What is
+// not finite, or above 3.39e38, becomes NaN, and a sum that grows above that does or is infinite.
 //
 // A tile has 16 lines of 64 bytes. Of a left matrix (m k) it holds 16 rows and 32 columns; of a right one (k n) 32 rows
 // and 16 columns, and a line has two rows, one number of each in turns. Matrices are brought into this order as they are
 // needed: of the left one as much as stays near a core, for several right matrices at once; of these 32 columns, a
 // panel, by the core that multiplies them. Both lie in steps of 32 along k, a step in three parts, a part in two tiles.
 //
-// The sum over k begins with its first number for every result, however many rows, columns and threads there are.
+// DEEP steps are added up in the tiles, and then to what is there, so that a long sum is one of sums. Where it is cut
+// depends on nothing but k: a result has the same bits however many rows, columns and threads there are.
 
 #include <stdint.h>
 #include <string.h>
@@ -26,6 +28,13 @@
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#ifdef _OPENMP
+int omp_get_thread_num(void);
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
+#endif
 
 #define TILE 512             // numbers
 #define STEP (2 * 3 * TILE)  // of 32 rows, or columns, for 32 steps along k
@@ -42,13 +51,12 @@ int64_t tiles_ready(void) {
 }
 
 static void use_tiles(void) {
-    struct {
+    const struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
         uint8_t lines[16];
-    } shape = {.palette = 1};
-    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.lines[i] = 16;
-    _tile_loadconfig(&shape);
+    } shape = {.palette = 1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .lines = {16, 16, 16, 16, 16, 16, 16, 16}};
+    __asm__ volatile("ldtilecfg %0" : : "m"(shape));  // GCC's own function reads a part of it only, as far as GCC knows
 }
 
 static inline __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n > 0 ? (1 << n) - 1 : 0; }
@@ -143,21 +151,13 @@ static void pack(const float *p, int64_t next, int64_t deeper, int left, int64_t
 // Compilers do not know what tiles read and write.
 #define SETTLED __asm__ volatile("" ::: "memory")
 
-// 32 × 32 results, or the sum of these and what is there.
-static inline void whole_square(const bf16 *left, const bf16 *right, int64_t steps, float *c, int64_t width, int add) {
+// 32 × 32 results.
+static inline void whole_square(const bf16 *left, const bf16 *right, int64_t steps, float *c, int64_t width) {
     SETTLED;
-    float *corners[4] = {c, c + 16, c + 16 * width, c + 16 * width + 16};
-    if (add) {
-        _tile_loadd(0, corners[0], width * 4);
-        _tile_loadd(1, corners[1], width * 4);
-        _tile_loadd(2, corners[2], width * 4);
-        _tile_loadd(3, corners[3], width * 4);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
     for (int64_t step = 0; step < steps; step++, left += STEP, right += STEP) {
         // Small products first, in an order in which every other one has to fetch half of its tiles only.
         LEFT(2); RIGHT(0); MULTIPLY;
@@ -173,25 +173,28 @@ static inline void whole_square(const bf16 *left, const bf16 *right, int64_t ste
         RIGHT(0); MULTIPLY;
         FETCH(right + STEP + 4 * TILE); FETCH(right + STEP + 5 * TILE);
     }
-    _tile_stored(0, corners[0], width * 4);
-    _tile_stored(1, corners[1], width * 4);
-    _tile_stored(2, corners[2], width * 4);
-    _tile_stored(3, corners[3], width * 4);
+    _tile_stored(0, c, width * 4);
+    _tile_stored(1, c + 16, width * 4);
+    _tile_stored(2, c + 16 * width, width * 4);
+    _tile_stored(3, c + 16 * width + 16, width * 4);
     SETTLED;
 }
 
-// The same where m × n of them are wanted only.
+// m × n of them, or what is there and they.
 static inline void square(const bf16 *left, const bf16 *right, int64_t steps, float *c, int64_t width, int add,
                           int64_t m, int64_t n) {
-    if (m >= SIDE && n >= SIDE) {
-        whole_square(left, right, steps, c, width, add);
+    if (!add && m >= SIDE && n >= SIDE) {
+        whole_square(left, right, steps, c, width);
         return;
     }
-    float room[SIDE][SIDE] __attribute__((aligned(64))) = {0};
-    m = LEAST(m, SIDE), n = LEAST(n, SIDE);
-    for (int64_t i = 0; add && i < m; i++) memcpy(room[i], c + i * width, n * sizeof *c);
-    whole_square(left, right, steps, *room, SIDE, add);
-    for (int64_t i = 0; i < m; i++) memcpy(c + i * width, room[i], n * sizeof *c);
+    float found[SIDE][SIDE] __attribute__((aligned(64)));
+    whole_square(left, right, steps, *found, SIDE);
+    for (int64_t i = 0; i < LEAST(m, SIDE); i++, c += width)
+        for (int64_t j = 0; j < LEAST(n, SIDE); j += 16) {
+            const __mmask16 there = first(n - j);
+            const __m512 before = _mm512_maskz_loadu_ps(add ? there : 0, c + j);
+            _mm512_mask_storeu_ps(c + j, there, _mm512_add_ps(before, _mm512_load_ps(found[i] + j)));
+        }
 }
 
 struct right {
@@ -212,16 +215,24 @@ static inline void fetch_part(const float *p, int64_t row, int64_t column, int64
     }
 }
 
+#define HIGHEST(m) LEAST(STEPS(m), HIGH)
+#define DEEPEST(k) LEAST(STEPS(k), DEEP)
+
+// How many numbers of bf16 `tiles_products` needs room for.
+int64_t tiles_room(int64_t m, int64_t k, int64_t threads) { return (HIGHEST(m) + threads) * DEEPEST(k) * STEP; }
+
 // For every right matrix: c, + c with `add`, = scale · left (m k) · right. Number (i, j) of the left one lies at
-// i · row + j · column, one of which is 1. `room` is for HIGH · DEEP steps, or as many as there are.
+// i · row + j · column, one of which is 1.
 void tiles_products(const float *left, const struct right *rights, bf16 *room, int64_t m, int64_t k, int64_t row,
                     int64_t column, int64_t count, int64_t threads) {
     const int64_t blocks = STEPS(m), steps = STEPS(k);
     const int64_t rounds = (steps + DEEP - 1) / DEEP, deep = (steps + rounds - 1) / rounds;  // all alike, or nearly
     int64_t panels = 0;
     for (int64_t i = 0; i < count; i++) panels += STEPS(rights[i].n);
+    // Where there are more threads than panels, several make the same one, each for a part of the rows.
+    const int64_t shares = LEAST((threads + panels - 1) / panels, HIGHEST(m));
     _Pragma("omp parallel num_threads(threads)") {
-        bf16 panel[DEEP * STEP] __attribute__((aligned(64)));
+        bf16 *panel = room + (HIGHEST(m) + THREAD) * DEEPEST(k) * STEP;
         use_tiles();
         for (int64_t top = 0; top < blocks; top += HIGH)
             for (int64_t at = 0; at < steps; at += deep) {
@@ -232,13 +243,13 @@ void tiles_products(const float *left, const struct right *rights, bf16 *room, i
                     pack(left + (top + b) * SIDE * row + from * column, row, column, 1, m - (top + b) * SIDE, numbers, 1.0f,
                          room + b * now * STEP);
                 _Pragma("omp for")
-                for (int64_t p = 0; p < panels; p++) {
+                for (int64_t share = 0; share < panels * shares; share++) {
                     const struct right *r = rights;
-                    int64_t j = p * SIDE;
+                    int64_t j = share / shares * SIDE;
                     for (; j >= r->n; r++) j -= STEPS(r->n) * SIDE;
                     const float *these = r->numbers + j * r->column + from * r->row;
                     pack(these, r->column, r->row, 0, r->n - j, numbers, r->scale, panel);
-                    for (int64_t b = 0; b < high; b++) {
+                    for (int64_t b = high * (share % shares) / shares; b < high * (share % shares + 1) / shares; b++) {
                         if (j + SIDE < r->n) fetch_part(these + SIDE * r->column, r->row, r->column, numbers, b, high);
                         const int64_t i = (top + b) * SIDE;
                         square(room + b * now * STEP, panel, now, r->c + i * r->width + j, r->width, r->add || at, m - i,
@@ -253,6 +264,7 @@ void tiles_products(const float *left, const struct right *rights, bf16 *room, i
 #else
 
 int64_t tiles_ready(void) { return 0; }
+int64_t tiles_room(void) { return 0; }
 void tiles_products(void) {}
 
 #endif

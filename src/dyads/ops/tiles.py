@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How are matrices in fp32 multiplied faster than fp32 is, where the processor has a unit for bf16?
 
-Intel's processors since 2023 multiply tiles of bf16 (AMX) 32 times as fast as vectors of fp32. A number of fp32 is a
-sum of three of bf16, and six of the nine products of two such sums are all that fp32 can tell apart: `tiles.c` adds
-them up, in fp32. The result is as near to the exact one as that of a product in fp32, and differs from it by rounding.
+Intel's Xeons since 2023 multiply tiles of bf16 (AMX) 16 times as fast as vectors of fp32. A number of fp32 is a sum of
+three of bf16, and six of the nine products of two such sums are all that fp32 can tell apart: `tiles.c` adds them up,
+in fp32. The result is as near to the exact one as that of a product in fp32, and differs from it by rounding.
 
-    x y = Σᵢⱼ xᵢ yⱼ + ε,  i + j ≤ 4,  |ε| < 2⁻²⁴ |x y|
+    x y = Σᵢⱼ xᵢ yⱼ + ε,  i + j ≤ 4,  |ε| < 2⁻²⁴ |x y|  where |x|, |y| and |x y| are above 1e-31 and below 3.39e38
 
 It is compiled when it is first needed (`compile`). Where that fails, on other processors, and where `DYADS_TILES=0` is
 set, PyTorch's products serve.
@@ -14,6 +14,7 @@ set, PyTorch's products serve.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -28,15 +29,15 @@ from torch import Tensor
 from dyads.ops.compile import Library, compile_c
 from dyads.ops.switch import Switch, runs_plainly, seen_by_profilers
 
-__all__ = ["Right", "Tiles", "tiles", "times", "untiled"]
+__all__ = ["Right", "Tiles", "tiles_for", "times", "untiled"]
 
 _SOURCE = Path(__file__).with_name("tiles.c")
-_SIDE, _HIGH, _DEEP, _STEP = 32, 16, 12, 2 * 3 * 512  # see tiles.c
 _ROWS, _DEPTH, _COLUMNS, _TOGETHER, _WORK = 96, 64, 32, 256, 2**24
 """Least m, k, n, sum of n and m k n. With less, bringing matrices into order costs what is won (LOG.md, 2026-11-23)."""
 _ALONE = 2**21  # multiplications that pay for another thread
 _PLAIN = (Tensor, torch.nn.Parameter)  # and no other kind, which may keep its numbers elsewhere
 _ENABLED = Switch()  # see `untiled`
+_LOG = logging.getLogger(__name__)
 
 
 class Right(NamedTuple):
@@ -44,8 +45,9 @@ class Right(NamedTuple):
 
     matrix: Tensor
     onto: Tensor | None = None
-    """(m n), what the product is added to, in place."""
+    """(m n), what the product is added to, in place; no other product may be added to it in the same call."""
     scale: float = 1.0
+    """What the matrix is multiplied by first."""
 
 
 class _Right(ctypes.Structure):
@@ -61,8 +63,13 @@ class _Right(ctypes.Structure):
 class Tiles:
     """The compiled functions."""
 
+    is_parallel: bool
+    """Whether several threads share a product."""
+
     def __init__(self, library: Library) -> None:
-        self._products = library.functions.tiles_products
+        self.is_parallel = "-fopenmp" in library.flags
+        self._room, self._products = library.functions.tiles_room, library.functions.tiles_products
+        self._room.argtypes, self._room.restype = [ctypes.c_int64] * 3, ctypes.c_int64
         self._products.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 6
         self._products.restype = None
 
@@ -85,17 +92,19 @@ class Tiles:
             (c.row, c.column), c.add, c.scale = _strides(matrix), onto is not None, scale
             work += m * n * k
             outs.append(out)
-        steps = min(-(-m // _SIDE), _HIGH) * min(-(-k // _SIDE), _DEEP)
-        room = left.new_empty(steps * _STEP, dtype=torch.bfloat16)
         threads = max(1, min(torch.get_num_threads(), work // _ALONE))
+        room = left.new_empty(self._room(m, k, threads), dtype=torch.bfloat16)
         with seen_by_profilers("tiles"):
             self._products(left.data_ptr(), given, room.data_ptr(), m, k, row, column, len(rights), threads)
         return outs
 
 
 def times(left: Tensor, *rights: Right) -> list[Tensor]:
-    """scale · left right (m n) of every right matrix, added in place where there is something to add to."""
-    found, taken = tiles(left), []
+    """scale · left right (m n) of every right matrix, added in place where there is something to add to.
+
+    For use where no gradients are recorded.
+    """
+    found, taken = tiles_for(left), []
     if found is not None:
         taken = [_is_taken(right) for right in rights]
         together = sum(right.matrix.shape[1] for right in compress(rights, taken))
@@ -107,14 +116,13 @@ def times(left: Tensor, *rights: Right) -> list[Tensor]:
     return [next(outs) if by_tiles else _plain(left, right) for right, by_tiles in zip(rights, taken, strict=True)]
 
 
-def tiles(left: Tensor) -> Tiles | None:
+def tiles_for(left: Tensor) -> Tiles | None:
     """What multiplies a matrix (m k) by others, where these are large enough; None where PyTorch does: with few rows or
     columns, and where fp32 may be computed as something else or somebody looks on."""
-    if left.dtype != torch.float32 or not left.is_cpu or type(left) not in _PLAIN or not _ENABLED:
+    if not _ENABLED or not _is_plain(left) or not runs_plainly() or left.shape[0] < _ROWS or left.shape[1] < _DEPTH:
         return None
-    if not runs_plainly() or left.shape[0] < _ROWS or left.shape[1] < _DEPTH or 1 not in left.stride():
-        return None
-    return _tiles() if _is_exact() else None
+    found = _tiles() if _is_exact() else None
+    return found if found is not None and (found.is_parallel or torch.get_num_threads() == 1) else None
 
 
 def untiled() -> AbstractContextManager[None]:
@@ -132,9 +140,14 @@ def _plain(left: Tensor, right: Right) -> Tensor:
 def _is_taken(right: Right) -> bool:
     """Whether tiles multiply by it."""
     matrix, onto, _ = right
+    return _is_plain(matrix) and matrix.shape[1] >= _COLUMNS and (onto is None or (_is_plain(onto) and _takes(onto)))
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether its numbers are those in its memory, in fp32, side by side in rows or columns."""
     return (
-        type(matrix) in _PLAIN and matrix.dtype == torch.float32 and matrix.is_cpu and matrix.shape[1] >= _COLUMNS
-        and 1 in matrix.stride() and (onto is None or _takes(onto))
+        type(t) in _PLAIN and t.dtype == torch.float32 and t.is_cpu and t.layout == torch.strided
+        and not t.is_neg() and not t._is_zerotensor() and 1 in t.stride()
     )  # fmt: skip
 
 
@@ -151,9 +164,13 @@ def _tiles() -> Tiles | None:
         return None
     library = next(compile_c(_SOURCE), None)
     try:
-        return Tiles(library) if library is not None and library.functions.tiles_ready() else None
-    except AttributeError:  # a compiler that was told to hide what it compiles
+        if library is not None and library.functions.tiles_ready():
+            return Tiles(library)
+    except AttributeError as hidden:  # a compiler that was told to hide what it compiles
+        _LOG.debug("%s: %s", _SOURCE.name, hidden)
         return None
+    _LOG.debug("%s: no unit for bf16, or the system does not give it to this process", _SOURCE.name)
+    return None
 
 
 def _is_exact() -> bool:
