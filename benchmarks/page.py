@@ -333,7 +333,8 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
             about = (
                 f"{sides} The floor of an adapter is the step of the frozen model, with gradients down to its first"
                 " adapted layers, plus the matrix products of every adapted layer timed alone, two forward and four"
-                " backward: no gates, sums, casts, optimizer or Python."
+                " backward: no gates, sums, casts, optimizer or Python. All of these by PyTorch: products by a unit for"
+                " bf16 may lie below it."
             )
         about += (
             " Right of it, the milliseconds by kind of work, as the profiler sees them: compiled gates count as"
