@@ -33,13 +33,12 @@ from dyads.ops import products
 from dyads.ops.dyadic import Frozen, Gating, dyadic
 from dyads.ops.kernel import Choice, Kernel, choice_of, kernel
 from dyads.ops.products import autocast_dtype, cheap_dtype, join, linears, split
-from dyads.ops.switch import FAST, Switch, unwatched
+from dyads.ops.switch import FAST, PLAIN, Switch, unwatched
 from dyads.ops.tiles import Right, times
 
 __all__ = ["Adapted", "Splits", "can_share", "fused", "fused_all", "plain", "serves", "unshared"]
 
 _SHARING = Switch()  # see `unshared`
-_PLAIN = (Tensor, torch.nn.Parameter)  # and no other kind, which may keep its numbers elsewhere
 
 
 class Splits(Gating, Protocol):
@@ -164,7 +163,7 @@ def _one(x: Tensor, layer: Adapted, onto: Tensor | None) -> Tensor:
     u = gating.mix(h, gating.select(h, scores, gating.of_task(task)))
     if base is not None:
         onto = next(linears(x, x.reshape(-1, x.shape[-1]), [base]))
-    return products.up(u, B.to(joined.dtype), scale, x, onto, base is not None and unwatched())
+    return products.up(u, B.to(joined.dtype), scale, x, onto, ours=base is not None)
 
 
 class _Plan(NamedTuple):
@@ -195,7 +194,7 @@ def _fused(x: Tensor, layers: Sequence[Adapted], onto: Tensor | None) -> tuple[T
 
 
 def _compiled(x: Tensor, A: Tensor, W: Tensor, B: Tensor, gating: Splits) -> tuple[Kernel, Choice] | None:
-    if type(A) not in _PLAIN or type(W) not in _PLAIN:
+    if type(A) not in PLAIN or type(W) not in PLAIN:
         return None
     choice = choice_of(gating, A, W, B)
     found = kernel(x, choice)
@@ -242,7 +241,7 @@ class _Fused(torch.autograd.Function):
                     else:
                         gates = scores.copy_(g.reshape(scores.shape)).view(g.shape)
             below = onto if base is None else next(linear)
-            y = products.up(u, up, plan.scale, x, below, base is not None and unwatched())
+            y = products.up(u, up, plan.scale, x, below, ours=base is not None)
             # As it is now, and only where it is needed: a layer may be merged before backward comes.
             weight = base[0].detach() if base is not None and need_x else None
             saved += (A, W, B, of_task, kept, gates, None if B.dtype == dtype else up, weight)

@@ -19,7 +19,7 @@ from dyads.ops.dyadic import Frozen, Gating, dyadic
 from dyads.ops.kernel import Choice, Kernel, choice_of, kernel
 from dyads.ops.products import cheap_dtype, is_small, join, linears, split, up
 from dyads.ops.siblings import Siblings
-from dyads.ops.switch import FAST, unwatched
+from dyads.ops.switch import FAST
 
 __all__ = ["Held", "Together"]
 
@@ -75,7 +75,7 @@ class Held:
             u = self._of_many(x, dtype, self.of_task(task))
         if base is not None:
             onto = F.linear(x, *base) if few else next(linears(x, x.reshape(-1, x.shape[-1]), [base]))
-        return up(u, self._once(dtype, "up"), 1.0, x, onto, base is not None and unwatched())
+        return up(u, self._once(dtype, "up"), 1.0, x, onto, ours=base is not None)
 
     def _compiled(self, x: Tensor) -> Kernel | None:
         """What can take x in two calls."""

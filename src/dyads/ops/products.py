@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dyads.ops.dyadic import Frozen
+from dyads.ops.switch import unwatched
 from dyads.ops.tiles import Right, tiles_for, times
 
 __all__ = [
@@ -84,9 +85,9 @@ def linears(x: Tensor, rows: Tensor, maps: Iterable[Frozen]) -> Iterator[Tensor]
         yield y.view(*x.shape[:-1], y.shape[1])
 
 
-def up(u: Tensor, B: Tensor, scale: float, x: Tensor, onto: Tensor | None, in_place: bool = False) -> Tensor:
-    """scale · u B (… o), which is added to `onto` where that is given, and may be written over it."""
-    rows, right = u.reshape(-1, B.shape[0]), Right(B, scale=scale)
+def up(u: Tensor, B: Tensor, scale: float, x: Tensor, onto: Tensor | None, *, ours: bool) -> Tensor:
+    """scale · u B (… o), added to `onto` where that is given; what is `ours` is written over, if nobody looks on."""
+    rows, right, in_place = u.reshape(-1, B.shape[0]), Right(B, scale=scale), ours and unwatched()
     if onto is None:
         return times(rows, right)[0].to(x.dtype).view(*x.shape[:-1], B.shape[1])
     if onto.dtype == B.dtype:

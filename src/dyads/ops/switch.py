@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["FAST", "Switch", "runs_plainly", "seen_by_profilers", "unwatched"]
+__all__ = ["FAST", "PLAIN", "Switch", "runs_plainly", "seen_by_profilers", "unwatched"]
 
 
 class Switch:
@@ -30,6 +31,9 @@ class Switch:
         finally:
             self._on = before
 
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Types whose numbers are where they seem to be; other kinds of tensors may keep theirs elsewhere."""
 
 FAST = Switch()
 """Whether `fused` and `Held` are anything else than `dyadic`: see `plain`."""

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dyads.ops.compile import Library, compile_c
-from dyads.ops.switch import Switch, runs_plainly, seen_by_profilers
+from dyads.ops.switch import PLAIN, Switch, runs_plainly, seen_by_profilers
 
 __all__ = ["Right", "Tiles", "tiles_for", "times", "untiled"]
 
@@ -35,7 +35,6 @@ _SOURCE = Path(__file__).with_name("tiles.c")
 _ROWS, _DEPTH, _COLUMNS, _TOGETHER, _WORK = 96, 64, 32, 256, 2**24
 """Least m, k, n, sum of n and m k n. With less, bringing matrices into order costs what is won (LOG.md, 2026-11-23)."""
 _ALONE = 2**21  # multiplications that pay for another thread
-_PLAIN = (Tensor, torch.nn.Parameter)  # and no other kind, which may keep its numbers elsewhere
 _ENABLED = Switch()  # see `untiled`
 _LOG = logging.getLogger(__name__)
 
@@ -146,7 +145,7 @@ def _is_taken(right: Right) -> bool:
 def _is_plain(t: Tensor) -> bool:
     """Whether its numbers are those in its memory, in fp32, side by side in rows or columns."""
     return (
-        type(t) in _PLAIN and t.dtype == torch.float32 and t.is_cpu and t.layout == torch.strided
+        type(t) in PLAIN and t.dtype == torch.float32 and t.is_cpu and t.layout == torch.strided
         and not t.is_neg() and not t._is_zerotensor() and 1 in t.stride()
     )  # fmt: skip
 
