@@ -243,7 +243,7 @@ SETTINGS = {"smollm2": SMOLLM2, "llama": LLAMA, "tiny": TINY}
 
 def resolved(setting: Setting, out: Path, only: Sequence[str]) -> dict[str, Contender]:
     """The contenders with the sizes that the budget gives them; those in `only`."""
-    from dyads.runs.budget import count, solve
+    from dyads.models.budget import count, solve
 
     model, targets = base_name(setting, out), list(setting.targets)
 
@@ -289,8 +289,8 @@ def build_base(setting: Setting, out: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    from dyads.runs.config import ModelSpec
-    from dyads.runs.model import load_model
+    from dyads.models.load import load_model
+    from dyads.recipe.spec import ModelSpec
 
     if setting.model == "llama":
         torch.manual_seed(0)

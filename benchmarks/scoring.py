@@ -24,8 +24,8 @@ LABELS = {"dyads": "dyads", "plain": "a plain loop of generate"}
 
 def trained_run(job: dict[str, Any]) -> Path:
     """The run that is scored: the one given, else the demo's MoDE after a few steps, trained once."""
-    from dyads.runs.config import Recipe
-    from dyads.runs.train import train
+    from dyads.recipe.spec import Recipe
+    from dyads.training.train import train
 
     if job["run"]:
         return Path(job["run"])
@@ -73,9 +73,9 @@ class Scoring:
 
     def __init__(self, folder: Path, limit: int, batch_size: int, new_tokens: int | None, threads: int) -> None:
         from dyads.data.tokens import Encoder
-        from dyads.runs.answerer import Answerer
-        from dyads.runs.config import EvaluateSpec
+        from dyads.recipe.spec import EvaluateSpec
         from dyads.runs.folder import RunFolder
+        from dyads.scoring.answerer import Answerer
         from dyads.tasks import load_suite
 
         run = RunFolder.open(folder)

@@ -36,7 +36,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 def recipe_of(side: str, job: dict[str, Any]) -> Any:
     """The recipe of a dyads run; TRL's side takes its examples from one too."""
-    from dyads.runs.config import Recipe
+    from dyads.recipe.spec import Recipe
 
     lora = {"name": "lora", "r": LORA_R} if not job["quick"] else {"name": "lora", "r": 4}
     mode = {"name": "mode", "r": 4 if not job["quick"] else 1, "num_experts": 16 if not job["quick"] else 4}
@@ -68,7 +68,7 @@ def recipe_of(side: str, job: dict[str, Any]) -> Any:
 def examples_of(recipe: Any, job: dict[str, Any]) -> Any:
     """A suite with `examples` training examples that no side has to cut, equally many of every task."""
     from dyads.data.tokens import Encoder
-    from dyads.runs.model import load_tokenizer
+    from dyads.models.load import load_tokenizer
     from dyads.tasks import Suite, load_suite
 
     encoder = Encoder(load_tokenizer(recipe.model.name))
@@ -96,7 +96,7 @@ def _room(job: dict[str, Any]) -> int:
 def dyads_side(job: dict[str, Any], recipe: Any, suite: Any, folder: Path) -> dict[str, float]:
     """`dyads train` without its evaluation."""
     from dyads.runs.folder import RunFolder
-    from dyads.runs.train import Training
+    from dyads.training.train import Training
 
     begin = time.perf_counter()
     training = Training(recipe, suite)
@@ -122,7 +122,7 @@ def trl_side(job: dict[str, Any], recipe: Any, suite: Any, folder: Path) -> dict
     from dyads.data.batches import TaskDataset
     from dyads.data.mixture import schedule
     from dyads.data.tokens import Encoder
-    from dyads.runs.model import load_model, load_tokenizer
+    from dyads.models.load import load_model, load_tokenizer
 
     spec, side = recipe.train, job["side"]
     dataset = TaskDataset(suite.tasks, Encoder(load_tokenizer(recipe.model.name)))

@@ -13,6 +13,8 @@ import torch
 
 from tiny import MLP, VARIANTS, Variant
 
+pytest_plugins = ["made_runs"]
+
 
 @pytest.fixture(params=VARIANTS, ids=lambda v: v.id)
 def variant(request: pytest.FixtureRequest) -> Variant:

@@ -12,9 +12,9 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
-from dyads.runs.adapt import adapt_recipe
-from dyads.runs.config import load_recipe, parse_recipe
+from dyads.recipe.spec import load_recipe, parse_recipe
 from dyads.runs.folder import RunFolder
+from dyads.training.adapt import adapt_recipe
 from tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent

@@ -32,8 +32,8 @@ from transformers.pytorch_utils import Conv1D
 
 import dyads
 from dyads.errors import DyadsError, MergeError, RoutingError, RunError, did_you_mean
-from dyads.runs.heads import MODULE as HEADS
-from dyads.runs.model import model_config
+from dyads.models.heads import MODULE as HEADS
+from dyads.models.load import model_config
 from dyads.runs.saved import SavedAdapter
 
 __all__ = ["Exported", "export", "export_all", "factors"]

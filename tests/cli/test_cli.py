@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 from dyads import __version__
 from dyads.cli import main
 from dyads.errors import RunError
-from dyads.runs.config import Recipe, parse_recipe
+from dyads.recipe.spec import Recipe, parse_recipe
 from dyads.runs.folder import Prediction, RunFolder, Scores
 from dyads.tasks import FilesSpec, StarterSpec
 
@@ -145,7 +145,7 @@ def test_an_interruption_ends_with_130(recipe: Path, fake: Callable[..., None]) 
     def train(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    fake("dyads.runs.train", train=train)
+    fake("dyads.training.train", train=train)
     result = dyads("train", recipe)
     assert result.exit_code == 130
     assert "interrupted" in result.output
@@ -163,7 +163,7 @@ def test_train_hands_over_the_recipe_with_its_overrides(
         seen.append((loaded, out, how))
         return scored(tmp_path / "made")
 
-    fake("dyads.runs.train", train=train)
+    fake("dyads.training.train", train=train)
     monkeypatch.chdir(tmp_path)
     result = dyads("train", recipe, "--set", "train.steps=7", "--set", "seed=5")
     assert result.exit_code == 0, result.output
@@ -176,14 +176,14 @@ def test_train_hands_over_the_recipe_with_its_overrides(
         seen.append((out, how))
         return RunFolder(out)
 
-    fake("dyads.runs.train", train=train_only)
+    fake("dyads.training.train", train=train_only)
     result = dyads("train", recipe, "--out", "there", "--resume", "--no-evaluate")
     assert seen[1] == (Path("there"), {"resume": True, "evaluate": False})
     assert "not scored; next: dyads evaluate there" in result.output
 
 
 def test_train_refuses_a_wrong_recipe_before_anything_starts(recipe: Path, fake: Callable[..., None]) -> None:
-    fake("dyads.runs.train", train=None)
+    fake("dyads.training.train", train=None)
     result = dyads("train", recipe, "--set", "train.stepz=7")
     assert result.exit_code == 2
     assert result.output == "Error: --set train.stepz=7: unknown key 'train.stepz' – did you mean 'steps'?\n"
@@ -218,7 +218,7 @@ def scoring(tmp_path: Path, fake: Callable[..., None]) -> tuple[Path, list[dict[
             told("t is unseen: answered as u (similarity 0.50)")
         return folder.scores()
 
-    fake("dyads.runs.evaluate", evaluate=evaluate)
+    fake("dyads.scoring.evaluate", evaluate=evaluate)
     return folder.path, seen
 
 
@@ -306,7 +306,7 @@ def echo(tmp_path: Path, fake: Callable[..., None]) -> tuple[Path, list[Any]]:
             told("a task is unseen")
         return [prompt.upper() for prompt in prompts]
 
-    fake("dyads.runs.evaluate", generate=generate)
+    fake("dyads.scoring.evaluate", generate=generate)
     return scored(tmp_path / "a").path, seen
 
 
@@ -385,7 +385,7 @@ def test_generate_refuses_lines_it_cannot_read_and_no_or_two_sources(
 @pytest.fixture
 def per_task(tmp_path: Path, fake: Callable[..., None]) -> Path:
     """A run of a method whose gates look at the task."""
-    fake("dyads.runs.evaluate", generate=None)
+    fake("dyads.scoring.evaluate", generate=None)
     recipe = parse_recipe(RECIPE.replace("{name: zero-shot}", "{name: more, r: 4}"), "x")
     folder = RunFolder.create(tmp_path / "more", recipe)
     folder.write_environment(tasks=["initials", "last_word"])
@@ -421,7 +421,7 @@ def test_a_prompt_without_its_task_is_told_to_name_one(per_task: Path) -> None:
 def test_a_policy_lets_unknown_names_pass_but_neither_ids_nor_prompts_without_a_task(
     per_task: Path, tmp_path: Path, fake: Callable[..., None]
 ) -> None:
-    fake("dyads.runs.evaluate", generate=lambda folder, prompts, tasks, **how: prompts)
+    fake("dyads.scoring.evaluate", generate=lambda folder, prompts, tasks, **how: prompts)
     policy, file = ("--unseen", "mean"), tmp_path / "in.jsonl"
     assert dyads("generate", per_task, "--prompt", "a", "--task", "new", *policy).output == "a\n"
     for task, message in (
@@ -589,7 +589,7 @@ def test_errors_of_other_rooms_arrive_as_they_are(recipe: Path, fake: Callable[.
     def train(*_: Any, **__: Any) -> None:
         raise RunError("loss became nan at step 3")
 
-    fake("dyads.runs.train", train=train)
+    fake("dyads.training.train", train=train)
     result = dyads("train", recipe)
     assert (result.exit_code, result.output) == (2, "Error: loss became nan at step 3\n")
 

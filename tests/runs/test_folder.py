@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from dyads.errors import RunError
+from dyads.recipe.spec import Recipe
 from dyads.runs import folder as folder_module
-from dyads.runs.config import Recipe
 from dyads.runs.folder import Prediction, RunFolder, environment
 
 Make = Callable[..., Recipe]

@@ -65,8 +65,8 @@ def command(
     from dyads.runs.folder import RunFolder
 
     RunFolder.open(run)  # refused before torch is imported
-    from dyads.runs.adapt import adapt_recipe
-    from dyads.runs.train import train
+    from dyads.training.adapt import adapt_recipe
+    from dyads.training.train import train
 
     given = {"shots": shots, "parts": parts, "start": start}
     recipe = adapt_recipe(run, source, {k: v for k, v in given.items() if v is not None}, overrides, seed=seed)

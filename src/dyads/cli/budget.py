@@ -38,7 +38,7 @@ def command(
 ) -> None:
     """Count the parameters that a method trains on a model; or find the r or num_experts that meets a budget."""
     from dyads.errors import ConfigError
-    from dyads.runs.layers import of_overrides
+    from dyads.recipe.yaml_source import of_overrides
 
     if parameters is not None and like is not None:
         raise click.UsageError("give either --parameters or --like")
@@ -52,7 +52,7 @@ def command(
     free: Any = solve or ("num_experts" if "r" in given else "r")
     if free in given and (parameters is not None or like is not None):
         raise ConfigError("r and num_experts are both given, so nothing is left to meet the budget with: drop one")
-    from dyads.runs import budget
+    from dyads.models import budget
 
     if parameters is None and like is None:
         count = budget.count(model, method, given, ())
@@ -80,7 +80,7 @@ def _show(model: str, method: str, options: dict[str, Any], count: Any) -> None:
 
 def _parsed(text: str) -> tuple[str, dict[str, Any]]:
     """`lora:r=34,target_modules=[q_proj,v_proj]`: commas in brackets belong to the value."""
-    from dyads.runs.layers import of_overrides
+    from dyads.recipe.yaml_source import of_overrides
 
     method, _, rest = text.partition(":")
     parts = re.split(r",(?![^\[{]*[\]}])", rest) if rest else []

@@ -34,9 +34,9 @@ def command(runs: tuple[Path, ...], form: str | None, out: Path | None, baseline
     Runs of one name are one column, over their seeds. Runs scored on other tasks, instances or models are refused;
     other differences (budget, learning rate, …) are noted below the tables.
     """
+    from dyads.comparing.compare import compare
+    from dyads.comparing.tables import FORMATS, to_terminal
     from dyads.errors import RunError
-    from dyads.report import FORMATS, to_terminal
-    from dyads.runs.compare import compare
 
     endings = {".md": "markdown", ".csv": "csv", ".json": "json"}
     form = form or (endings.get(out.suffix, "markdown") if out else "terminal")

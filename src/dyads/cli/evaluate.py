@@ -55,7 +55,7 @@ def command(
         if out is None:
             raise click.UsageError("--tasks needs --out, a new folder: the run keeps the scores of its own tasks")
         how["suite"] = _tasks(tasks)
-    from dyads.runs.evaluate import evaluate
+    from dyads.scoring.evaluate import evaluate
 
     scores = evaluate(folder, **how, told=click.echo)
     rows = [row for row in scores["scores"] if row["headline"]]
@@ -69,9 +69,9 @@ def command(
 
 def _tasks(path: Path) -> FamilySpec:
     """The tasks that a path means: a run's, those in a file, or a recipe's."""
-    from dyads.runs.config import parse_tasks
+    from dyads.recipe.spec import parse_tasks
+    from dyads.recipe.yaml_source import of_file
     from dyads.runs.folder import RunFolder
-    from dyads.runs.layers import of_file
     from dyads.tasks import FilesSpec
 
     if path.is_dir():

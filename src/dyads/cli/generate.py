@@ -72,7 +72,7 @@ def command(
     else:
         questions = [_Question(f"--prompt {prompt[:40]!r}", {"prompt": prompt}, task) for prompt in prompts]
     _check_tasks(folder, questions, unseen)
-    from dyads.runs.evaluate import generate
+    from dyads.scoring.evaluate import generate
 
     answers = generate(
         folder,

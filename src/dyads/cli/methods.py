@@ -26,7 +26,7 @@ def command(names: tuple[str, ...]) -> None:
 
     from dyads.errors import ConfigError, did_you_mean
     from dyads.methods import DyadsConfig, methods
-    from dyads.runs.config import UNTRAINED
+    from dyads.recipe.spec import UNTRAINED
 
     family = {m.key: m for m in methods()}
     known = ("lora", *family, *UNTRAINED)

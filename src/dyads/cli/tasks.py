@@ -29,8 +29,8 @@ def command(
 ) -> None:
     """List the tasks of a family or recipe: id, name, sizes, metric, version and fingerprint."""
     from dyads.errors import ConfigError, TaskError, did_you_mean
-    from dyads.runs.config import parse_tasks
-    from dyads.runs.layers import Layer, of_file, of_overrides
+    from dyads.recipe.spec import parse_tasks
+    from dyads.recipe.yaml_source import Layer, of_file, of_overrides
 
     if (family is None) == (recipe is None):
         raise click.UsageError("give either --family or --recipe")

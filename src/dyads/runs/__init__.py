@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is a run? A folder: its recipe, log, adapter, predictions and scores; and what makes and compares them."""
+"""Run folders: the recipe, log, adapter, predictions and scores of one training."""

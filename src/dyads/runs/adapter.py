@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dyads.errors import RunError
+from dyads.models.load import same_model
 from dyads.runs.folder import RunFolder
-from dyads.runs.model import same_model
 
 __all__ = ["check_adapter", "fingerprint", "load_adapter"]
 

@@ -31,7 +31,7 @@ from typing import Any, TypedDict
 from urllib.parse import quote
 
 from dyads.errors import RunError, did_you_mean
-from dyads.runs.config import Recipe, differences, parse_recipe
+from dyads.recipe.spec import Recipe, differences, parse_recipe
 
 __all__ = ["SCHEMA", "Prediction", "RunFolder", "ScoreRow", "Scores", "Seconds", "environment"]
 

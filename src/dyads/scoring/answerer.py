@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who answers? A run's model with its adapter, in text, by likelihood or by heads; or the most frequent answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from statistics import fmean
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from dyads.data.batches import EncodedPair, Encoder, PairEncoder, pad_id_of, prompt_batches
+from dyads.errors import ConfigError, RunError, TaskError, did_you_mean
+from dyads.models.heads import Head, HeadQuestion, attach, collator_of, encoder_of
+from dyads.models.heads import answer as answer_by_heads
+from dyads.models.heads import read as read_heads
+from dyads.models.load import kind_of, load_model, load_tokenizer
+from dyads.recipe.spec import EvaluateSpec, Recipe
+from dyads.runs.adapter import check_adapter, load_adapter
+from dyads.runs.folder import RunFolder
+from dyads.scoring.decode import Question, decode, refusal
+from dyads.scoring.likelihood import Choice, log_likelihoods
+from dyads.scoring.unseen import INPUTS, StandIn, by_mean, by_nearest, described, own_tasks
+from dyads.tasks import Example, Task
+from dyads.tuner.routing import find_routing
+
+__all__ = ["LEARN_IT", "Answerer", "Majority"]
+
+LEARN_IT = "; no head can stand in for another, but `dyads adapt` learns a new one from a few examples"
+
+
+class Majority:
+    """Always the most frequent answer of the task's training split; the first in the split where several are.
+
+    Of numbers always their mean.
+    """
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        if empty := [task.name for task in tasks if not task.train]:
+            raise TaskError(f"there is no majority answer without training examples: {', '.join(empty)} has none")
+
+    def answer(self, tasks: Sequence[Task], asked: Sequence[Sequence[Example]], spec: EvaluateSpec) -> list[list[str]]:
+        most = [
+            f"{fmean(task.target(example) for example in task.train):.4f}"
+            if task.regression
+            else Counter(example.references[0] for example in task.train).most_common(1)[0][0]
+            for task in tasks
+        ]
+        return [[answer] * len(examples) for answer, examples in zip(most, asked, strict=True)]
+
+
+class Answerer:
+    """A run's model, adapter and tokenizer, ready to answer."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        recipe = folder.recipe()
+        if recipe.method.name == "majority":
+            raise ConfigError(f"'{folder.path}' gives the majority answer: it has no model to generate with")
+        if recipe.train.threads:
+            torch.set_num_threads(recipe.train.threads)
+        self.recipe: Recipe = recipe
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        base = load_model(recipe.model)
+        self.heads: tuple[Head, ...] = ()
+        if kind_of(recipe.model.name, base.config, recipe.model.kind) == "encoder":
+            check_adapter(folder)
+            self.heads = read_heads(folder.heads)
+            attach(base, self.heads, recipe.model.pool)
+        self.model: nn.Module = load_adapter(base, folder) if recipe.method.trains else base
+        self.model = self.model.to(self.device).eval()
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(recipe.model.name, recipe.model.revision)
+        limit = recipe.train.max_prompt_tokens
+        self.encoder: Encoder | PairEncoder
+        if self.heads:
+            self.encoder = encoder_of(base, self.tokenizer, limit)
+            self.collator = collator_of(base, self.tokenizer)
+        else:
+            self.encoder = Encoder(
+                self.tokenizer,
+                max_prompt_tokens=limit,
+                max_target_tokens=recipe.train.max_target_tokens,
+                encoder_decoder=bool(base.config.is_encoder_decoder),
+            )
+        self.routing = find_routing(self.model)
+
+    @property
+    def needs_task(self) -> bool:
+        """Whether the gates look at the task."""
+        return bool(self.routing and self.routing.names)
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks that the heads or the gates know."""
+        if self.heads:
+            return tuple(head.task for head in self.heads)
+        return next(iter(self.routing.names.values())) if self.routing and self.routing.names else ()
+
+    def let_stand_in(self, tasks: Sequence[Task], spec: EvaluateSpec) -> list[StandIn]:
+        """Teach the gates the names of tasks that they do not know, as `spec.unseen` says.
+
+        Nothing is done where no gate looks at the task, with the policy `error`, and for heads: they are not made up.
+        """
+        unseen = [task for task in tasks if task.name not in self.task_names]
+        if not unseen or spec.unseen == "error" or self.heads or not self.needs_task:
+            return []
+        if spec.nearest_by == "description":
+            return self.stand_ins(described(unseen), spec)
+        return self.stand_ins({task.name: task.split(spec.split)[:INPUTS] for task in unseen}, spec)
+
+    def stand_ins(self, unseen: Mapping[str, Sequence[Example]], spec: EvaluateSpec) -> list[StandIn]:
+        """The same for tasks by name, each with texts to compare: its inputs or its description."""
+        assert isinstance(self.model, PeftModel)
+        assert isinstance(self.encoder, Encoder)
+        if spec.unseen == "mean":
+            return by_mean(self.model, list(unseen))
+        own = own_tasks(self.recipe)
+        if gone := [name for name in self.task_names if name not in {task.name for task in own}]:
+            raise RunError(
+                f"unseen 'nearest' compares with all tasks that the adapter knows, but the tasks of its recipe lack"
+                f" {', '.join(gone)}: put their data back, or choose mean"
+            )
+        texts = described(own) if spec.nearest_by == "description" else {t.name: t.train[:INPUTS] for t in own}
+        known = {name: texts[name] for name in self.task_names}
+        if without := [name for name, examples in known.items() if not examples]:
+            raise RunError(
+                "unseen 'nearest' compares with inputs of all tasks that the adapter knows, but"
+                f" {', '.join(without[:5])} has no training examples: compare descriptions (nearest_by: description)"
+                ", or choose mean"
+            )
+        return by_nearest(self.model, self.encoder, unseen, known, batch_size=spec.batch_size)
+
+    def check(self, tasks: Sequence[Task]) -> None:
+        """Refuse tasks that the gates or the heads do not know."""
+        for task in tasks if self.heads else ():
+            head = next((head for head in self.heads if head.task == task.name), None)
+            if head is None:
+                raise RunError(
+                    f"the adapter has heads for {len(self.heads)} tasks and none for '{task.name}'"
+                    f"{did_you_mean(task.name, [head.task for head in self.heads])}; score the tasks that it was"
+                    f" trained on{LEARN_IT}"
+                )
+            if head.labels != task.labels:
+                raise RunError(
+                    f"the head of '{task.name}' was trained on labels {', '.join(head.labels) or '(numbers)'}, but the"
+                    f" task now has {', '.join(task.labels) or '(numbers)'}: train the run again"
+                )
+        if self.needs_task and (unknown := [task.name for task in tasks if task.name not in self.task_names]):
+            raise RunError(
+                f"the adapter was trained on {len(self.task_names)} tasks and does not know '{unknown[0]}'"
+                f"{did_you_mean(unknown[0], self.task_names)}; score the tasks that it was trained on, or say what"
+                " stands in for others (evaluate.unseen: nearest or mean)"
+            )
+
+    def answer(self, tasks: Sequence[Task], asked: Sequence[Sequence[Example]], spec: EvaluateSpec) -> list[list[str]]:
+        """Answers to the examples asked of every task, in their order."""
+        places = {head.task: place for place, head in enumerate(self.heads)}
+        by_heads: list[HeadQuestion] = []
+        choices: list[Choice] = []
+        questions: list[Question] = []
+        for task, examples in zip(tasks, asked, strict=True):
+            limits = [n for n in (task.max_prompt_tokens, self.encoder.max_prompt_tokens) if n is not None]
+            limit = min(limits) if limits else None
+            if isinstance(self.encoder, PairEncoder):
+                by_heads += self._for_heads(self.encoder, examples, [places[task.name]] * len(examples), limit)
+                continue
+            for example in examples:
+                prompt = self.encoder.prompt(example, limit)
+                if spec.answer == "likelihood":
+                    given = task.choices(example)
+                    choices.append(Choice(prompt, given, [self.encoder.choice(example, c) for c in given], task.name))
+                else:
+                    questions.append(Question(prompt, spec.max_new_tokens or task.max_new_tokens, task.name))
+        if by_heads:
+            texts = self._ask_heads(by_heads, spec, "scoring")
+        elif choices:
+            texts = self._choose(choices, spec, "scoring")
+        else:
+            texts = self._ask(questions, spec, "scoring")
+        answers = iter(texts)
+        return [[next(answers) for _ in examples] for examples in asked]
+
+    def answers(
+        self,
+        examples: Sequence[Example],
+        tasks: Sequence[str | int | None],
+        spec: EvaluateSpec,
+        max_new_tokens: int,
+        max_prompt_tokens: int | None,
+    ) -> list[str]:
+        """Answers in the order of the examples, whatever their tasks."""
+        if isinstance(self.encoder, PairEncoder):
+            names = [head.task for head in self.heads]
+            places = [names.index(task) if isinstance(task, str) else cast(int, task) for task in tasks]
+            return self._ask_heads(self._for_heads(self.encoder, examples, places, max_prompt_tokens), spec)
+        prompts = [self.encoder.prompt(example, max_prompt_tokens) for example in examples]
+        return self._ask([Question(p, max_new_tokens, task) for p, task in zip(prompts, tasks, strict=True)], spec)
+
+    @contextmanager
+    def _working(self, questions: Sequence[Any], title: str | None) -> Iterator[Callable[[int], object]]:
+        """Weights are held, and there is a bar over the questions where there is a title; gives its `update`."""
+        held = self.routing.frozen_weights() if self.routing else nullcontext()
+        with held, tqdm(total=len(questions), desc=title, unit="instance", disable=None if title else True) as bar:
+            yield bar.update
+
+    @staticmethod
+    def _for_heads(
+        encoder: PairEncoder, examples: Sequence[Example], places: Sequence[int], limit: int | None
+    ) -> list[HeadQuestion]:
+        return [
+            HeadQuestion(EncodedPair(ids, types, 0.0, place), example.choices)
+            for example, place, (ids, types) in zip(examples, places, encoder.read(examples, limit), strict=True)
+        ]
+
+    def _ask_heads(self, questions: Sequence[HeadQuestion], spec: EvaluateSpec, title: str | None = None) -> list[str]:
+        """What the heads say, in the order of the questions."""
+        with self._working(questions, title) as done:
+            return answer_by_heads(
+                self.model,
+                questions,
+                self.collator,
+                batch_size=spec.batch_size,
+                tasks=self.needs_task,
+                done=done,
+            )
+
+    def _choose(self, questions: Sequence[Choice], spec: EvaluateSpec, title: str | None = None) -> list[str]:
+        """The most likely choices, in the order of the questions."""
+        with self._working(questions, title) as done:
+            found = log_likelihoods(
+                self.model,
+                questions,
+                batch_size=spec.batch_size,
+                pad=pad_id_of(self.tokenizer),
+                tasks=self.needs_task,
+                done=done,
+            )
+        return [question.best(sums, spec.length_normalise) for question, sums in zip(questions, found, strict=True)]
+
+    def _ask(self, questions: Sequence[Question], spec: EvaluateSpec, title: str | None = None) -> list[str]:
+        """Answers in text, in the order of the questions."""
+        assert isinstance(self.encoder, Encoder)
+        with self._working(questions, title) as done:
+            if spec.num_beams == 1 and refusal(self.model) is None:
+                tokens = decode(
+                    self.model,
+                    questions,
+                    batch_size=spec.batch_size,
+                    eos=self.encoder.eos,
+                    pad=pad_id_of(self.tokenizer),
+                    tasks=self.needs_task,
+                    done=done,
+                )
+            else:
+                tokens = self._generate(questions, spec, done)
+        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    @torch.inference_mode()
+    def _generate(
+        self, questions: Sequence[Question], spec: EvaluateSpec, done: Callable[[int], object]
+    ) -> list[list[int]]:
+        """What the model's own `generate` answers: for beams, encoder-decoders and whatever `decode` does not serve."""
+        assert isinstance(self.encoder, Encoder)
+        answers: list[list[int]] = [[] for _ in questions]
+        for limit in dict.fromkeys(question.limit for question in questions):
+            numbers = [i for i, question in enumerate(questions) if question.limit == limit]
+            prompts = [questions[i].prompt for i in numbers]
+            for at, batch in prompt_batches(prompts, self.encoder, spec.batch_size):
+                rows = [numbers[i] for i in at]
+                task: dict[str, Any] = {"task": [questions[i].task for i in rows]} if self.needs_task else {}
+                output = self.model.generate(  # type: ignore[operator]
+                    input_ids=batch["input_ids"].to(self.device),
+                    attention_mask=batch["attention_mask"].to(self.device),
+                    max_new_tokens=limit,
+                    do_sample=False,
+                    num_beams=spec.num_beams,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                    **task,
+                )
+                new = output if self.encoder.encoder_decoder else output[:, batch["input_ids"].shape[1] :]
+                for i, answer in zip(rows, new.tolist(), strict=True):
+                    answers[i] = answer
+                done(len(rows))
+        return answers

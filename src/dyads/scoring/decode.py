@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How are many prompts answered greedily in the least time, as `generate` answers each alone (up to rounding)?
+
+- Answers end at different times. A row that ends leaves the batch at once, and when enough slots are free, the next
+  prompts are read (prefilled) and join: one queue over all questions, so that no task waits for another's stragglers.
+- Prompts of a task begin alike (its definition). What they share is read once. That is exact: what a layer keeps of a
+  token depends on the tokens before it and on the row's task, which are the same.
+- Keys and values stay where they are (`slots`), and are not repeated for every query head (`attention`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from dyads.models.attention import GROUPED, is_plain
+from dyads.scoring.slots import Slots
+
+__all__ = ["Question", "decode", "refusal"]
+
+LEAST_SHARED = 16
+"""Tokens that prompts must share to have them read once."""
+READ_AT_ONCE = 512
+"""Tokens after which a further prompt is read together with others only if it is about as long as they are."""
+
+HARMLESS = {
+    *(f"{name}_token_id" for name in ("bos", "eos", "pad", "decoder_start")),
+    *("max_length", "max_new_tokens", "num_beams", "use_cache", "transformers_version", "_from_model_config"),
+    *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
+}
+"""Generation settings that the call replaces, or that do not touch greedy decoding."""
+TRIED = ("eager", "sdpa", GROUPED)
+"""Ways of attention that are known to leave masked keys alone wherever they lie."""
+NEEDED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt in tokens, the most tokens that its answer may have, and its task (None where no gate looks)."""
+
+    prompt: list[int]
+    limit: int
+    task: str | int | None = None
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Why `decode` cannot stand in for this model's greedy `generate`; None where it can."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return "its adapter adds virtual tokens to the prompt"
+    model = _base(model)
+    if not isinstance(model, PreTrainedModel):
+        return "it is no transformers model"
+    config, kind = model.config.get_text_config(decoder=True), type(model)
+    if model.config.is_encoder_decoder:
+        return "it is an encoder-decoder"
+    if kind.generate is not GenerationMixin.generate:
+        return "it generates in its own way"
+    if kind.prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
+        return "it prepares its inputs in its own way"
+    if lacking := [name for name in NEEDED if name not in inspect.signature(kind.forward).parameters]:
+        return f"its forward pass takes no {lacking[0]}"
+    if not kind._supports_attention_backend:
+        return "its attention is not transformers' common one"
+    if model.config._attn_implementation not in TRIED:
+        return f"{model.config._attn_implementation} was not tried with it"
+    if odd := [type(x).__name__ for x in DynamicCache(config=config).layers if type(x) is not DynamicLayer]:
+        return f"it keeps a {odd[0]} in its cache"
+    ropes = getattr(config, "rope_parameters", None) or {}
+    if any(rope in ("dynamic", "longrope") for rope in (ropes.get("rope_type"), ropes.get("type"))):
+        return "its positions depend on the longest prompt of a batch"
+    settings = model.generation_config.to_diff_dict().items()
+    if special := sorted(key for key, value in settings if key not in HARMLESS and value not in (None, False)):
+        return f"its generation config sets {special[0]}"
+    return None
+
+
+@torch.inference_mode()
+def decode(
+    model: nn.Module,
+    questions: Sequence[Question],
+    *,
+    batch_size: int,
+    eos: int,
+    pad: int,
+    tasks: bool = False,
+    done: Callable[[int], object] = lambda rows: None,
+) -> list[list[int]]:
+    """The most likely token after the other, up to and with `eos`; answers in the order of the questions.
+
+    `tasks` says whether the gates look at the task; `done` is told how many answers have just been finished. Ask
+    `refusal` first whether the model can be served.
+    """
+    batch = _Batch(model, min(batch_size, len(questions)), pad, tasks)
+    queue, rows = _queue(questions), []
+    answers: list[list[int]] = [[] for _ in questions]
+    try:
+        while queue or batch.rows:
+            free = batch_size - len(batch.rows)
+            if queue and (not batch.rows or free >= max(1, batch_size // 4)):
+                rows = _next(queue, free)
+                tokens = batch.read(rows)
+            else:
+                rows = batch.rows
+                tokens = batch.step()
+            for row, token in zip(rows, tokens, strict=True):
+                row.answer.append(token)
+            ended = [row for row in batch.rows if row.answer[-1] == eos or len(row.answer) == row.question.limit]
+            for row in ended:
+                answers[row.number] = row.answer
+            if ended:
+                batch.drop(ended)
+                done(len(ended))
+    finally:
+        batch.attend(batch.own)
+    return answers
+
+
+@dataclass(eq=False)
+class _Prefix:
+    """What the prompts of a task share, and its keys and values once it was read."""
+
+    ids: list[int]
+    cache: Cache | None = None
+
+
+@dataclass(eq=False)
+class _Row:
+    number: int
+    question: Question
+    prefix: _Prefix | None
+    answer: list[int] = field(default_factory=list)
+
+    @property
+    def rest(self) -> list[int]:
+        """The prompt after what it shares."""
+        return self.question.prompt[len(self.prefix.ids) if self.prefix else 0 :]
+
+    @property
+    def kept(self) -> int:
+        """Tokens whose keys and values are kept: all but the newest."""
+        return len(self.question.prompt) + len(self.answer) - 1
+
+
+def _queue(questions: Sequence[Question]) -> deque[_Row]:
+    """Rows that share a prefix together, longest first: what does not fit in memory fails at once."""
+    members: dict[Any, list[int]] = {}
+    for number, question in enumerate(questions):
+        members.setdefault(question.task, []).append(number)
+    groups: dict[_Prefix | None, list[_Row]] = {}
+    for numbers in members.values():
+        prompts = [questions[i].prompt for i in numbers]
+        shared = _shared(prompts)[: min(map(len, prompts)) - 1]  # every row reads at least one token
+        prefix = _Prefix(shared) if len(shared) >= LEAST_SHARED and len(numbers) > 1 else None
+        groups.setdefault(prefix, []).extend(_Row(i, questions[i], prefix) for i in numbers)
+    for rows in groups.values():
+        rows.sort(key=lambda row: -len(row.question.prompt))
+    ordered = sorted(groups.values(), key=lambda rows: -len(rows[0].question.prompt))
+    return deque(row for rows in ordered for row in rows)
+
+
+def _shared(prompts: Sequence[list[int]]) -> list[int]:
+    """What all prompts begin with: what the first and the last of them, sorted, begin with."""
+    first, last = min(prompts), max(prompts)
+    differing = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return first[: next(differing, len(first))]
+
+
+def _next(queue: deque[_Row], most: int) -> list[_Row]:
+    """The rows to be read next in one go: with one prefix, and of similar length, since padding is work too."""
+    rows = [queue.popleft()]
+    width = len(rows[0].rest)
+    while queue and len(rows) < most and queue[0].prefix is rows[0].prefix:
+        if len(rows) * width >= READ_AT_ONCE and len(queue[0].rest) < 0.8 * width:
+            break
+        rows.append(queue.popleft())
+    return rows
+
+
+class _Batch:
+    """The rows that are being answered: row i has slot i."""
+
+    def __init__(self, model: nn.Module, slots: int, pad: int, tasks: bool) -> None:
+        self.model, self.pad, self.tasks = model, pad, tasks
+        self.base = _base(model)
+        self.device = self.base.device
+        # Grouped attention holds all scores of a prompt at once, as eager attention does and sdpa does not.
+        self.own = self.reading = self.stepping = self.base.config._attn_implementation
+        if self.device.type == "cpu" and self.own in ("eager", "sdpa") and is_plain(self.base.config):
+            self.stepping = GROUPED
+            self.reading = GROUPED if self.own == "eager" else self.own
+        # A tensor, not 1: that gives a slice with gaps, for which torch copies the head's weights once for every row.
+        self.last = torch.tensor([-1], device=self.device)
+        self.rows: list[_Row] = []
+        self.cache = Slots(len(self._plain_cache().layers), slots, self.device)
+
+    def _plain_cache(self) -> DynamicCache:
+        return DynamicCache(config=self.base.config.get_text_config(decoder=True))
+
+    def read(self, rows: list[_Row]) -> list[int]:
+        """Take up rows with one prefix; the first token of every answer."""
+        prefix = rows[0].prefix
+        self.attend(self.reading)
+        if prefix and prefix.cache is None:
+            prefix.cache = self._plain_cache()
+            ids = torch.tensor([prefix.ids], device=self.device)
+            at = torch.arange(len(prefix.ids), device=self.device)[None]
+            self._forward(rows[:1], ids, torch.ones_like(ids), at, prefix.cache)
+        lengths, width = [len(row.question.prompt) for row in rows], max(len(row.rest) for row in rows)
+        mask = self.cache.reading([row.kept for row in self.rows], lengths, width, prefix and prefix.cache)
+        ids = torch.tensor([[self.pad] * (width - len(row.rest)) + row.rest for row in rows], device=self.device)
+        at = torch.arange(-width, 0, device=self.device) + torch.tensor(lengths, device=self.device)[:, None]
+        tokens = self._forward(rows, ids, mask, at.clamp(min=0), self.cache)
+        for row in rows:
+            row.prefix = None  # gone with the last row that it was kept for
+        self.rows = self.rows + rows
+        return tokens
+
+    def step(self) -> list[int]:
+        """The next token of every row."""
+        self.attend(self.stepping)
+        kept = [row.kept for row in self.rows]
+        ids = torch.tensor([row.answer[-1:] for row in self.rows], device=self.device)
+        at = torch.tensor(kept, device=self.device)[:, None]
+        return self._forward(self.rows, ids, self.cache.stepping(kept), at, self.cache)
+
+    def drop(self, ended: Sequence[_Row]) -> None:
+        """Go on without these rows."""
+        slots = [i for i, row in enumerate(self.rows) if row not in ended]
+        self.rows = [self.rows[slot] for slot in self.cache.keep(slots)]
+
+    def attend(self, name: str) -> None:
+        """Have attention computed in this way."""
+        if self.base.config._attn_implementation != name:
+            self.base.set_attn_implementation(name)
+
+    def _forward(self, rows: list[_Row], ids: Tensor, mask: Tensor, at: Tensor, cache: Cache) -> list[int]:
+        task = {"task": [row.question.task for row in rows]} if self.tasks else {}
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=at,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=self.last,
+            **task,
+        ).logits
+        tokens: list[int] = logits[:, -1].argmax(-1).tolist()
+        return tokens
+
+
+def _base(model: nn.Module) -> Any:
+    """The transformers model itself: adapted in place, where there is an adapter."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does a run know? Every task's instances are answered, and the answers kept and scored by the task itself.
+
+A language model writes its answers, or chooses among those that there are by their likelihood (`evaluate.answer`); an
+encoder answers by its heads. Other tasks than the run's own are answered too, where need be as `evaluate.unseen` says
+(scoring/unseen.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dyads.errors import ConfigError, RunError, TaskError, did_you_mean
+from dyads.models.heads import heads_of
+from dyads.models.load import kind_of, model_config
+from dyads.recipe.spec import EvaluateSpec, Recipe
+from dyads.runs.folder import SCHEMA, Prediction, RunFolder, ScoreRow, Scores
+from dyads.scoring.answerer import LEARN_IT, Answerer, Majority
+from dyads.scoring.unseen import INPUTS, StandIn
+from dyads.tasks import SPLITS, Example, FamilySpec, Suite, Task, load_suite
+from dyads.tasks.shots import few_shot
+
+__all__ = ["check_answers", "evaluate", "generate"]
+
+
+def evaluate(
+    folder: RunFolder,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    suite: Suite | FamilySpec | None = None,
+    unseen: str | None = None,
+    nearest_by: str | None = None,
+    into: str | Path | None = None,
+    told: Callable[[StandIn], object] = lambda stand_in: None,
+) -> Scores:
+    """Score a run and keep predictions and scores in its folder.
+
+    `split`, `limit`, `unseen` and `nearest_by` replace the recipe's own, `suite` its tasks. With `into` the results go
+    to a new run folder, and those of the run stay: it holds a recipe with these tasks, and no adapter. Where something
+    stood in for unseen tasks, the run's name there ends with the policy. `told` hears of each before it is scored.
+    """
+    if split is not None and split not in SPLITS:
+        raise ConfigError(f"cannot evaluate on split '{split}'{did_you_mean(split, SPLITS)}")
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ConfigError(f"cannot evaluate {limit} instances of each task: limit is a whole number from 1")
+    if into is not None and isinstance(suite, Suite):
+        raise ConfigError(f"'{into}' is to say which tasks were scored: give their family and its options, not a Suite")
+    if into is not None and RunFolder(into).is_run:
+        raise RunError(f"'{into}' already holds a run: choose another --out for these scores")
+    recipe = folder.recipe()
+    changes = {"split": split, "limit": limit, "unseen": unseen, "nearest_by": nearest_by}
+    spec = _changed(recipe.evaluate, {key: value for key, value in changes.items() if value is not None})
+    tasks_spec = suite if isinstance(suite, FamilySpec) else recipe.tasks
+    if not isinstance(suite, Suite):
+        suite = load_suite(tasks_spec)
+        if recipe.adapt is not None and tasks_spec is recipe.tasks:
+            suite = few_shot(suite, recipe.adapt.shots, recipe.seed)  # what it trained on is its train split
+    check_answers(recipe, suite.tasks)
+    asked = [[task.split(spec.split)[i] for i in spec.pick(len(task.split(spec.split)))] for task in suite.tasks]
+    if empty := [task.name for task, examples in zip(suite.tasks, asked, strict=True) if not examples]:
+        raise TaskError(f"nothing to score: split '{spec.split}' of {', '.join(empty)} is empty")
+
+    stand_ins: list[StandIn] = []
+    if recipe.method.name == "majority":
+        answerer: Majority | Answerer = Majority()
+    else:
+        answerer = Answerer(folder)
+        stand_ins = answerer.let_stand_in(suite.tasks, spec)
+    answerer.check(suite.tasks)
+    for stand_in in stand_ins:
+        told(stand_in)
+    begin = time.perf_counter()
+    answers = answerer.answer(suite.tasks, asked, spec)
+    seconds = time.perf_counter() - begin
+    place, name = folder, recipe.name
+    if into is not None:
+        by = f"{spec.unseen}-by-description" if spec.nearest_by == "description" else spec.unseen
+        name = f"{name}-{by}" if stand_ins else name
+        # Tasks that others adapted to are not what this recipe would adapt to.
+        adapt = recipe.adapt if tasks_spec is recipe.tasks else None
+        scored = recipe.model_copy(update={"name": name, "tasks": tasks_spec, "evaluate": spec, "adapt": adapt})
+        place = RunFolder.create(into, scored)
+        place.write_environment(seed=recipe.seed, tasks=[task.name for task in suite.tasks], adapter=str(folder.path))
+    for stand_in in stand_ins:
+        place.append_log({"event": "unseen", **asdict(stand_in)})
+    answered: dict[str, list[Prediction]] = {}
+    rows: list[ScoreRow] = []
+    values: dict[str, list[tuple[float, int]]] = {}
+    for task, examples, predictions in zip(suite.tasks, asked, answers, strict=True):
+        scores = task.score(predictions, examples)
+        answered[task.name] = [
+            Prediction(
+                id=example.id,
+                prediction=prediction,
+                references=list(example.references),
+                scores={score.metric: score.values[i] for score in scores if score.values},
+            )
+            for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True))
+        ]
+        fingerprint = task.fingerprint(spec.split)
+        for rank, score in enumerate(scores):
+            row = ScoreRow(
+                task=task.name,
+                version=score.version,
+                fingerprint=fingerprint,
+                category=task.category,
+                metric=score.metric,
+                value=score.value,
+                n=score.n,
+                higher_is_better=score.higher_is_better,
+                headline=rank == 0,
+            )
+            if task.labels:
+                row["labels"] = list(task.labels)
+            rows.append(row)
+            for key in (score.metric, *(["headline"] if rank == 0 else [])):
+                values.setdefault(key, []).append((score.value, score.n))
+    trained = [line for line in folder.log() if line.get("event") == "trained"]
+    result = Scores(
+        schema=SCHEMA,
+        run=name,
+        method=recipe.method.name,
+        split=spec.split,
+        seed=recipe.seed,
+        parameters=trained[-1]["parameters"] if trained else 0,
+        seconds={
+            "train": trained[-1]["seconds"] if trained else 0.0,
+            "evaluate": seconds,
+        },
+        steps=trained[-1]["step"] if trained else 0,
+        scores=rows,
+        micro={key: sum(v * n for v, n in pairs) / sum(n for _, n in pairs) for key, pairs in values.items()},
+        macro={key: sum(v for v, _ in pairs) / len(pairs) for key, pairs in values.items()},
+    )
+    place.write_results(answered, result)
+    return result
+
+
+def _changed(spec: EvaluateSpec, changes: Mapping[str, Any]) -> EvaluateSpec:
+    """The spec with some keys replaced; what `nearest_by` says goes with the policy that it is for."""
+    kept = spec.model_dump()
+    if changes.get("unseen", "nearest") != "nearest":
+        del kept["nearest_by"]
+    try:
+        return EvaluateSpec.model_validate({**kept, **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "".join(f"{step}: " for step in first["loc"])
+        raise ConfigError(f"cannot evaluate: {key}{first.get('ctx', {}).get('error', first['msg'])}") from None
+
+
+def check_answers(recipe: Recipe, tasks: Sequence[Task]) -> None:
+    """Refuse tasks that the model cannot answer in the way that the recipe asks for. Loads no weights."""
+    if recipe.method.name == "majority":
+        return
+    spec = recipe.model
+    encoder = kind_of(spec.name, model_config(spec.name, spec.revision), spec.kind) == "encoder"
+    if encoder and not recipe.method.trains:
+        raise ConfigError(
+            f"method '{recipe.method.name}' cannot answer with model '{spec.name}': an encoder answers by heads, which"
+            " are random until they are trained; compare with method 'majority' instead"
+        )
+    if encoder and recipe.evaluate.answer == "likelihood":
+        raise ConfigError(
+            f"evaluate.answer 'likelihood' does not fit model '{spec.name}': an encoder answers by its heads; leave"
+            " evaluate.answer out"
+        )
+    if encoder:
+        heads_of(tasks)
+    elif recipe.evaluate.answer == "likelihood":
+        for task in tasks:
+            free = [e for split in SPLITS for e in task.split(split) if not task.choices(e)]
+            if free:
+                raise TaskError(
+                    f"evaluate.answer 'likelihood' chooses among given answers, but task '{task.name}' has no labels"
+                    f" and its example '{free[0].id}' no choices: use answer: generate, or leave the task out"
+                )
+
+
+def generate(
+    folder: RunFolder,
+    prompts: Sequence[str | Sequence[str]],
+    tasks: Sequence[str | int | None],
+    *,
+    max_new_tokens: int = 128,
+    batch_size: int = 16,
+    unseen: str = "error",
+    description: str | None = None,
+    told: Callable[[StandIn], object] = lambda stand_in: None,
+) -> list[str]:
+    """Answers to prompts as they stand; every prompt with the name or id of its task, or None where no gate looks.
+
+    A prompt for an encoder with heads, which always needs a task, is a text or a pair of texts. `unseen` says what
+    happens with a name that the run does not know, as `evaluate.unseen` does; the nearest task is the one whose inputs
+    are like its first prompts, or whose description is like the one given. `told` hears which task stood in.
+    """
+    if description is not None and not description.strip():
+        raise ConfigError("the description is empty: say what the task asks, or leave it out")
+    by = {} if description is None else {"nearest_by": "description"}
+    spec = _changed(EvaluateSpec(batch_size=batch_size, max_new_tokens=max_new_tokens), {"unseen": unseen, **by})
+    if len(prompts) != len(tasks):
+        raise ConfigError(f"{len(prompts)} prompts, but {len(tasks)} tasks: give one task for every prompt")
+    texts = [(prompt,) if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
+    if empty := [i for i, parts in enumerate(texts, start=1) if not all(part.strip() for part in parts) or not parts]:
+        raise ConfigError(f"prompt {empty[0]} is empty: there is nothing to answer")
+    answerer = Answerer(folder)
+    most = 2 if answerer.heads else 1
+    if long := [i for i, parts in enumerate(texts, start=1) if len(parts) > most]:
+        raise ConfigError(
+            f"prompt {long[0]} has {len(texts[long[0] - 1])} texts: "
+            + ("an encoder reads one or two" if answerer.heads else "only an encoder with heads reads a pair of texts")
+        )
+    examples = [Example(str(i), parts[0], ("",), segments=parts) for i, parts in enumerate(texts)]
+    known = answerer.task_names or folder.task_names()
+    new: dict[str, list[Example]] = {}
+    for i, task in enumerate(tasks, start=1):
+        if task is None and (answerer.needs_task or answerer.heads):
+            why = "every task has its own head"
+            if not answerer.heads:
+                why = f"the gates of '{folder.recipe().method.name}' look at the task"
+            raise ConfigError(f"prompt {i} has no task, and {why}: name one{did_you_mean('', known)}")
+        if known and task is not None and not _is_known(task, known):
+            if spec.unseen == "error" or answerer.heads or not isinstance(task, str):
+                refusal = f"prompt {i}: the run does not know task '{task}'{did_you_mean(str(task), known)}"
+                raise ConfigError(refusal + LEARN_IT * (bool(answerer.heads) and spec.unseen != "error"))
+            new.setdefault(task, []).append(examples[i - 1])
+    if description is not None and len(new) > 1:
+        raise ConfigError(f"one description is given, but the prompts are of {len(new)} unseen tasks: {', '.join(new)}")
+    if new and answerer.needs_task:
+        like = [Example("description", description, ("",))] if description is not None else None
+        unseen_texts = {task: like or prompts[:INPUTS] for task, prompts in new.items()}
+        for stand_in in answerer.stand_ins(unseen_texts, spec):
+            told(stand_in)
+    return answerer.answers(examples, tasks, spec, max_new_tokens, None)
+
+
+def _is_known(task: str | int, known: Sequence[str]) -> bool:
+    return task in known if isinstance(task, str) else 0 <= task < len(known)

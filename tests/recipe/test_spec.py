@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes say what they mean, or say where they do not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dyads.errors import ConfigError
+from dyads.recipe.recipe_errors import Key
+from dyads.recipe.spec import (
+    EvaluateSpec,
+    Recipe,
+    differences,
+    load_recipe,
+    parse_recipe,
+    parse_tasks,
+    recipe_keys,
+)
+from dyads.recipe.yaml_source import of_text
+from dyads.tasks import families
+
+LINES = {
+    "name": "a",
+    "model": "{name: tiny}",
+    "method": "{name: zero-shot}",
+    "tasks": "{family: starter}",
+}
+
+
+def text(**changed: str) -> str:
+    return "".join(f"{key}: {value}\n" for key, value in {**LINES, **changed}.items() if value != "-")
+
+
+def test_a_recipe_holds_only_its_difference_and_the_resolved_one_reads_back_equal() -> None:
+    recipe = parse_recipe(text(method="{name: mode, r: 4, target_modules: [q_proj]}"), "x.yaml")
+    assert recipe.train.steps == 1000
+    assert recipe.method.options == {"r": 4, "target_modules": ["q_proj"]}
+    assert "num_beams: 1" in recipe.resolved_yaml()
+    assert parse_recipe(recipe.resolved_yaml(), "again") == recipe
+
+
+@pytest.mark.parametrize("number", ["2e-3", "2E-3", "0.002", "2.e-3", ".2e-2", "+2e-3"])
+def test_numbers_are_numbers_however_they_are_written(number: str) -> None:
+    assert parse_recipe(text(train=f"{{learning_rate: {number}}}"), "x").train.learning_rate == 0.002
+
+
+@pytest.mark.parametrize("name", ["no", "on", "010", "1:30", "2024-01-01", "1e3x", "2e-3", "null", "true", "1_000"])
+def test_text_that_looks_like_something_else_survives_the_round_trip(name: str) -> None:
+    recipe = parse_recipe(text(name=f"'{name}'").replace(":30", "-30"), "x")
+    assert parse_recipe(recipe.resolved_yaml(), "again").name == recipe.name == name.replace(":", "-")
+
+
+def test_words_that_old_yaml_takes_for_booleans_or_dates_are_words() -> None:
+    assert parse_recipe(text(name="no"), "x").name == "no"
+    assert parse_recipe(text(name="2024-01-01"), "x").name == "2024-01-01"
+
+
+def test_whole_floats_count_as_whole_numbers() -> None:
+    assert parse_recipe(text(train="{steps: 2e4}"), "x").train.steps == 20_000
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train": "{lerning_rate: 1}"}, "x.yaml:5: unknown key 'train.lerning_rate' – did you mean 'learning_rate'?"),
+        ({"learning_rate": "1"}, "x.yaml:5: unknown key 'learning_rate' – did you mean 'train.learning_rate'?"),
+        ({"train": "{learning_rate: fast}"}, "x.yaml:5: 'train.learning_rate' must be a number, got 'fast'"),
+        ({"train": "{learning_rate: 0}"}, "'train.learning_rate' must be greater than 0, got 0"),
+        ({"train": "{learning_rate: .nan}"}, "'train.learning_rate' must be a finite number, got nan"),
+        ({"train": "{steps: 0}"}, "'train.steps' must be at least 1, got 0"),
+        ({"train": "{steps: 1.5}"}, "'train.steps' must be a whole number, got 1.5"),
+        ({"train": "{steps: true}"}, "'train.steps' must be a whole number, got True"),
+        ({"train": "{steps: '10'}"}, "'train.steps' must be a whole number, got '10'"),
+        ({"train": "{optimizer: adam}"}, "must be 'adamw' or 'adafactor', got 'adam' – did you mean 'adamw'?"),
+        ({"train": "{report_to: wandbb}"}, "'train.report_to.0' must be 'tensorboard' or 'wandb', got 'wandbb'"),
+        ({"train": "3"}, "'train' must be a section of `key: value` lines, got 3"),
+        ({"train": "{batch_size: 16, gradient_accumulation: 3}"}, "batch_size 16 cannot be cut into 3 equal parts"),
+        ({"train": "{warmup: 2.5}"}, "warmup 2.5 is neither a share below 1 nor a whole number of steps"),
+        ({"train": "{warmup: 50, steps: 10}"}, "warmup 50 is longer than the whole training (10 steps)"),
+        ({"train": "{trainer: {seed: 3}}"}, "'seed' is not for passing on: set the recipe's 'seed'"),
+        ({"train": "{trainer: {label_smoothing_factor: 0.1}}"}, "smooths no labels, so it would have no effect"),
+        ({"train": "{trainer: {auto_find_batch_size: true}}"}, "'train.gradient_accumulation' saves memory"),
+        ({"train": "{trainer: {group_by_length: true}}"}, "sorted by length by 'train.bucket_window'"),
+        ({"train": "{trainer: {train_sampling_strategy: random}}"}, "examples are drawn by 'mixture'"),
+        ({"train": "{trainer: {ignore_data_skip: true}}"}, "goes on where its schedule of batches was cut off"),
+        ({"train": "{trainer: {dataloader_drop_last: true}}"}, "every batch of the schedule is whole"),
+        ({"train": "{trainer: {dataloader_in_order: false}}"}, "in the order of the schedule"),
+        ({"train": "{trainer: {eval_strategy: steps}}"}, "there is no evaluation during training"),
+        ({"model": "{name: 3}"}, "'model.name' must be text (put it in quotes), got 3"),
+        ({"model": "-"}, "x.yaml: 'model' is missing (The frozen language model)"),
+        ({"model": "{dtype: float32}"}, "'model.name' is missing (A hub id, a folder"),
+        ({"method": "{name: majority, r: 4}"}, "majority trains nothing and takes no options, got r"),
+        ({"tasks": "{family: strter}"}, "unknown task family 'strter' – did you mean 'starter'?"),
+        ({"tasks": "{family: starter, nams: [a]}"}, "unknown key 'nams' for tasks of family 'starter'"),
+        ({"tasks": "{family: starter, seed: x}"}, "x.yaml:4: 'tasks.seed' must be a whole number, got 'x'"),
+        ({"mixture": "{kind: unifrom}"}, "got 'unifrom' – did you mean 'uniform'?"),
+        ({"name": "a/b"}, "'a/b' cannot name a folder"),
+        ({"seed": "-1"}, "'seed' must be at least 0, got -1"),
+    ],
+)
+def test_a_mistake_is_named_with_its_line_its_key_and_its_value(changed: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_recipe(text(**changed), "x.yaml")
+
+
+def test_several_mistakes_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe(text(train="{stepz: 1, optimizer: sgd}"), "x.yaml")
+    assert str(caught.value).splitlines() == [
+        "x.yaml: 2 mistakes",
+        "  x.yaml:5: 'train.optimizer' must be 'adamw' or 'adafactor', got 'sgd'",
+        "  x.yaml:5: unknown key 'train.stepz' – did you mean 'steps'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ("seed: 1\nseed: 2\n", "x.yaml:2: 'seed' is given twice (first in line 1)"),
+        ("train: [\n", "x.yaml:2: not valid YAML"),
+        ("- a\n", "x.yaml: a recipe is a list of `key: value` lines, got list"),
+        ("a: &a\n  b: *a\n", "an alias that contains itself"),
+        ("", "x.yaml: 4 mistakes"),
+    ],
+)
+def test_broken_yaml_is_refused_with_its_line(raw: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_recipe(raw, "x.yaml")
+
+
+def test_overrides_are_yaml_and_reach_deep(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text(train="{steps: 5, batch_size: 4}"))
+    sets = ["train.steps=7", "train.learning_rate=1e-4", "tasks.names=[initials]", "evaluate.limit=null", "name=a=b"]
+    recipe = load_recipe(path, sets)
+    assert (recipe.train.steps, recipe.train.batch_size, recipe.train.learning_rate) == (7, 4, 1e-4)
+    assert recipe.resolved()["tasks"]["names"] == ["initials"]
+    assert recipe.name == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=7", "--set train.stepz=7: unknown key 'train.stepz' – did you mean 'steps'?"),
+        ("train.steps=-7", "--set train.steps=-7: 'train.steps' must be at least 1, got -7"),
+        ("train.steps", "--set train.steps: write it as key=value"),
+        ("train..steps=1", "write it as key=value"),
+        ("name.first=1", "--set name.first=1: 'name' must be text"),
+        ("train.steps=[", "--set train.steps=[: the value is not valid YAML"),
+    ],
+)
+def test_an_override_that_is_wrong_is_quoted(tmp_path: Path, override: str, message: str) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text())
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_recipe(path, [override])
+
+
+def test_a_recipe_extends_another_and_errors_name_the_file_that_said_it(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(text(train="{steps: 5, learning_rate: 1e-3}"))
+    (tmp_path / "sub").mkdir()
+    child = tmp_path / "sub" / "child.yaml"
+    child.write_text("extends: ../base.yaml\nname: b\ntrain: {learning_rate: 2e-3}\n")
+    recipe = load_recipe(child)
+    assert (recipe.name, recipe.train.steps, recipe.train.learning_rate) == ("b", 5, 2e-3)
+    (tmp_path / "base.yaml").write_text(text(train="{steps: 0}"))
+    with pytest.raises(ConfigError, match=r"base\.yaml:5: 'train\.steps' must be at least 1"):
+        load_recipe(child)
+
+
+def test_recipes_that_extend_each_other_in_a_circle_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(ConfigError, match=r"in a circle: a\.yaml → b\.yaml → a\.yaml"):
+        load_recipe(tmp_path / "a.yaml")
+
+
+def test_a_missing_recipe_is_named_with_the_one_that_asked_for_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no recipe at '.*none\.yaml'$"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "a.yaml").write_text("extends: none.yaml\n")
+    with pytest.raises(ConfigError, match=r"none\.yaml' \(extended by .*a\.yaml\)"):
+        load_recipe(tmp_path / "a.yaml")
+
+
+def test_another_method_brings_its_own_options_and_the_same_one_adds_to_them(tmp_path: Path) -> None:
+    base, other, same = tmp_path / "base.yaml", tmp_path / "other.yaml", tmp_path / "same.yaml"
+    base.write_text(text(method="{name: mode, r: 4, num_experts: 16}"))
+    other.write_text("extends: base.yaml\nmethod: {name: lora, r: 34}\n")
+    same.write_text("extends: base.yaml\nmethod: {r: 2}\n")
+    assert load_recipe(other, check=False).method.options == {"r": 34}
+    assert load_recipe(same, check=False).method.options == {"r": 2, "num_experts": 16}
+    assert load_recipe(base, ["method.name=zero-shot"]).method.options == {}
+
+
+def test_methods_options_and_passed_on_keys_are_checked_when_a_recipe_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    for changed, message in [
+        ({"method": "{name: moed}"}, "r.yaml: unknown method 'moed' – did you mean"),
+        ({"method": "{name: zeroshot}"}, "did you mean 'zero-shot'"),
+        ({"method": "{name: mode, num_expert: 4}"}, "'num_expert' of method 'mode' – did you mean 'num_experts'"),
+        ({"method": "{name: mode, r: 0}"}, "r must be a whole number, 1 or more, got 0"),
+        ({"train": "{trainer: {adam_beta: 1}}"}, "unknown key 'train.trainer.adam_beta' – did you mean"),
+    ]:
+        path.write_text(text(**changed))
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load_recipe(path)
+    path.write_text(text(method="{name: more, r: 4}", train="{trainer: {adam_beta1: 0.8}}"))
+    assert load_recipe(path).method.peft_config(["rte", "cola"]).tasks == ["rte", "cola"]
+
+
+def test_recipes_cannot_be_changed(recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        recipe("a").train.steps = 3
+
+
+def test_warm_up_is_a_share_below_one_and_steps_above() -> None:
+    assert parse_recipe(text(train="{warmup: 0.1, steps: 50}"), "x").train.warmup_steps == 5
+    assert parse_recipe(text(train="{warmup: 10, steps: 50}"), "x").train.warmup_steps == 10
+
+
+def test_a_larger_limit_keeps_the_instances_of_a_smaller_one() -> None:
+    small, large = EvaluateSpec(limit=10).pick(100), EvaluateSpec(limit=30).pick(100)
+    assert len(small) == 10
+    assert set(small) < set(large)
+    assert small == sorted(small) != list(range(10))
+    assert EvaluateSpec(limit=30).pick(5) == EvaluateSpec().pick(5) == [0, 1, 2, 3, 4]
+
+
+def test_differences_are_dotted_keys_with_both_values(recipe: Callable[..., Recipe]) -> None:
+    a, b = recipe("a", train={"steps": 5}), recipe("a", method="zero-shot", train={"steps": 6})
+    found = differences(a.resolved(), b.resolved())
+    assert found == {"method.name": ("mode", "zero-shot"), "method.r": (4, None), "train.steps": (5, 6)}
+
+
+def test_every_key_of_a_recipe_is_explained() -> None:
+    keys = list(recipe_keys())
+    assert Key("train.steps", "Optimizer steps", "1000") in keys
+    assert [key.name for key in keys if not key.help] == []
+
+
+def test_keys_that_allow_a_few_values_list_them() -> None:
+    choices = {key.name: key.choices for key in recipe_keys() if len(key.choices) > 1}
+    protocols = [key.choices for key in recipe_keys() if key.name == "tasks.protocol"]
+    assert choices["mixture.kind"] == ("proportional", "temperature", "uniform", "balanced", "round_robin")
+    assert choices["train.lr_scheduler"] == ("linear", "cosine", "constant")
+    assert choices["train.report_to"] == ("tensorboard", "wandb")
+    assert choices["model.attention"][-1] == "null"  # it may be left out
+    assert choices["tasks.family"] == tuple(families())
+    assert ("mode", "official") in protocols  # every family has its own keys
+
+
+def test_extends_is_a_key_of_recipe_files_only(tmp_path: Path) -> None:
+    assert "extends" in [key.name for key in recipe_keys()]
+    path = tmp_path / "r.yaml"
+    path.write_text(text() + "extend: base.yaml\n")
+    with pytest.raises(ConfigError, match="unknown key 'extend' – did you mean 'extends'"):
+        load_recipe(path)
+    path.write_text(text())
+    with pytest.raises(ConfigError, match="--set extends=b: unknown key 'extends' – it is for recipe files only"):
+        load_recipe(path, ["extends=b"])
+
+
+def test_tasks_are_parsed_without_the_rest_of_a_recipe() -> None:
+    layer = of_text("name: 3\ntasks: {family: starter, seed: 4}\n", "x.yaml")
+    assert parse_tasks(layer, "x.yaml", str).model_dump()["seed"] == 4
+    with pytest.raises(ConfigError, match=r"^x\.yaml:1: 'tasks\.path' is missing \(.*\): say path$"):
+        parse_tasks(of_text("tasks: {family: sni}\n", "x.yaml"), "x.yaml", lambda key: f"say {key}")
+    with pytest.raises(ConfigError, match=r"^x\.yaml: 'tasks' is missing"):
+        parse_tasks(of_text("name: a\n", "x.yaml"), "x.yaml", str)
