@@ -532,7 +532,7 @@ def budgets(fake: Callable[..., None]) -> list[Any]:
         seen.append((*asked, free, parameters))
         return parameters // 100, Count(parameters // 100 * 100)
 
-    fake("dyads.runs", budget=SimpleNamespace(count=count, solve=solve))
+    fake("dyads.models", budget=SimpleNamespace(count=count, solve=solve))
     return seen
 
 
