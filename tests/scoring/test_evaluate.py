@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dyads.comparing.compare import compare
 from dyads.errors import ConfigError, RunError, TaskError
-from dyads.models.load import same_model
+from dyads.models.packaged import same_model
 from dyads.recipe.spec import Recipe
 from dyads.runs.folder import RunFolder
 from dyads.scoring.answerer import Answerer

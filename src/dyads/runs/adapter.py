@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dyads.errors import RunError
-from dyads.models.load import same_model
+from dyads.models.packaged import same_model
 from dyads.runs.folder import RunFolder
 
 __all__ = ["check_adapter", "fingerprint", "load_adapter"]

