@@ -12,6 +12,7 @@ from dyads.errors import TaskError
 from dyads.tasks.metrics import (
     NO_LABEL,
     accuracy,
+    accuracy_exact,
     corpus_metric,
     exact_match,
     f1,
@@ -21,8 +22,10 @@ from dyads.tasks.metrics import (
     label_metric,
     macro_f1,
     matthews,
+    matthews_exact,
     metric,
     pearson,
+    pearson_digits,
     rouge_l,
     rouge_l_words,
     spearman,
@@ -195,6 +198,30 @@ def test_a_constant_or_a_single_number_correlates_with_nothing(correlation, gues
 
 def test_numbers_that_differ_in_their_last_digit_only_raise_no_warning():
     assert -1.0 <= pearson(["1.0", "1.0000000000000002", "1.0"], [["1"], ["2"], ["3"]]) <= 1.0
+
+
+@pytest.mark.parametrize("text", ["-1", "+1", "1e0", "1_0", "1.2.3", ".", "", "\N{SUPERSCRIPT TWO}"])
+def test_pearson_digits_takes_a_sign_or_an_exponent_for_no_number(text):
+    # deviations (-2, 1, 1) and (-1, 1, 0): 3 / sqrt(6 · 2)
+    exact = [["1"], ["3"], ["2"]]
+    assert pearson_digits([text, "3", "3"], exact) == pytest.approx(3 / math.sqrt(12))
+    assert pearson_digits(["1.5", " 3. ", ".5"], exact) == pearson(["1.5", "3", "0.5"], exact)
+
+
+def test_matthews_exact_has_a_class_for_every_text():
+    # right 2 of 4, expected (2, 2), predicted (1, 1, 1, 1): (2·4 - 4) / sqrt((16 - 4) (16 - 8))
+    predicted, expected = ["yes", "Yes", "no", "what"], [["yes"], ["yes"], ["no"], ["no"]]
+    assert matthews_exact(predicted, expected) == pytest.approx(4 / math.sqrt(12 * 8))
+    assert matthews_exact([" yes\n", "no"], [["yes"], ["no"]]) == 1.0
+    # two strange texts are two classes here, and together one class for `matthews`
+    assert of("matthews", ["yes", "no", "a", "b"], ["yes", "no", "yes", "no"]) == pytest.approx(100 * 4 / math.sqrt(80))
+    assert matthews_exact(["yes", "no", "a", "b"], [["yes"], ["no"], ["yes"], ["no"]]) == pytest.approx(
+        4 / math.sqrt(8 * 12)
+    )
+
+
+def test_accuracy_exact_folds_no_case():
+    assert (accuracy_exact(" yes\n", ["yes"]), accuracy_exact("Yes", ["yes"]), accuracy("Yes", ["yes"])) == (1, 0, 1)
 
 
 def test_the_last_reference_is_the_exact_number():

@@ -17,14 +17,14 @@ import numpy as np
 
 from dyads.comparing.intervals import Array
 from dyads.runs.folder import Prediction
-from dyads.tasks.metrics import _class_ids, _number  # so that both rooms read an answer in one way
+from dyads.tasks.metrics import class_ids, to_number
 
 __all__ = ["METRICS", "moments", "score"]
 
 
 def _of_numbers(predictions: Sequence[Prediction], labels: Sequence[str]) -> Array:
-    x = np.array([_number(p["prediction"]) for p in predictions])
-    y = np.array([_number(p["references"][-1]) for p in predictions])
+    x = np.array([to_number(p["prediction"]) for p in predictions])
+    y = np.array([to_number(p["references"][-1]) for p in predictions])
     x, y = x - x.mean(), y - y.mean()  # changes no correlation, and keeps squares small
     return np.stack([x, y, x * x, y * y, x * y], axis=1)
 
@@ -38,7 +38,7 @@ def _of_classes(predictions: Sequence[Prediction], labels: Sequence[str]) -> Arr
     """Cells of a table (expected, predicted), whose last class is an answer that is no label."""
     size = len(labels) + 1
     given, references = [p["prediction"] for p in predictions], [p["references"] for p in predictions]
-    predicted, expected = _class_ids("", given, references, labels)
+    predicted, expected = class_ids("", given, references, labels)
     cells = np.zeros((len(predictions), size, size))
     cells[np.arange(len(predictions)), expected, predicted] = 1  # NO_LABEL is -1: the last
     return cells.reshape(len(predictions), -1)

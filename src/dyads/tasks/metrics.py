@@ -10,9 +10,12 @@ the examples that belong together are right.
     rouge_l_words the same over whitespace-separated words, for languages whose letters the English tokenizer drops
     exact_match   1 if the prediction equals a reference, both lower-cased, without punctuation, with white space folded
     accuracy      1 if the prediction is a reference up to case and surrounding white space
+    accuracy_exact  1 if the prediction is a reference to the letter, up to surrounding white space
     pearson       correlation of predicted and exact numbers; -1..1
+    pearson_digits  the same, where only digits with at most one point are a number: -1 and 1e0 count as 0
     spearman      the same of their ranks, ties sharing the mean rank
     matthews      correlation of predicted and expected classes, -1..1; k classes: Gorodkin's R_k
+    matthews_exact  the same with every different text as a class of its own, case included
     f1            2PR / (P + R) of the second label
     macro_f1      mean over the labels that are expected or predicted of F1 for each
     group_accuracy  share of groups whose every prediction is right by `accuracy`
@@ -20,11 +23,13 @@ the examples that belong together are right.
 A prediction is the label that it equals up to case and surrounding white space. One that equals no label is wrong: it
 is a class of its own for Matthews, counts against recall in F1, and has no F1 of its own in the mean. A text that is no
 number counts as 0 in the correlations (MoRE's release does so). Where a correlation is 0/0, because all predictions or
-all references are the same or there is only one, it is 0.
+all references are the same or there is only one, it is 0. `accuracy_exact`, `pearson_digits` and `matthews_exact` are
+the metrics of MoRE's release (arXiv 2505.22694).
 """
 
 from __future__ import annotations
 
+import re
 import string
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,6 +46,8 @@ __all__ = [
     "NO_LABEL",
     "Metric",
     "accuracy",
+    "accuracy_exact",
+    "class_ids",
     "corpus_metric",
     "exact_match",
     "f1",
@@ -50,12 +57,16 @@ __all__ = [
     "label_metric",
     "macro_f1",
     "matthews",
+    "matthews_exact",
     "metric",
     "metric_names",
     "pearson",
+    "pearson_digits",
     "rouge_l",
     "rouge_l_words",
     "spearman",
+    "to_digits",
+    "to_number",
 ]
 
 NO_LABEL = -1
@@ -96,13 +107,13 @@ class Metric:
         if self.over_corpus is not None:
             return 100.0 * self.over_corpus(predictions, references), ()
         if self.over_labels is not None:
-            return 100.0 * self.over_labels(*_class_ids(self.name, predictions, references, labels)), ()
+            return 100.0 * self.over_labels(*class_ids(self.name, predictions, references, labels)), ()
         assert self.over_groups is not None
         right = [accuracy(p, r) == 1.0 for p, r in zip(predictions, references, strict=True)]
         return 100.0 * self.over_groups(right, groups), ()
 
 
-def _class_ids(
+def class_ids(
     name: str, predictions: Sequence[str], references: Sequence[Sequence[str]], labels: Sequence[str]
 ) -> tuple[list[int], list[int]]:
     """(predicted, expected); of several references the predicted one counts, else the first."""
@@ -248,10 +259,16 @@ def accuracy(prediction: str, references: Sequence[str]) -> float:
     return float(any(answer == _plain(r) for r in references))
 
 
+@instance_metric("accuracy_exact")
+def accuracy_exact(prediction: str, references: Sequence[str]) -> float:
+    """1 if the prediction is a reference up to surrounding white space; case counts."""
+    return float(prediction.strip() in {r.strip() for r in references})
+
+
 # ----- over all predictions. scikit-learn and scipy are loaded late: `import dyads.tasks` must stay light.
 
 
-def _number(text: str) -> float:
+def to_number(text: str) -> float:
     """0 for what is no number, is not finite, or is so large that a sum of squares would not be."""
     try:
         value = float(text)
@@ -260,8 +277,18 @@ def _number(text: str) -> float:
     return value if abs(value) < 1e100 else 0.0
 
 
-def _correlation(how: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    guesses, exact = [_number(p) for p in predictions], [_number(r[-1]) for r in references]
+def to_digits(text: str) -> float:
+    """0 for what is not written with digits and at most one point: a sign or an exponent makes no number."""
+    return to_number(text) if re.fullmatch(r"\d+\.?\d*|\.\d+", text.strip()) else 0.0
+
+
+def _correlation(
+    how: str,
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    read: Callable[[str], float] = to_number,
+) -> float:
+    guesses, exact = [read(p) for p in predictions], [to_number(r[-1]) for r in references]
     if len(set(guesses)) < 2 or len(set(exact)) < 2:
         return 0.0
     from scipy.stats import pearsonr, spearmanr
@@ -278,6 +305,12 @@ def pearson(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
     return _correlation("pearson", predictions, references)
 
 
+@corpus_metric("pearson_digits")
+def pearson_digits(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Pearson's correlation, -1..1, of predictions that are written with digits and at most one point."""
+    return _correlation("pearson", predictions, references, to_digits)
+
+
 @corpus_metric("spearman")
 def spearman(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Spearman's rank correlation, -1..1, with the last reference of each, which is the exact number."""
@@ -292,6 +325,15 @@ def matthews(predicted: Sequence[int], expected: Sequence[int]) -> float:
     from sklearn.metrics import matthews_corrcoef
 
     return float(matthews_corrcoef(expected, predicted))
+
+
+@corpus_metric("matthews_exact")
+def matthews_exact(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Matthews' correlation coefficient, -1..1, of texts: each that differs is a class; the first reference counts."""
+    texts = [p.strip() for p in predictions], [r[0].strip() for r in references]
+    ids = {text: i for i, text in enumerate(dict.fromkeys(texts[0] + texts[1]))}
+    predicted, expected = ([ids[text] for text in side] for side in texts)
+    return matthews(predicted, expected)
 
 
 @label_metric("f1")
