@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dyads methods`: what can be trained, and with which options?"""
+"""`dyads methods`: list of the methods with their options, also as the README's table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+LORA = "PEFT's LoRA, the baseline; its scale is 1 here too where lora_alpha is not set"
+
 
 @click.command(
     short_help="List the methods and their options.",
@@ -15,10 +17,19 @@ import click
 Examples:
   dyads methods
   dyads methods mode          # its options, and those that all have
+  dyads methods --format markdown
   dyads budget --help         # how many parameters they cost""",
 )
 @click.argument("names", nargs=-1, metavar="[NAME...]")
-def command(names: tuple[str, ...]) -> None:
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["terminal", "markdown"]),
+    default="terminal",
+    show_default=True,
+    help="markdown: one table row for each method that is trained, without options (the README's table).",
+)
+def command(names: tuple[str, ...], form: str) -> None:
     """List the methods: a line each, their own options and defaults; with NAME also the options all share."""
     from dataclasses import fields
 
@@ -33,6 +44,14 @@ def command(names: tuple[str, ...]) -> None:
     for name in names:
         if name not in known:
             raise ConfigError(f"unknown method '{name}'{did_you_mean(name, known)}")
+    if form == "markdown":
+        click.echo("| method | config | what it is |\n|---|---|---|")
+        for name in names or ("lora", *sorted(family)):
+            if name == "lora":
+                click.echo(f"| `lora` | PEFT's `LoraConfig` | {LORA} |")
+            elif name in family:
+                click.echo(f"| `{name}` | `{family[name].config.__name__}` | {family[name].summary} |")
+        return
     hidden = {f.name for f in fields(PeftConfig)}
     shared = [f for f in fields(DyadsConfig) if f.name not in hidden]
     width = max(map(len, known)) + 2
@@ -47,8 +66,7 @@ def command(names: tuple[str, ...]) -> None:
             _head(name, method.summary, width)
             _options([*own, *(f for f in shared if names and f.name not in {o.name for o in own})], width)
         elif name == "lora":
-            about = "PEFT's LoRA, the baseline; its scale is 1 here too where lora_alpha is not set"
-            _head(name, about, width)
+            _head(name, LORA, width)
             if names:
                 has = {f.name for f in fields(LoraConfig)}
                 _options([f for f in shared if f.name in has], width)
