@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses each method's learning rate for a study, on validation instances that are never scored.
+"""Learning-rate sweep for a study: the best rate of each method on validation instances, which are never scored.
 
     python recipes/sweep.py recipes/glue-minilm [--out runs/glue-minilm-sweep] [--set KEY=VALUE …] [method …]
 
-The study's folder has a recipe for every method, and sweep.json: its methods, the two rates that all start at, and what
-makes trainings short. From there every method walks on, in half-decades, towards the lower validation loss until it
-rises: the best rate has a worse one on either side. All read the same examples. Finished trainings are kept, so that
-the script can be started again after an interruption.
+The study's folder has a recipe for every method, and sweep.json with the methods, the two rates to start at, and the
+settings of a short training. From the two rates each method steps in half-decades towards the lower validation loss,
+until it rises: the best rate has a worse one on either side. All methods read the same examples. Finished trainings are
+kept, so the script can be started again after an interruption.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RATES = ["1e-5", "3e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1"]
 
 
 def loss(recipe: Path, rate: str, out: Path, settings: list[str]) -> float:
-    """The validation loss of a short training, run now if it was not run yet; infinite where training broke down."""
+    """Validation loss of a short training, which runs unless its folder is complete; infinity for a diverged one."""
     folder = out / f"{recipe.stem}-{rate}"
     parts = [part for s in (f"train.learning_rate={rate}", *settings) for part in ("--set", s)]
     command = ["dyads", "train", str(recipe), "--out", str(folder), "--resume", "--no-evaluate", *parts]
@@ -33,13 +33,13 @@ def loss(recipe: Path, rate: str, out: Path, settings: list[str]) -> float:
         raise SystemExit(f"stopped: {' '.join(command)} failed (its last lines are above)")
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     found = [line["validation_loss"] for line in lines if line.get("event") == "validated"]
-    if not found:  # it was cut off after its training: the adapter is there, its validation loss is not
-        raise SystemExit(f"stopped: {folder} was cut off before its validation; delete it and start again")
+    if not found:  # interrupted between training and validation
+        raise SystemExit(f"stopped: {folder} was interrupted before its validation; delete it and start again")
     return float("inf") if found[-1] is None else float(found[-1])
 
 
 def walk(recipe: Path, start: list[str], out: Path, settings: list[str]) -> tuple[dict[str, float], str]:
-    """(the losses by rate, the best rate) of a method."""
+    """Losses by rate, and the best rate, of one method."""
     losses = {rate: loss(recipe, rate, out, settings) for rate in start}
     step = 1 if losses[start[1]] < losses[start[0]] else -1
     best = start[step == 1]
@@ -52,7 +52,7 @@ def walk(recipe: Path, start: list[str], out: Path, settings: list[str]) -> tupl
 
 
 def main() -> None:
-    """Sweep the methods named, or all, and print a line for every training."""
+    """Sweep the given methods, or all of the study, and print a line for every training."""
     parser = argparse.ArgumentParser(description="Choose learning rates on validation data.")
     parser.add_argument("study", type=Path, help="The folder of the study's recipes.")
     parser.add_argument("methods", nargs="*", metavar="method")

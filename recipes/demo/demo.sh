@@ -1,6 +1,7 @@
 #!/bin/sh
 # The demo: one adapter for twelve tasks, with LoRA and with MoDE at equal parameters, and the comparison.
-# Runs are kept in the folder (default: runs/demo); started again, what is done is not done twice.
+#   sh recipes/demo/demo.sh [FOLDER]          (default: runs/demo)
+# Can be started again after an interruption: complete runs are kept.
 set -eu
 out=${1:-runs/demo}
 here=$(dirname "$0")

@@ -1,9 +1,9 @@
 #!/bin/sh
-# The ablations: MoRE's parts and MoDE's routing stages, one at a time, for the seeds in $SEEDS (default: 0 1 2), and
-# their comparison, MoRE's rows with MoRE and MoDE's rows with MoDE.
+# The ablations: MoRE's parts and MoDE's routing stages, one at a time, for the seeds in $SEEDS (default: 0 1 2), with a
+# comparison of MoRE's rows to MoRE and one of MoDE's rows to MoDE.
 #   sh recipes/glue-ablations/run.sh [FOLDER]          (default: runs/glue-ablations)
-# $ROWS chooses among the recipes; $SET gives overrides, such as SET="train.steps=1000 train.threads=2".
-# Runs that are complete are kept, and one that was cut off goes on: start it again after an interruption.
+# $ROWS selects recipes; $SET gives overrides, such as SET="train.steps=1000 train.threads=2".
+# Can be started again after an interruption: complete runs are kept, and an unfinished one continues.
 set -u
 out=${1:-runs/glue-ablations}
 here=$(dirname "$0")

@@ -1,8 +1,8 @@
 #!/bin/sh
-# The study: every method on the eight tasks, for the seeds in $SEEDS (default: 0 1 2), and the comparison.
+# The GLUE study: every method on eight tasks, for the seeds in $SEEDS (default: 0 1 2), and the comparison.
 #   sh recipes/glue-minilm/run.sh [FOLDER]          (default: runs/glue-minilm)
-# $METHODS chooses among the methods; $SET gives overrides, such as SET="train.steps=3000 train.threads=2".
-# Runs that are complete are kept, and one that was cut off goes on: start it again after an interruption.
+# $METHODS selects methods; $SET gives overrides, such as SET="train.steps=3000 train.threads=2".
+# Can be started again after an interruption: complete runs are kept, and an unfinished one continues.
 set -u
 out=${1:-runs/glue-minilm}
 here=$(dirname "$0")

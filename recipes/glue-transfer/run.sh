@@ -1,11 +1,11 @@
 #!/bin/sh
 # Transfer to three new tasks from 4, 16 and 32 examples, starting from the runs that recipes/glue-minilm/run.sh made:
-# LoRA and MoDE with all parts training, MoRE with all parts, and with what it keeps for the new task alone, beside the
-# most frequent answer.
+# LoRA, MoDE and MoRE with all parameters training, MoRE also with the new task's own parameters alone, and the most
+# frequent answer.
 #   sh recipes/glue-transfer/run.sh [FOLDER [FOLDER OF THE GLUE RUNS]]
 #   (default: runs/glue-transfer runs/glue-minilm)
-# $SEEDS (default: 0 1 2) chooses among the runs, and with them the examples; $ROWS among "method:parts", $TASKS and
-# $SHOTS among the rest; $SET gives overrides. Runs that are complete are kept: start it again after an interruption.
+# $SEEDS (default: 0 1 2) selects the runs and their examples, $ROWS the pairs "method:parts", $TASKS the tasks, $SHOTS
+# the numbers of examples; $SET gives overrides. Can be started again after an interruption: complete runs are kept.
 set -u
 out=${1:-runs/glue-transfer}
 glue=${2:-runs/glue-minilm}

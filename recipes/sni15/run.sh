@@ -1,7 +1,7 @@
 #!/bin/sh
-# The study: every method on the fifteen tasks, for the seeds in $SEEDS (default: 0), and the comparison.
+# The SNI study: every method on fifteen tasks, for the seeds in $SEEDS (default: 0), and the comparison.
 #   sh recipes/sni15/run.sh [FOLDER]          (default: runs/sni15)
-# Runs that are complete are kept, and one that was cut off goes on: start it again after an interruption.
+# Can be started again after an interruption: complete runs are kept, and an unfinished one continues.
 set -u
 out=${1:-runs/sni15}
 here=$(dirname "$0")
