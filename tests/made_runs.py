@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import (
 from dyads.recipe.spec import Recipe
 from dyads.runs.folder import Prediction, RunFolder, ScoreRow, Scores
 from dyads.tasks import load
+from dyads.training.train import train
 
 
 def recipe_of(name: str, *, method: str = "mode", seed: int = 0, **sections: Any) -> Recipe:
@@ -272,3 +274,35 @@ def tiny(llama: Path) -> Callable[..., Recipe]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _trained() -> dict[str, RunFolder]:
+    """Runs that were trained once, by name."""
+    return {}
+
+
+@pytest.fixture
+def trained(
+    tiny: Callable[..., Recipe],
+    t5: Path,
+    bert: Path,
+    pairs: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path: Path,
+    _trained: dict[str, RunFolder],
+) -> Callable[..., RunFolder]:
+    """A copy of a trained and scored run, for a method, the kind of its model and options of the method."""
+
+    def copy(method: str, kind: str = "llama", **options: Any) -> RunFolder:
+        name = "-".join([method, *[kind] * (kind != "llama"), *(f"{key}={value}" for key, value in options.items())])
+        if name not in _trained:
+            sections: dict[str, Any] = {"train": {"learning_rate": 0.05}, "options": options}
+            if kind == "bert":
+                sections |= {"tasks": pairs, "evaluate": {"max_new_tokens": None}}
+            recipe = tiny(method, {"llama": None, "t5": t5, "bert": bert}[kind], **sections)
+            _trained[name] = train(recipe, tmp_path_factory.mktemp("runs") / method)
+        shutil.copytree(_trained[name].path, tmp_path / name)
+        return RunFolder.open(tmp_path / name)
+
+    return copy

@@ -24,42 +24,13 @@ from dyads.scoring.answerer import Answerer
 from dyads.scoring.evaluate import evaluate, generate
 from dyads.tasks import Example, Suite, Task
 from dyads.tasks.shots import few_shot
-from dyads.training import train as training_module
 from dyads.training.adapt import adapt_recipe
 from dyads.training.train import train
+from dyads.training.trainer import TaskTrainer
+from made_runs import write_run
 
 Make = Callable[..., Recipe]
-CONTRASTIVE = {"name": "more", "r": 4, "contrastive": 0.1}
-
-
-@pytest.fixture(scope="module")
-def kept() -> dict[str, RunFolder]:
-    return {}
-
-
-@pytest.fixture
-def trained(
-    tiny: Make,
-    bert: Path,
-    pairs: dict[str, Any],
-    kept: dict[str, RunFolder],
-    tmp_path_factory: pytest.TempPathFactory,
-    tmp_path: Path,
-) -> Callable[..., RunFolder]:
-    """A copy of a run of a method, which is trained once: a decoder on the starter tasks, or an encoder on pairs."""
-
-    def copy(method: str, encoder: bool = False, **options: Any) -> RunFolder:
-        name = "-".join([method, *["encoder"] * encoder, *map(str, options)])
-        if name not in kept:
-            sections: dict[str, Any] = {"train": {"steps": 6, "save_steps": None}, "options": options}
-            if encoder:
-                sections |= {"tasks": pairs, "evaluate": {"max_new_tokens": None}, "model": bert}
-            recipe = tiny(method, **sections)
-            kept[name] = train(recipe, tmp_path_factory.mktemp("runs") / name, evaluate=False)
-        shutil.copytree(kept[name].path, tmp_path / name)
-        return RunFolder.open(tmp_path / name)
-
-    return copy
+Trained = Callable[..., RunFolder]
 
 
 @pytest.fixture
@@ -162,30 +133,30 @@ def test_all_examples_are_taken_where_no_number_is_given_and_too_few_are_refused
 # --- what changes and what does not -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
-@pytest.mark.parametrize("encoder", [False, True])
-def test_old_tasks_stay_as_they_are_to_the_bit_when_only_the_new_ones_parts_train(
-    trained: Callable[..., RunFolder], new_task: Path, new_pairs: Path, encoder: bool, weight_decay: float
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_known_tasks_stay_bit_identical_when_only_rows_of_new_tasks_train(
+    trained: Trained, new_task: Path, new_pairs: Path, kind: str
 ) -> None:
-    run = trained("more", encoder)
-    source, old, new = (new_pairs, "mnli", "sure") if encoder else (new_task, "count_words", "last_word")
-    folder = adapt(run, source, "new", f"train.weight_decay={weight_decay}", "train.learning_rate=0.1", shots=4)
+    run = trained("more", kind)
+    source, old, new = (new_pairs, "mnli", "sure") if kind == "bert" else (new_task, "count_words", "last_word")
+    folder = adapt(run, source, "new", "train.weight_decay=0.5", "train.learning_rate=0.1", shots=4)
     for task in run.task_names():
         assert torch.equal(values(folder, task), values(run, task))
     before, after = weights(run), weights(folder)
     assert before.keys() == after.keys()
     for name, value in after.items():
-        grown = name.endswith("embedding") or "task_heads" in name
+        has_new_rows = name.endswith("embedding") or "task_heads" in name
         assert torch.equal(value[: len(before[name])], before[name])
-        assert (len(value) > len(before[name])) == grown
+        assert (len(value) > len(before[name])) == has_new_rows
+    assert parameters(folder) == sum(v.shape[1] for name, v in after.items() if name.endswith("embedding"))
     assert folder.task_names() == (*run.task_names(), new)
     start = adapt(run, source, "start", "train.learning_rate=1e-30", shots=4)
     assert not torch.equal(values(folder, new), values(start, new))
     assert torch.equal(values(start, old), values(run, old))
 
 
-@pytest.mark.parametrize("method", ["lora", "mode", "more"])
-def test_all_parts_may_train(method: str, trained: Callable[..., RunFolder], new_task: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "more"])
+def test_all_parts_may_train(method: str, trained: Trained, new_task: Path) -> None:
     run = trained(method)
     folder = adapt(run, new_task, "all", parts="all", shots=4)
     before, after = weights(run), weights(folder)
@@ -197,24 +168,23 @@ def test_all_parts_may_train(method: str, trained: Callable[..., RunFolder], new
 
 
 @pytest.mark.parametrize(
-    ("method", "encoder", "options", "beside"),
+    ("method", "kind", "options", "beside"),
     [
-        ("lora", True, {"bias": "all"}, ".bias"),
-        ("lora", True, {"bias": "lora_only"}, ".bias"),
-        ("lora", True, {"modules_to_save": ["LayerNorm"]}, "LayerNorm"),
-        ("more", False, {"modules_to_save": ["norm"]}, "norm"),
+        ("lora", "bert", {"bias": "all"}, ".bias"),
+        ("lora", "bert", {"modules_to_save": ["LayerNorm"]}, "LayerNorm"),
+        ("more", "llama", {"modules_to_save": ["norm"]}, "norm"),
     ],
 )
 def test_what_trained_beside_the_adapter_trains_again_with_all_parts_and_with_no_others(
     method: str,
-    encoder: bool,
+    kind: str,
     options: dict[str, Any],
     beside: str,
-    trained: Callable[..., RunFolder],
+    trained: Trained,
     new_task: Path,
     new_pairs: Path,
 ) -> None:
-    run, source = trained(method, encoder, **options), new_pairs if encoder else new_task
+    run, source = trained(method, kind, **options), new_pairs if kind == "bert" else new_task
     before = weights(run)
     others = {name for name in before if beside in name and "task_heads" not in name}
     assert others
@@ -229,7 +199,7 @@ def test_what_trained_beside_the_adapter_trains_again_with_all_parts_and_with_no
 
 
 @pytest.mark.parametrize("method", ["mode", "more"])
-def test_gates_may_train_without_the_ranks(method: str, trained: Callable[..., RunFolder], new_task: Path) -> None:
+def test_gates_may_train_without_the_ranks(method: str, trained: Trained, new_task: Path) -> None:
     run = trained(method)
     folder = adapt(run, new_task, "gate", "train.learning_rate=0.1", parts="gate", shots=4)
     before, after = weights(run), weights(folder)
@@ -238,8 +208,8 @@ def test_gates_may_train_without_the_ranks(method: str, trained: Callable[..., R
     assert all("dyads_core" in name for name in changed)
 
 
-def test_an_encoders_old_heads_stay_whatever_trains(trained: Callable[..., RunFolder], new_pairs: Path) -> None:
-    run = trained("lora", True)
+def test_an_encoders_old_heads_stay_whatever_trains(trained: Trained, new_pairs: Path) -> None:
+    run = trained("lora", "bert")
     folder = adapt(run, new_pairs, "all", "train.weight_decay=0.5", parts="all", shots=4)
     before, after = weights(run), weights(folder)
     heads = [name for name in before if "task_heads" in name]
@@ -249,24 +219,13 @@ def test_an_encoders_old_heads_stay_whatever_trains(trained: Callable[..., RunFo
         assert len(after[name]) == len(before[name]) + 2
 
 
-def test_what_trains_is_counted(trained: Callable[..., RunFolder], new_task: Path) -> None:
-    run = trained("more")
-    folder = adapt(run, new_task, "new", shots=4)
-    rows = sum(v.shape[1] for name, v in weights(folder).items() if name.endswith("embedding"))
-    assert parameters(folder) == rows
-
-
 # --- where it starts --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def similar(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+def similar(trained: Trained) -> RunFolder:
     """A run of MoRE with its contrastive loss."""
-    recipe = tiny("mode", train={"steps": 6, "save_steps": None})
-    method = {**recipe.resolved()["method"], **CONTRASTIVE}
-    method.pop("num_experts")
-    recipe = Recipe.model_validate({**recipe.resolved(), "method": method})
-    return train(recipe, tmp_path / "similar", evaluate=False)
+    return trained("more", contrastive=0.1)
 
 
 def test_the_most_similar_task_is_reported_and_is_the_start(similar: RunFolder, new_task: Path) -> None:
@@ -293,27 +252,20 @@ def test_it_may_start_from_the_mean_or_anew(start: str, same: bool, similar: Run
             assert torch.allclose(value[-1], value[:-1].mean(0)) == same
 
 
-def test_without_a_contrastive_loss_it_starts_from_the_mean(trained: Callable[..., RunFolder], new_task: Path) -> None:
-    recipe = trained("more").recipe()
-    assert recipe.method.options["r"] == 4
-    run = trained_without_contrast(recipe, new_task.parent / "plain")
+def test_without_a_contrastive_loss_it_starts_from_the_mean(trained: Trained, new_task: Path) -> None:
+    run = trained("more", contrastive=0)
     folder = adapt(run, new_task, "new", shots=4)
     assert [line["start"] for line in folder.log() if line.get("event") == "adapted"] == ["mean"]
     with pytest.raises(ConfigError, match="was not trained with a contrastive loss"):
         adapt(run, new_task, "nearest", start="nearest", shots=4)
 
 
-def trained_without_contrast(recipe: Recipe, out: Path) -> RunFolder:
-    method = {**recipe.resolved()["method"], "contrastive": 0}
-    return train(Recipe.model_validate({**recipe.resolved(), "method": method}), out, evaluate=False)
-
-
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def test_it_learns_the_new_task(trained: Callable[..., RunFolder], new_pairs: Path) -> None:
+def test_it_learns_the_new_task(trained: Trained, new_pairs: Path) -> None:
     folder = adapt(
-        trained("lora", True),
+        trained("lora", "bert"),
         new_pairs,
         "new",
         "train.steps=60",
@@ -327,7 +279,7 @@ def test_it_learns_the_new_task(trained: Callable[..., RunFolder], new_pairs: Pa
     assert generate(folder, [["river", "stone yes"]], ["mnli"])[0] in ("entailment", "neutral", "contradiction")
 
 
-def test_an_adapted_run_learns_another_task(trained: Callable[..., RunFolder], new_task: Path, tmp_path: Path) -> None:
+def test_an_adapted_run_learns_another_task(trained: Trained, new_task: Path, tmp_path: Path) -> None:
     run = trained("more")
     once = adapt(run, new_task, "once", shots=4)
     other = tmp_path / "other.jsonl"
@@ -338,10 +290,10 @@ def test_an_adapted_run_learns_another_task(trained: Callable[..., RunFolder], n
         assert torch.equal(values(twice, task), values(once, task))
 
 
-def test_a_cut_off_adaptation_ends_as_if_it_had_not_been(
-    trained: Callable[..., RunFolder], new_task: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_adaptation_ends_like_an_uninterrupted_one(
+    trained: Trained, new_task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = trained("more")
+    run = trained("more", lora_dropout=0.1)  # so that resuming has to restore the random number generators
     steps = ("train.steps=6", "train.save_steps=2", "train.weight_decay=0.1")
     whole = adapt(run, new_task, "whole", *steps, shots=4)
     recipe = adapt_recipe(run.path, new_task, {"shots": 4}, steps)
@@ -353,7 +305,7 @@ def test_a_cut_off_adaptation_ends_as_if_it_had_not_been(
 def cut_off(recipe: Recipe, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Train until the fourth step, which fails."""
     steps_run = 0
-    plain = training_module._Trainer.training_step
+    plain = TaskTrainer.training_step
 
     def cut(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal steps_run
@@ -363,14 +315,14 @@ def cut_off(recipe: Recipe, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return plain(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_module._Trainer, "training_step", cut)
+        patch.setattr(TaskTrainer, "training_step", cut)
         with pytest.raises(KeyboardInterrupt):
             train(recipe, out, evaluate=False)
     return out
 
 
 def test_a_cut_off_adaptation_goes_on_from_no_other_adapter(
-    trained: Callable[..., RunFolder], new_task: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, new_task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = trained("more")
     recipe = adapt_recipe(run.path, new_task, {"shots": 4}, ("train.steps=6", "train.save_steps=2"))
@@ -381,9 +333,9 @@ def test_a_cut_off_adaptation_goes_on_from_no_other_adapter(
     here = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(
         RunError,
-        match=rf"cannot resume '{out}': the adapter of '{run.path}' is not the one that it began from \(SHA-256 "
-        r"[0-9a-f]{12}… then, [0-9a-f]{12}… now; was that run trained anew\?\), and the two would be mixed: put the "
-        "earlier one back, or adapt the new one from the start with another --out",
+        match=rf"cannot resume '{out}': the adapter of '{run.path}' has changed since \(SHA-256 [0-9a-f]{{12}}… then, "
+        r"[0-9a-f]{12}… now; was that run trained again\?\): restore the earlier adapter, or adapt the new one from "
+        "the start with another --out",
     ):
         train(recipe, out, resume=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == here
@@ -397,7 +349,7 @@ def test_a_cut_off_adaptation_goes_on_from_no_other_adapter(
 
 
 def test_an_adaptation_whose_training_ended_is_scored_without_the_run_that_it_adapted(
-    trained: Callable[..., RunFolder], new_task: Path
+    trained: Trained, new_task: Path
 ) -> None:
     run = trained("more")
     recipe = adapt_recipe(run.path, new_task, {"shots": 4}, ("train.steps=2",))
@@ -415,7 +367,7 @@ def test_the_command_says_which_task_was_nearest_and_what_came_of_it(similar: Ru
     assert result.exit_code == 0, result.output
     assert "last_word starts as its most similar task, " in result.output
     assert "last_word: rouge_l " in result.output
-    out = similar.path.with_name("similar-last_word-4")
+    out = similar.path.with_name(f"{similar.path.name}-last_word-4")
     assert RunFolder(out).is_scored
     recipe = RunFolder(out).recipe()
     assert recipe.adapt is not None
@@ -426,7 +378,7 @@ def test_the_command_says_which_task_was_nearest_and_what_came_of_it(similar: Ru
 
 
 def test_a_files_recipe_may_set_the_training_but_not_what_the_run_and_the_command_decide(
-    trained: Callable[..., RunFolder], new_task: Path, tmp_path: Path
+    trained: Trained, new_task: Path, tmp_path: Path
 ) -> None:
     run, source = trained("more"), tmp_path / "new.yaml"
     tasks = {"family": "files", "path": str(new_task)}
@@ -436,9 +388,9 @@ def test_a_files_recipe_may_set_the_training_but_not_what_the_run_and_the_comman
     assert recipe.name == "more, new 4-shot"
     for key, value in (("adapt", None), ("seed", 1), ("method", {"name": "lora"})):
         source.write_text(json.dumps({"tasks": tasks, key: value}))
-        with pytest.raises(ConfigError, match=f"has '{key}', which the run decides or the command line says"):
+        with pytest.raises(ConfigError, match=f"has '{key}', which comes from the adapted run or the command line"):
             adapt_recipe(run.path, source, {"shots": 4})
-    with pytest.raises(ConfigError, match=r"--set adapt.shots=3: say it by --shots, --parts or --start"):
+    with pytest.raises(ConfigError, match=r"--set adapt.shots=3: use --shots, --parts or --start"):
         adapt_recipe(run.path, new_task, {}, ("adapt.shots=3",))
 
 
@@ -447,58 +399,44 @@ def test_a_warm_up_in_steps_becomes_their_share(tiny: Make, tmp_path: Path, new_
     assert adapt_recipe(run.path, new_task, {}, ("train.steps=20",)).train.warmup_steps == 5
 
 
-def test_columns_of_adapted_runs_are_over_seeds_and_tell_how_they_were_adapted(
-    trained: Callable[..., RunFolder], new_task: Path, tmp_path: Path
-) -> None:
-    run = trained("more")
-    shutil.copytree(run.path, tmp_path / "another")  # as a run of another seed would be
+def test_adapted_runs_of_one_name_are_one_column_and_the_comparison_notes_how_they_differ(tmp_path: Path) -> None:
     folders = []
     for name, given in (("four", {"shots": 4}), ("all", {"parts": "all"})):
-        for seed, path in enumerate((run.path, tmp_path / "another")):
-            recipe = adapt_recipe(path, new_task, given, ("train.steps=2", f"name={name}"), seed=seed)
-            folders.append(train(recipe, tmp_path / f"{name}-{seed}").path)
+        for seed in (0, 1):
+            adapt = {"run": str(tmp_path / f"adapted-{seed}"), **given}
+            path = tmp_path / f"{name}-{seed}"
+            folders.append(write_run(path, name, {"t": [0.0, 100.0]}, method="more", seed=seed, adapt=adapt).path)
     comparison = compare(folders)
-    assert [column.label for column in comparison.columns] == ["four", "all"]
-    assert [len(column.seeds) for column in comparison.columns] == [2, 2]
+    assert [(column.label, len(column.seeds)) for column in comparison.columns] == [("four", 2), ("all", 2)]
     assert "adapt.parts differs: task (four), all (all)" in comparison.notes
     assert not any("adapt.run" in note for note in comparison.notes)
 
 
-def test_the_train_split_of_an_adapted_run_is_what_it_was_trained_on(
-    trained: Callable[..., RunFolder], new_task: Path
-) -> None:
+def test_the_train_split_of_an_adapted_run_is_what_it_was_trained_on(trained: Trained, new_task: Path) -> None:
     folder = adapt(trained("more"), new_task, "new", shots=4, evaluate=True)
     (row, *_) = evaluate(folder, split="train")["scores"]
     assert row["n"] == 4
 
 
-def test_tasks_of_a_language_model_without_gates_are_known_too(
-    trained: Callable[..., RunFolder], new_task: Path
-) -> None:
+def test_tasks_of_a_language_model_without_gates_are_known_too(trained: Trained, new_task: Path) -> None:
     run = trained("lora")
     folder = adapt(run, new_task, "new", shots=4, parts="all")
     assert folder.task_names() == (*run.task_names(), "last_word")
     assert len(generate(folder, ["Words: fox", "Words: fox"], ["count_words", "last_word"], max_new_tokens=2)) == 2
 
 
-@pytest.mark.parametrize("method", ["lora", "more"])
-def test_several_new_tasks_are_learned_at_once(
-    method: str, trained: Callable[..., RunFolder], new_task: Path, tmp_path: Path
-) -> None:
-    run, both = trained(method), tmp_path / "both.jsonl"
+def test_several_new_tasks_are_learned_at_once(trained: Trained, new_task: Path, tmp_path: Path) -> None:
+    run, both = trained("more"), tmp_path / "both.jsonl"
     both.write_text(new_task.read_text() + new_task.read_text().replace("last_word", "other_word"))
-    folder = adapt(run, both, "both", shots=4, parts="all" if method == "lora" else "task", evaluate=True)
+    folder = adapt(run, both, "both", shots=4, evaluate=True)
     assert folder.task_names() == (*run.task_names(), "last_word", "other_word")
     assert {row["task"] for row in folder.scores()["scores"]} == {"last_word", "other_word"}
-    if method == "more":
-        for task in run.task_names():
-            assert torch.equal(values(folder, task), values(run, task))
+    for task in run.task_names():
+        assert torch.equal(values(folder, task), values(run, task))
 
 
-def test_an_encoder_decoder_learns_a_new_task(tiny: Make, t5: Path, new_task: Path, tmp_path: Path) -> None:
-    recipe = tiny("more", t5, train={"steps": 2})
-    method = {**recipe.resolved()["method"], "contrastive": 0.1}
-    run = train(Recipe.model_validate({**recipe.resolved(), "method": method}), tmp_path / "run", evaluate=False)
+def test_an_encoder_decoder_learns_a_new_task(trained: Trained, new_task: Path) -> None:
+    run = trained("more", "t5", contrastive=0.1)
     folder = adapt(run, new_task, "new", shots=4, evaluate=True)
     (line,) = [line for line in folder.log() if line.get("event") == "adapted"]
     assert set(line["similarity"]["last_word"]) == set(run.task_names())
@@ -510,24 +448,23 @@ def test_an_encoder_decoder_learns_a_new_task(tiny: Make, t5: Path, new_task: Pa
 
 
 def test_what_cannot_be_adapted_is_refused_before_a_folder_is_made(
-    trained: Callable[..., RunFolder], new_task: Path, tmp_path: Path
+    trained: Trained, new_task: Path, tmp_path: Path
 ) -> None:
     more, mode, lora = trained("more"), trained("mode"), trained("lora")
     known = tmp_path / "known.jsonl"
     known.write_text(new_task.read_text().replace("last_word", "count_words"))
-    with pytest.raises(ConfigError, match="knows task 'count_words' already: give the new one another name"):
+    with pytest.raises(ConfigError, match="already knows task 'count_words': give the new task another name"):
         adapt(more, known, "out", shots=4)
     with pytest.raises(
-        ConfigError, match="'mode' has no parts of its own for a task to train: adapt with --parts gate"
+        ConfigError, match=r"'mode' has no per-task parameters that its gates read, .* adapt with --parts gate or"
     ):
         adapt(mode, new_task, "out", shots=4)
-    with pytest.raises(ConfigError, match="'lora' has no parts of its own for a gate to train: adapt with --parts all"):
+    with pytest.raises(ConfigError, match="'lora' has no gates, so nothing would train: adapt with --parts all"):
         adapt(lora, new_task, "out", parts="gate", shots=4)
-    frozen = {**more.recipe().resolved()["method"], "selector": "frozen_random"}
-    recipe = Recipe.model_validate({**more.recipe().resolved(), "method": frozen})
-    with pytest.raises(ConfigError, match="'more' has no parts of its own for a task to train"):
-        adapt(train(recipe, tmp_path / "frozen", evaluate=False), new_task, "out", shots=4)
-    with pytest.raises(ConfigError, match=r"adapt\.start is mean, but 'mode' keeps nothing per task"):
+    frozen = trained("more", selector="frozen_random")
+    with pytest.raises(ConfigError, match="'more' has no per-task parameters that its gates read"):
+        adapt(frozen, new_task, "out", shots=4)
+    with pytest.raises(ConfigError, match=r"adapt\.start is mean, but 'mode' has no per-task parameters"):
         adapt(mode, new_task, "out", parts="all", start="mean", shots=4)
     with pytest.raises(RunError, match=r"was trained with method.r = 4, and the recipe that adapts it has 2"):
         adapt(more, new_task, "out", "method.r=2", shots=4)
@@ -536,7 +473,7 @@ def test_what_cannot_be_adapted_is_refused_before_a_folder_is_made(
     with pytest.raises(ConfigError, match=r"there is no file '.*missing\.jsonl'"):
         adapt(more, tmp_path / "missing.jsonl", "out")
     (tmp_path / "no.yaml").write_text("train: {steps: 3}\n")
-    with pytest.raises(ConfigError, match="has no section `tasks`, so it names no new task"):
+    with pytest.raises(ConfigError, match="has no section `tasks`: name the new task there"):
         adapt(more, tmp_path / "no.yaml", "out")
     assert not (tmp_path / "out").exists()
 

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does a trained adapter learn a new task from a few examples, without harm to those that it knows?
+"""Few-shot adaptation: a trained adapter learns new tasks, and its outputs for the known tasks can stay bit-identical.
 
-The recipe is the run's own, with other tasks and a section `adapt` that names the run. Its adapter is loaded, every new
-task gets a row in what the method keeps per task (tuner/add_task.py) and an encoder a head, and as many parts of it
-train as the recipe says:
+The recipe is that of the adapted run with other tasks and a section `adapt`. The adapter is loaded; its method's
+per-task parameters get one row per new task (tuner/add_task.py), and an encoder gets one head. `adapt.parts` says what
+trains:
 
-    task   the rows of the new tasks alone: the outputs of all others stay as they are, to the bit
-    gate   what decides about the ranks as well: embeddings, routers, gates
-    all    everything that the run trained: A and B as well, and what its config trains beside them
+    task   the rows of the new tasks: outputs for all other tasks stay bit-identical
+    gate   all parameters of the gates: embeddings and routers
+    all    everything that the adapted run trained: A and B, and modules that its config trains beside them
 
-The heads of known tasks never change. An adaptation that was cut off goes on only from the adapter that it began from.
+Heads of known tasks never change. An interrupted adaptation resumes only from the adapter that it started from.
 """
 
 from __future__ import annotations
@@ -40,72 +40,85 @@ from dyads.tasks import Task
 from dyads.tuner import DyadsLayer, add_task, similarity_to_tasks
 from dyads.tuner.routing import find_routing
 
-__all__ = ["Adapted", "KeepRows", "adapt_recipe", "facts_of_source", "load_adapted", "source_of", "start_of"]
+__all__ = [
+    "ExtendedAdapter",
+    "RestoreFrozenRows",
+    "adapt_recipe",
+    "choose_start",
+    "load_extended",
+    "source_facts",
+    "source_run",
+]
 
 
 _STEPS, _LARGEST_BATCH = 100, 16
-"""Of a training on a few examples, unless the recipe says otherwise."""
+"""Defaults of an adaptation, which has few examples."""
 _ADAPTER = "default"
-_FACT = "source_adapter"
-"""The key of a run's environment that tells by a fingerprint which adapter it began from."""
-_COMPARED, _AT_ONCE = 64, 16
-"""Examples of a new task that are compared with the known ones, and how many of them at once."""
+_FINGERPRINT = "source_adapter"
+"""Key in a run's environment: the fingerprint of the adapter that the adaptation started from."""
+_COMPARED, _COMPARED_BATCH = 64, 16
+"""Examples of a new task that are compared with the known tasks, and their batch size."""
 
 
 @dataclass
-class Adapted:
-    """A trained adapter with room for the new tasks."""
+class ExtendedAdapter:
+    """A trained adapter on its base model, with rows for the new tasks."""
 
     model: PeftModel
-    names: tuple[str, ...]
-    """All tasks that the run knows now, the new ones last."""
+    task_names: tuple[str, ...]
+    """All tasks, known ones first."""
     heads: tuple[Head, ...]
-    grown: tuple[Tensor, ...]
-    """What the method keeps per task, in all layers."""
-    new: int
-    """How many tasks are new: the last rows."""
-    kept: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
-    """Parameters of which only the last rows train, with the rows before them."""
+    task_tables: tuple[Tensor, ...]
+    """The per-task parameters and buffers of all layers: one row per task."""
+    new_tasks: int
+    """How many of the tasks, the last ones, are new."""
+    frozen_rows: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    """Parameters of which only the last rows train, each with the values of its other rows."""
 
     @property
     def heads_module(self) -> TaskHeads | None:
-        """The heads that train; None where the model answers in text."""
+        """The module of heads that trains; None for a language model."""
         found = [m for m in self.model.modules() if isinstance(m, TaskHeads)]
-        return found[-1] if found else None  # PEFT keeps the base model's own before the copy that it trains
+        return found[-1] if found else None  # PEFT's trainable copy comes after the base model's original
 
-    def choose(self, parts: str, method: str) -> None:
-        """Let these parts train and nothing else; ConfigError where the method (its name) does not have them."""
+    def unfreeze(self, parts: str, method: str) -> None:
+        """Let `parts` of the adapter train and nothing else; ConfigError where the method (its name) has no such parts.
+
+        Rows of new heads train in any case.
+        """
         cores = [m.core(_ADAPTER) for m in self.model.modules() if isinstance(m, DyadsLayer)]
         gates = [p for core in cores for p in core.parameters()]
-        whole: list[nn.Parameter] = []
+        trained: list[nn.Parameter] = []
         if parts == "gate":
-            whole = gates
+            trained = gates
         if parts == "all":
-            whole = [p for p in self.model.parameters() if p.requires_grad]  # as PEFT loads it to be trained again
+            trained = [p for p in self.model.parameters() if p.requires_grad]  # PEFT loaded it as trainable
         self.model.requires_grad_(False)
-        for parameter in whole:
+        for parameter in trained:
             parameter.requires_grad_(True)
-        kept = len(self.kept)
-        if parts == "task" and self._rows_are_read(cores):
-            for tensor in self.grown:
+        if parts == "task" and self._gates_read_tables(cores):
+            for tensor in self.task_tables:
                 if isinstance(tensor, nn.Parameter):
-                    self._train_last_rows(tensor, self.new)
+                    self._train_last_rows(tensor, self.new_tasks)
         heads = self.heads_module
-        if not whole and len(self.kept) == kept and (heads is None or parts == "gate"):
+        if not trained and not self.frozen_rows and (heads is None or parts == "gate"):
             ways = "--parts gate or --parts all" if gates and parts == "task" else "--parts all"
-            raise ConfigError(f"'{method}' has no parts of its own for a {parts} to train: adapt with {ways}")
+            wanted = {"task": "per-task parameters that its gates read", "gate": "gates"}.get(parts, "parameters")
+            raise ConfigError(f"'{method}' has no {wanted}, so nothing would train: adapt with {ways}")
         if heads is not None:
-            count = sum(head.rows for head in self.heads[-self.new :])
+            count = sum(head.rows for head in self.heads[-self.new_tasks :])
             self._train_last_rows(heads.weight, count)
             self._train_last_rows(heads.bias, count)
 
-    def _rows_are_read(self, cores: Sequence[Core]) -> bool:
-        """Whether gates depend on what is kept per task. One that was drawn once and for all may have embeddings beside
-        it, which nothing but a loss reads."""
-        rows = [t for t in self.grown if isinstance(t, nn.Parameter)]
+    def _gates_read_tables(self, cores: Sequence[Core]) -> bool:
+        """Whether the gates depend on the per-task parameters.
+
+        MoRE's `frozen_random` gates do not: only the contrastive loss reads its embeddings.
+        """
+        rows = [t for t in self.task_tables if isinstance(t, nn.Parameter)]
         for row in rows:
             row.requires_grad_(True)
-        place = torch.tensor([len(self.names) - 1], device=rows[0].device) if rows else torch.tensor([0])
+        place = torch.tensor([len(self.task_names) - 1], device=rows[0].device) if rows else torch.tensor([0])
         read = [core.of_task(place) for core in cores] if rows else []
         for row in rows:
             row.requires_grad_(False)
@@ -121,32 +134,33 @@ class Adapted:
 
         parameter.requires_grad_(True)
         parameter.register_hook(last_rows)  # type: ignore[no-untyped-call]
-        self.kept.append((parameter, parameter[:first].detach().clone()))
+        self.frozen_rows.append((parameter, parameter[:first].detach().clone()))
 
     def trainable(self, module: nn.Module) -> int:
-        """How many numbers of a module train; of what trains by rows, the rows."""
-        fixed = {id(parameter): rows.numel() for parameter, rows in self.kept}
-        return sum(p.numel() - fixed.get(id(p), 0) for p in module.parameters() if p.requires_grad)
+        """The number of trainable elements of a module, without the frozen rows of its parameters."""
+        frozen = {id(parameter): rows.numel() for parameter, rows in self.frozen_rows}
+        return sum(p.numel() - frozen.get(id(p), 0) for p in module.parameters() if p.requires_grad)
 
     @torch.no_grad()
     def start_from_most_similar(
         self, dataset: TaskDataset, collator: Collator | PairCollator, encoder_decoder: bool
     ) -> dict[str, dict[str, float]]:
-        """Start every new task as the known one that its examples are most like, by MoRE's contrastive score.
+        """Copy to every new task the row of the known task with the highest contrastive score (MoRE) on its examples.
 
-        Of many examples 64 are compared. Gives, for every new task, the scores of all known ones, the highest first.
+        At most 64 examples of a task are compared. Returns, for every new task, the scores of all known tasks, highest
+        first.
         """
-        device = "cuda" if torch.cuda.is_available() else "cpu"  # where the Trainer puts the model
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # the Trainer's choice
         self.model.to(device)
-        known = len(self.names) - self.new
+        known = len(self.task_names) - self.new_tasks
         found: dict[str, dict[str, float]] = {}
         for number, task in enumerate(dataset.tasks):
             place, total = dataset.places[number], torch.zeros(known)
             compared = range(len(task.train))
             if len(compared) > _COMPARED:
                 compared = random.Random(f"compared/{task.name}").sample(compared, _COMPARED)  # type: ignore[assignment]
-            for start in range(0, len(compared), _AT_ONCE):
-                at = compared[start : start + _AT_ONCE]
+            for start in range(0, len(compared), _COMPARED_BATCH):
+                at = compared[start : start + _COMPARED_BATCH]
                 batch: dict[str, Any] = dict(collator([dataset[number, i] for i in at]))  # type: ignore[arg-type,misc]
                 ids = batch.pop("task")
                 if not encoder_decoder:
@@ -155,72 +169,74 @@ class Adapted:
                 total += similarity_to_tasks(self.model, inputs, ids.to(device), _ADAPTER)[:, :known].sum(0).cpu()
             scores = (total / len(compared)).tolist()
             best = max(range(known), key=scores.__getitem__)
-            for tensor in self.grown:
+            for tensor in self.task_tables:
                 tensor[place] = tensor[best]
-            ranked = sorted(zip(self.names, scores, strict=False), key=lambda pair: -pair[1])
+            ranked = sorted(zip(self.task_names, scores, strict=False), key=lambda pair: -pair[1])
             found[task.name] = {name: round(score, 6) for name, score in ranked}
         return found
 
 
-class KeepRows(TrainerCallback):  # type: ignore[misc]
-    """Puts the rows that are not to change back after every step: an optimizer may decay what has no gradient."""
+class RestoreFrozenRows(TrainerCallback):  # type: ignore[misc]
+    """Writes frozen rows back after every step: weight decay changes them even where their gradient is 0."""
 
-    def __init__(self, adapted: Adapted) -> None:
-        self.adapted = adapted
+    def __init__(self, extended: ExtendedAdapter) -> None:
+        self.extended = extended
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for parameter, rows in self.adapted.kept:
+        for parameter, rows in self.extended.frozen_rows:
             parameter[: len(rows)] = rows
 
 
-def source_of(recipe: Recipe, tasks: Sequence[Task]) -> RunFolder:
-    """The run that recipe.adapt names, looked at before anything is loaded.
+def source_run(recipe: Recipe, tasks: Sequence[Task]) -> RunFolder:
+    """The run that recipe.adapt names, checked before a model is loaded.
 
-    RunError where there is none, or its model or method is another one; ConfigError where it knows one of the tasks.
+    RunError where there is none or its model or method differs from the recipe's; ConfigError where it already knows
+    one of the tasks.
     """
     assert recipe.adapt is not None
     folder = RunFolder.open(recipe.adapt.run)
     check_adapter(folder)
-    theirs = folder.recipe()
+    adapted = folder.recipe()
     for what in ("model", "method"):
-        changed = differences(getattr(theirs, what).model_dump(), getattr(recipe, what).model_dump())
-        changed.pop("attention", None)  # how, not what
+        changed = differences(getattr(adapted, what).model_dump(), getattr(recipe, what).model_dump())
+        changed.pop("attention", None)  # another implementation, the same model
         if changed:
             key, (then, now) = next(iter(changed.items()))
             raise RunError(
                 f"'{folder.path}' was trained with {what}.{key} = {then!r}, and the recipe that adapts it has {now!r}:"
-                f" leave the section {what} as it is there"
+                f" use the same section `{what}` in both"
             )
     known = folder.task_names()
-    if twice := [task.name for task in tasks if task.name in known]:
+    if repeated := [task.name for task in tasks if task.name in known]:
         raise ConfigError(
-            f"'{folder.path}' knows task '{twice[0]}' already: give the new one another name, or train on with the old"
-            " ones by `dyads train`"
+            f"'{folder.path}' already knows task '{repeated[0]}': give the new task another name, or train a new run on"
+            " all tasks with `dyads train`"
         )
     return folder
 
 
-def facts_of_source(recipe: Recipe, folder: RunFolder) -> dict[str, str]:
-    """What the run in `folder` keeps in its environment about the run that it adapts: which adapter it began from.
+def source_facts(recipe: Recipe, folder: RunFolder) -> dict[str, str]:
+    """Entries of the environment file of the run in `folder`: the fingerprint of the adapter that it starts from.
 
-    RunError where it began from another one than is there now: what is trained of it would lie on what is not.
+    RunError where the run in `folder` started from another adapter: its checkpoint would be combined with weights that
+    it was not trained on.
     """
     assert recipe.adapt is not None
     source = RunFolder.open(recipe.adapt.run)
     now = fingerprint(source)
-    began = folder.environment().get(_FACT, now) if folder.task_names() else now
-    if began != now:
+    started_from = folder.environment().get(_FINGERPRINT, now) if folder.task_names() else now
+    if started_from != now:
         raise RunError(
-            f"cannot resume '{folder.path}': the adapter of '{source.path}' is not the one that it began from (SHA-256"
-            f" {began[:12]}… then, {now[:12]}… now; was that run trained anew?), and the two would be mixed: put the"
-            " earlier one back, or adapt the new one from the start with another --out"
+            f"cannot resume '{folder.path}': the adapter of '{source.path}' has changed since (SHA-256"
+            f" {started_from[:12]}… then, {now[:12]}… now; was that run trained again?): restore the earlier adapter,"
+            " or adapt the new one from the start with another --out"
         )
-    return {_FACT: now}
+    return {_FINGERPRINT: now}
 
 
-def load_adapted(recipe: Recipe, folder: RunFolder, base: PreTrainedModel, tasks: Sequence[Task]) -> Adapted:
-    """The adapter of the run, on its base model, with the new tasks in it."""
+def load_extended(recipe: Recipe, folder: RunFolder, base: PreTrainedModel, tasks: Sequence[Task]) -> ExtendedAdapter:
+    """The adapter of the run in `folder` on its base model, with rows (and heads) for the new tasks."""
     assert recipe.adapt is not None
     heads: tuple[Head, ...] = ()
     if folder.heads.is_file():
@@ -231,75 +247,78 @@ def load_adapted(recipe: Recipe, folder: RunFolder, base: PreTrainedModel, tasks
     gated = routing.names.get(_ADAPTER, ()) if routing else ()
     known = tuple(head.task for head in heads) or gated or folder.task_names()
     new = tuple(task.name for task in tasks)
-    grown: tuple[Tensor, ...] = ()
+    tables: tuple[Tensor, ...] = ()
     start = "fresh" if recipe.adapt.start == "fresh" else "mean"
     for name in new if gated else ():
-        grown = add_task(model, name, start)
+        tables = add_task(model, name, start)
     if heads:
         more = heads_of(tasks)
         for module in [m for m in model.modules() if isinstance(m, TaskHeads)]:
             module.add(more)
         heads += more
-    return Adapted(model, (*known, *new), heads, grown, len(new))
+    return ExtendedAdapter(model, (*known, *new), heads, tables, len(new))
 
 
-def start_of(recipe: Recipe, adapted: Adapted) -> str:
-    """How the new tasks start: as the recipe says, or by the method: nearest where it can tell, else mean."""
+def choose_start(recipe: Recipe, extended: ExtendedAdapter) -> str:
+    """How the rows of new tasks are initialised: `adapt.start`, or by default "nearest" where the method has a
+    contrastive loss, "mean" where it has none, and "none" where it has no per-task parameters.
+    """
     assert recipe.adapt is not None
-    if not adapted.grown:
+    if not extended.task_tables:
         if recipe.adapt.start is not None:
             raise ConfigError(
-                f"adapt.start is {recipe.adapt.start}, but '{recipe.method.name}' keeps nothing per task that could"
-                " start anywhere: leave it out"
+                f"adapt.start is {recipe.adapt.start}, but '{recipe.method.name}' has no per-task parameters to"
+                " initialise: leave adapt.start (--start) out"
             )
         return "none"
     if recipe.adapt.start is not None:
         return recipe.adapt.start
-    layers = (m for m in adapted.model.modules() if isinstance(m, DyadsLayer))
+    layers = (m for m in extended.model.modules() if isinstance(m, DyadsLayer))
     return "nearest" if any(layer.core(_ADAPTER).compares_samples for layer in layers) else "mean"
 
 
 def adapt_recipe(
     run: Path, source: Path, given: dict[str, Any], overrides: Sequence[str] = (), seed: int | None = None
 ) -> Recipe:
-    """The recipe that teaches a run the tasks in a file: the run's own, with what has to differ.
+    """The recipe of an adaptation: that of the run, with the tasks in a file and defaults for few examples.
 
-    `source` is JSONL or CSV (family files), or a recipe: what it says of its tasks, of training and of scoring lies on
-    top of the run's. `given` is the section `adapt` without the run, and `overrides` are as for `dyads train --set`.
+    `source` is a JSONL or CSV file of task family `files`, or a recipe whose sections replace the run's: `tasks`, and
+    optionally `name`, `mixture`, `train` and `evaluate`. `given` is the section `adapt` without the run; `overrides`
+    are those of `dyads train --set`.
     """
-    theirs = RunFolder.open(run).recipe()
-    whole = theirs.resolved()
-    del whole["tasks"]  # those of the source take their place whole, also where they are of the same family
+    adapted = RunFolder.open(run).recipe()
+    whole = adapted.resolved()
+    del whole["tasks"]  # replaced as a whole, not key by key
     whole["adapt"] = {"run": str(run if run.name else run.resolve()), **given}
-    told = [f"{given['shots']}-shot"] if "shots" in given else []
-    told += [str(given[key]) for key in ("parts", "start") if key in given]
-    whole["name"] = re.sub(r'[/\\:*?"<>|]', "-", ", ".join([theirs.name, " ".join([source.stem, *told])]))
-    whole["seed"] = theirs.seed if seed is None else seed
+    options = [f"{given['shots']}-shot"] if "shots" in given else []
+    options += [str(given[key]) for key in ("parts", "start") if key in given]
+    whole["name"] = re.sub(r'[/\\:*?"<>|]', "-", ", ".join([adapted.name, " ".join([source.stem, *options])]))
+    whole["seed"] = adapted.seed if seed is None else seed
     whole["evaluate"] = {**whole["evaluate"], "limit": None, "split": "test"}
-    size = min(_LARGEST_BATCH, theirs.train.batch_size, given.get("shots", _LARGEST_BATCH))
+    size = min(_LARGEST_BATCH, adapted.train.batch_size, given.get("shots", _LARGEST_BATCH))
     whole["train"] |= {
         "steps": _STEPS,
         "batch_size": size,
-        "gradient_accumulation": max(n for n in range(1, theirs.train.gradient_accumulation + 1) if size % n == 0),
-        "warmup": min(theirs.train.warmup_steps / theirs.train.steps, 0.99),  # as a share: there are fewer steps here
+        "gradient_accumulation": max(n for n in range(1, adapted.train.gradient_accumulation + 1) if size % n == 0),
+        "warmup": min(adapted.train.warmup_steps / adapted.train.steps, 0.99),  # the same share of fewer steps
         "validation_limit": None,
     }
     if source.suffix.lower() in (".jsonl", ".csv"):
         if not source.is_file():
-            raise ConfigError(f"there is no file '{source}'; it is to hold the rows of the new task")
+            raise ConfigError(f"there is no file '{source}': --task needs a JSONL or CSV file of examples, or a recipe")
         tasks = of_text(to_yaml({"tasks": {"family": "files", "path": [str(source)]}}), str(source))
     else:
         tasks = of_file(source)
         if "tasks" not in tasks.data:
-            raise ConfigError(f"{source} has no section `tasks`, so it names no new task")
+            raise ConfigError(f"{source} has no section `tasks`: name the new task there")
         if other := sorted(tasks.data.keys() - set(_SOURCE)):
             raise ConfigError(
-                f"{source} has '{other[0]}', which the run decides or the command line says: beside `tasks` it may have"
-                f" {', '.join(_SOURCE[1:])}"
+                f"{source} has '{other[0]}', which comes from the adapted run or the command line: beside `tasks` only"
+                f" {', '.join(_SOURCE[1:])} are allowed"
             )
     for override in overrides:
         if override.startswith("adapt."):
-            raise ConfigError(f"--set {override}: say it by --shots, --parts or --start")
+            raise ConfigError(f"--set {override}: use --shots, --parts or --start instead")
     layer = tasks.over(of_text(to_yaml(whole), f"the recipe of {run}"))
     if overrides:
         layer = of_overrides(overrides).over(layer)

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Subclass of transformers' Trainer: precomputed batches, routing by task, and a loss over label positions only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.data.data_collator import DataCollator
+
+from dyads.data.batches import IGNORED, ScheduledBatches, TaskDataset
+from dyads.errors import RunError
+from dyads.models.heads import head_loss
+from dyads.runs.folder import RunFolder
+from dyads.tuner.routing import auxiliary_loss, find_routing
+
+__all__ = ["LogCallback", "TaskTrainer", "label_loss", "last_checkpoint", "seconds_until"]
+
+
+class TaskTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer that takes its batches from a schedule and stops at a loss or gradient that is not finite.
+
+    `batches` holds (task, example) pairs, one list per optimizer step, and `task_names` the names of the task ids that
+    the collator writes into a batch. Checkpoints lie in `folder`.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        arguments: TrainingArguments,
+        dataset: TaskDataset,
+        collator: DataCollator,
+        batches: Sequence[Sequence[tuple[int, int]]],
+        *,
+        task_names: Sequence[str],
+        folder: RunFolder,
+        encoder_decoder: bool,
+        has_heads: bool,
+    ) -> None:
+        self.task_names, self.folder = task_names, folder
+        self.encoder_decoder, self.has_heads = encoder_decoder, has_heads
+        size = arguments.per_device_train_batch_size
+        self.microbatches = [list(batch[i : i + size]) for batch in batches for i in range(0, len(batch), size)]
+        self.routed = find_routing(model) is not None
+        self.auxiliary: list[Tensor] = []  # of every micro-batch since the last line of the log
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=collator,
+            # Given only because the Trainer then counts the labels of a whole step; compute_loss does not call it.
+            compute_loss_func=_uncalled,
+        )
+        # compute_loss divides by the labels of the whole step, so the Trainer must not divide by the micro-batches.
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        # For a decoder the first label of a row predicts nothing and is not counted.
+        self._loss_shifts_labels = not encoder_decoder and not has_heads
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader = DataLoader(
+            cast(Any, self.train_dataset),
+            batch_sampler=ScheduledBatches(self.microbatches),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return cast("DataLoader[Any]", self.accelerator.prepare(loader))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        loss, count = self.label_loss(model, inputs)
+        loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
+        auxiliary = auxiliary_loss(self.accelerator.unwrap_model(model))
+        if auxiliary is not None:  # a mean over the micro-batch; all micro-batches of a step are equally large
+            loss = loss + auxiliary / self.args.gradient_accumulation_steps
+            self.auxiliary.append(auxiliary.detach())
+        if not torch.isfinite(loss):
+            self._stop("loss", inputs["task"])
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As the Trainer's, with the auxiliary loss that is contained in `loss` as an entry of its own."""
+        if "loss" in logs and self.auxiliary:
+            logs = {**logs, "auxiliary_loss": torch.stack(self.auxiliary).float().mean().item()}
+            self.auxiliary.clear()
+        super().log(logs, start_time)
+
+    def label_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(sum of the losses of a batch's labels, their number)."""
+        inputs = {k: v for k, v in batch.items() if k != "labels" and (k != "task" or self.routed)}
+        unwrapped = self.accelerator.unwrap_model(model)
+        if self.has_heads:
+            return head_loss(unwrapped, model, inputs, batch["task"], batch["labels"])
+        return label_loss(unwrapped, model, inputs, batch["labels"], self.encoder_decoder)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        # Checked before the update, so that no checkpoint contains weights that are not finite. A gradient scaler (fp16
+        # autocast) needs no check: it skips such an update and lowers its scale.
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        if self.accelerator.scaler is None and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
+            self._stop("gradient", inputs["task"])
+        return loss
+
+    def _stop(self, what: str, task: Tensor) -> None:
+        names = sorted({self.task_names[int(i)] for i in task.tolist()})
+        kept = last_checkpoint(self.folder)
+        way_out = f"the last checkpoint is kept ({kept})" if kept else "no checkpoint was saved before it"
+        raise RunError(
+            f"the {what} is not finite at step {self.state.global_step + 1}, on a batch of {', '.join(names)}; training"
+            f" stops, and {way_out}. A lower train.learning_rate, or model.dtype float32, usually helps."
+        )
+
+
+def _uncalled(*args: Any, **kwargs: Any) -> Tensor:
+    raise AssertionError("compute_loss is overridden")
+
+
+def label_loss(
+    unwrapped: PeftModel, model: nn.Module, inputs: dict[str, Any], labels: Tensor, encoder_decoder: bool
+) -> tuple[Tensor, Tensor]:
+    """(sum of the cross-entropies of all labels, their number), in fp32.
+
+    Labels (b t) hold IGNORED at all other positions. Only the hidden states of label positions go through the LM head,
+    often the largest product of a small model: a forward pre-hook selects them from the head's input, for every model
+    whose head is an ordinary linear layer. A head that is adapted or replaced gets all positions.
+    """
+    if encoder_decoder:
+        keep, targets = labels != IGNORED, labels
+        decoder_inputs = unwrapped.prepare_decoder_input_ids_from_labels(labels=labels)
+        # Causal attention ignores padding on the right anyway; auxiliary losses need the mask to skip it.
+        inputs = {**inputs, "decoder_input_ids": decoder_inputs, "decoder_attention_mask": keep.long()}
+    else:
+        keep = F.pad(labels[:, 1:] != IGNORED, (0, 1))  # position i predicts label i + 1
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        inputs = {**inputs, "use_cache": False}
+
+    def select(head: nn.Module, args: tuple[Any, ...]) -> Any:
+        hidden = args[0]
+        return (hidden[keep], *args[1:]) if hidden.shape[:-1] == keep.shape else None
+
+    head = unwrapped.get_output_embeddings()
+    hook = head.register_forward_pre_hook(select) if type(head) is nn.Linear else None
+    try:
+        logits = model(**inputs).logits
+    finally:
+        if hook is not None:
+            hook.remove()
+    if logits.ndim == 3:
+        logits = logits[keep]
+    wanted = targets[keep]
+    return F.cross_entropy(logits.float(), wanted, reduction="sum"), torch.tensor(wanted.numel(), device=labels.device)
+
+
+class LogCallback(TrainerCallback):  # type: ignore[misc]
+    """Copies the Trainer's log into that of the run, with the seconds of training so far, `offset` included."""
+
+    def __init__(self, folder: RunFolder, offset: float) -> None:
+        self.folder = folder
+        self.offset, self.start = offset, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return self.offset + time.perf_counter() - self.start
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs and "loss" in logs:
+            self.folder.append_log({"step": state.global_step, **logs, "seconds": round(self.seconds, 3)})
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.folder.append_log({"event": "saved", "step": state.global_step, "seconds": round(self.seconds, 3)})
+
+
+def last_checkpoint(folder: RunFolder) -> str | None:
+    """The latest complete checkpoint; the Trainer writes trainer_state.json last."""
+    complete = {_step_of(p.parent): p.parent for p in folder.checkpoints.glob("checkpoint-*/trainer_state.json")}
+    return str(complete[max(complete)]) if complete else None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def seconds_until(checkpoint: str | None, folder: RunFolder) -> float:
+    """Seconds of training up to a checkpoint, from the log; 0 without one. Later steps are trained and timed again."""
+    if checkpoint is None:
+        return 0.0
+    until = _step_of(Path(checkpoint))
+    logged = [line["seconds"] for line in folder.log() if "seconds" in line and line.get("step", until + 1) <= until]
+    return float(logged[-1]) if logged else 0.0
