@@ -72,7 +72,7 @@ class Scoring:
     """A run's answerer and the examples it is asked."""
 
     def __init__(self, folder: Path, limit: int, batch_size: int, new_tokens: int | None, threads: int) -> None:
-        from dyads.data.tokens import Encoder
+        from dyads.data.tokens import PromptTokenizer
         from dyads.recipe.spec import EvaluateSpec
         from dyads.runs.folder import RunFolder
         from dyads.scoring.answerer import Answerer
@@ -88,7 +88,7 @@ class Scoring:
         self.tasks, self.examples = [name for name, _ in asked], [example for _, example in asked]
         self.new_tokens = new_tokens or max(task.max_new_tokens for task in tasks)
         self.prompt_tokens = recipe.train.max_prompt_tokens
-        self.encoder = Encoder(self.answerer.tokenizer, max_prompt_tokens=self.prompt_tokens)
+        self.prompt_tokenizer = PromptTokenizer(self.answerer.tokenizer, max_prompt_tokens=self.prompt_tokens)
 
     def dyads(self) -> list[str]:
         """As `dyads evaluate` asks."""
@@ -104,7 +104,7 @@ class Scoring:
         answers: list[str] = []
         for start in range(0, len(self.examples), self.spec.batch_size):
             part = self.examples[start : start + self.spec.batch_size]
-            batch = collator.prompts([self.encoder.prompt(e) for e in part], [0] * len(part))
+            batch = collator.prompts([self.prompt_tokenizer.prompt(e) for e in part], [0] * len(part))
             inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
             if self.answerer.needs_task:
                 inputs["task"] = self.tasks[start : start + len(part)]

@@ -67,11 +67,11 @@ def recipe_of(side: str, job: dict[str, Any]) -> Any:
 
 def examples_of(recipe: Any, job: dict[str, Any]) -> Any:
     """A suite with `examples` training examples that no side has to cut, equally many of every task."""
-    from dyads.data.tokens import Encoder
+    from dyads.data.tokens import PromptTokenizer
     from dyads.models.load import load_tokenizer
     from dyads.tasks import Suite, load_suite
 
-    encoder = Encoder(load_tokenizer(recipe.model.name))
+    prompt_tokenizer = PromptTokenizer(load_tokenizer(recipe.model.name))
     tasks = load_suite(recipe.tasks).tasks
     share = -(-job["examples"] // len(tasks))
     kept = []
@@ -79,8 +79,10 @@ def examples_of(recipe: Any, job: dict[str, Any]) -> Any:
         fitting = []
         for example in task.train:
             texts = [example.prompt, *example.shorter]
-            short = [t for t in texts if len(encoder.prompt(replace(example, prompt=t, shorter=()))) <= _room(job)]
-            if short and len(encoder.target(example)) <= 128:
+            short = [
+                t for t in texts if len(prompt_tokenizer.prompt(replace(example, prompt=t, shorter=()))) <= _room(job)
+            ]
+            if short and len(prompt_tokenizer.target(example)) <= 128:
                 fitting.append(replace(example, prompt=short[0], shorter=()))
             if len(fitting) == share:
                 break
@@ -121,11 +123,11 @@ def trl_side(job: dict[str, Any], recipe: Any, suite: Any, folder: Path) -> dict
 
     from dyads.data.batches import TaskDataset
     from dyads.data.mixture import schedule
-    from dyads.data.tokens import Encoder
+    from dyads.data.tokens import PromptTokenizer
     from dyads.models.load import load_model, load_tokenizer
 
     spec, side = recipe.train, job["side"]
-    dataset = TaskDataset(suite.tasks, Encoder(load_tokenizer(recipe.model.name)))
+    dataset = TaskDataset(suite.tasks, PromptTokenizer(load_tokenizer(recipe.model.name)))
     drawn = schedule(
         dataset.lengths(),
         spec=recipe.mixture,

@@ -13,8 +13,8 @@ from dyads.data.batches import (
     Collator,
     Encoded,
     EncodedPair,
-    Encoder,
     PairCollator,
+    PromptTokenizer,
     ScheduledBatches,
     TaskDataset,
     pad_id_of,
@@ -68,7 +68,7 @@ def test_examples_for_another_kind_of_model_are_refused():
 
 
 def loader(tasks, tokenizer, steps=10):
-    dataset = TaskDataset(tasks, Encoder(tokenizer))
+    dataset = TaskDataset(tasks, PromptTokenizer(tokenizer))
     plan = schedule(dataset.lengths(), spec=MixtureSpec(), steps=steps, batch_size=4, seed=0)
     return plan, DataLoader(
         dataset, batch_sampler=ScheduledBatches(plan), collate_fn=Collator(pad_id_of(tokenizer))
@@ -86,7 +86,7 @@ def test_a_loader_plays_the_schedule(tasks, byte_tokenizer):
 
 
 def test_the_dataset_knows_size_and_lengths_and_the_limit_of_a_task(tasks, byte_tokenizer):
-    dataset = TaskDataset(tasks, Encoder(byte_tokenizer, max_prompt_tokens=30), split="test")
+    dataset = TaskDataset(tasks, PromptTokenizer(byte_tokenizer, max_prompt_tokens=30), split="test")
     assert len(dataset) == 100
     assert dataset.lengths()[1][7] == len(dataset[1, 7])
     assert dataset[1, 7] is dataset[1, 7]
@@ -110,10 +110,10 @@ def test_an_empty_schedule_is_refused():
 
 
 def test_prompts_come_longest_first_padded_on_the_left_with_their_positions(tasks, byte_tokenizer):
-    encoder = Encoder(byte_tokenizer)
-    prompts = [encoder.prompt(example) for example in tasks[0].test[:11]]
+    prompt_tokenizer = PromptTokenizer(byte_tokenizer)
+    prompts = [prompt_tokenizer.prompt(example) for example in tasks[0].test[:11]]
     positions, widths = [], []
-    for at, batch in prompt_batches(prompts, encoder, 4, tasks=list(range(11))):
+    for at, batch in prompt_batches(prompts, prompt_tokenizer, 4, tasks=list(range(11))):
         assert batch["task"].tolist() == at
         assert bool(batch["attention_mask"][:, -1].all())
         positions.append(at)
@@ -127,19 +127,19 @@ def test_prompts_come_longest_first_padded_on_the_left_with_their_positions(task
 
 def test_prompts_of_an_encoder_decoder_are_padded_on_the_right(word_tokenizer):
     examples = [Example("a", "river", ("a",)), Example("b", "river stone", ("a",))]
-    encoder = Encoder(word_tokenizer, encoder_decoder=True)
-    ((_, batch),) = prompt_batches([encoder.prompt(e) for e in examples], encoder, 2, tasks=5)
+    prompt_tokenizer = PromptTokenizer(word_tokenizer, encoder_decoder=True)
+    ((_, batch),) = prompt_batches([prompt_tokenizer.prompt(e) for e in examples], prompt_tokenizer, 2, tasks=5)
     assert batch["input_ids"].tolist() == [[1, 7, 8, 2], [1, 7, 2, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
     assert batch["task"].tolist() == [5, 5]
 
 
 def test_wrong_calls_are_refused(byte_tokenizer):
-    encoder = Encoder(byte_tokenizer)
+    prompt_tokenizer = PromptTokenizer(byte_tokenizer)
     with pytest.raises(TaskError, match="2 task ids for 1 prompts"):
-        next(prompt_batches([[5]], encoder, 1, tasks=[0, 1]))
+        next(prompt_batches([[5]], prompt_tokenizer, 1, tasks=[0, 1]))
     with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
-        next(prompt_batches([[5]], encoder, 0))
+        next(prompt_batches([[5]], prompt_tokenizer, 0))
 
 
 def test_nothing_to_pad_with_is_refused(word_tokenizer):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dyads.data.tokens import IGNORED, Encoder, PairEncoder, encode
+from dyads.data.tokens import IGNORED, PairTokenizer, PromptTokenizer, encode
 from dyads.errors import ConfigError
 from dyads.tasks import Example
 
@@ -28,19 +28,19 @@ def test_a_decoder_reads_prompt_then_target_then_eos(byte_tokenizer):
 @pytest.mark.parametrize("prompt", ["a", "a ", "a  \n", "a\n  ", "Words:", "A: river "])
 def test_the_prompt_has_the_same_tokens_in_generation(byte_tokenizer, word_tokenizer, prompt):
     for tokenizer in (byte_tokenizer, word_tokenizer):
-        encoder, example = Encoder(tokenizer), Example("x", prompt, ("stone",))
-        encoded, read = encoder.encode(example, 0), encoder.prompt(example)
+        prompt_tokenizer, example = PromptTokenizer(tokenizer), Example("x", prompt, ("stone",))
+        encoded, read = prompt_tokenizer.encode(example, 0), prompt_tokenizer.prompt(example)
         assert encoded.input_ids[: len(read)] == read
         assert set(encoded.labels[: len(read)]) <= {IGNORED}
         assert IGNORED not in encoded.labels[len(read) :]
 
 
 def test_blanks_at_the_end_of_the_prompt_go_to_the_target(byte_tokenizer):
-    encoder = Encoder(byte_tokenizer)
-    assert byte_tokenizer.decode(encoder.prompt(EXAMPLE)).endswith("A:")
+    prompt_tokenizer = PromptTokenizer(byte_tokenizer)
+    assert byte_tokenizer.decode(prompt_tokenizer.prompt(EXAMPLE)).endswith("A:")
     newline = Example("x", "A:\n", ("stone",))
-    assert byte_tokenizer.decode(encoder.prompt(newline)) == "A:\n"
-    assert byte_tokenizer.decode(encoder.target(newline)) == "stone<end>"
+    assert byte_tokenizer.decode(prompt_tokenizer.prompt(newline)) == "A:\n"
+    assert byte_tokenizer.decode(prompt_tokenizer.target(newline)) == "stone<end>"
 
 
 def test_bos_is_kept_and_the_prompt_is_not_closed(word_tokenizer):
@@ -58,31 +58,31 @@ def test_an_encoder_decoder_reads_a_closed_prompt_and_learns_the_target(word_tok
 
 def test_a_long_prompt_of_a_decoder_loses_its_middle_and_never_its_target(byte_tokenizer):
     example = Example("x", "Define this." + "m" * 500 + "Output:", ("the whole target",))
-    encoder = Encoder(byte_tokenizer, max_prompt_tokens=19, max_target_tokens=40)
-    assert byte_tokenizer.decode(encoder.prompt(example)) == "Define thi" + "m" * 2 + "Output:"
-    assert byte_tokenizer.decode(learned(encoder.encode(example, 0))) == "the whole target<end>"
+    prompt_tokenizer = PromptTokenizer(byte_tokenizer, max_prompt_tokens=19, max_target_tokens=40)
+    assert byte_tokenizer.decode(prompt_tokenizer.prompt(example)) == "Define thi" + "m" * 2 + "Output:"
+    assert byte_tokenizer.decode(learned(prompt_tokenizer.encode(example, 0))) == "the whole target<end>"
 
 
 def test_a_long_prompt_keeps_bos_within_the_limit(word_tokenizer):
     example = Example("x", "river " * 30 + "last", ("a",))
-    tokens = word_tokenizer.convert_ids_to_tokens(Encoder(word_tokenizer, max_prompt_tokens=5).prompt(example))
+    tokens = word_tokenizer.convert_ids_to_tokens(PromptTokenizer(word_tokenizer, max_prompt_tokens=5).prompt(example))
     assert tokens == ["<s>", "river", "river", "river", "last"]
 
 
 def test_a_long_prompt_of_an_encoder_loses_its_end_and_stays_closed(word_tokenizer):
     example = Example("x", "first " + "river " * 30, ("a",))
-    encoder = Encoder(word_tokenizer, max_prompt_tokens=4, encoder_decoder=True)
-    assert word_tokenizer.convert_ids_to_tokens(encoder.prompt(example)) == ["<s>", "first", "river", "</s>"]
+    prompt_tokenizer = PromptTokenizer(word_tokenizer, max_prompt_tokens=4, encoder_decoder=True)
+    assert word_tokenizer.convert_ids_to_tokens(prompt_tokenizer.prompt(example)) == ["<s>", "first", "river", "</s>"]
 
 
 def test_the_first_shorter_prompt_that_fits_is_read(byte_tokenizer):
     example = Example("x", "demo demo ask", ("r",), shorter=("demo ask", "ask"))
     for limit, text in [(20, "demo demo ask"), (12, "demo ask"), (7, "ask"), (2, "ak")]:
-        assert byte_tokenizer.decode(Encoder(byte_tokenizer, max_prompt_tokens=limit).prompt(example)) == text
+        assert byte_tokenizer.decode(PromptTokenizer(byte_tokenizer, max_prompt_tokens=limit).prompt(example)) == text
 
 
 def test_a_task_may_have_its_own_limit(byte_tokenizer):
-    assert len(Encoder(byte_tokenizer, max_prompt_tokens=15).prompt(EXAMPLE, 6)) == 6
+    assert len(PromptTokenizer(byte_tokenizer, max_prompt_tokens=15).prompt(EXAMPLE, 6)) == 6
 
 
 def test_a_target_beyond_its_limit_is_cut_and_does_not_teach_to_stop(byte_tokenizer):
@@ -97,15 +97,15 @@ def test_a_target_beyond_its_limit_is_cut_and_does_not_teach_to_stop(byte_tokeni
 def test_lengths_are_those_of_the_encoded_examples(byte_tokenizer, word_tokenizer, encoder_decoder, limits):
     examples = [Example(str(n), "river\n" * n + "A:", ("stone " * n,)) for n in range(1, 6)]
     for tokenizer in (byte_tokenizer, word_tokenizer):
-        encoder = Encoder(tokenizer, encoder_decoder=encoder_decoder, **limits)
-        assert encoder.lengths(examples) == [len(encoder.encode(e, 0)) for e in examples]
-    assert encoder.lengths([]) == []
+        prompt_tokenizer = PromptTokenizer(tokenizer, encoder_decoder=encoder_decoder, **limits)
+        assert prompt_tokenizer.lengths(examples) == [len(prompt_tokenizer.encode(e, 0)) for e in examples]
+    assert prompt_tokenizer.lengths([]) == []
 
 
 def test_a_tokenizer_without_eos_is_refused(word_tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=word_tokenizer.backend_tokenizer)
     with pytest.raises(ConfigError, match="has no eos token, so that no answer could end"):
-        Encoder(bare)
+        PromptTokenizer(bare)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +117,16 @@ def test_a_tokenizer_without_eos_is_refused(word_tokenizer):
 )
 def test_limits_without_room_are_refused(word_tokenizer, limits, message):
     with pytest.raises(ConfigError, match=message):
-        Encoder(word_tokenizer, **limits)
+        PromptTokenizer(word_tokenizer, **limits)
 
 
 # --- an encoder's pairs -----------------------------------------------------------------------------------------------
 
 
-def pair_encoder(tokenizer, limit=None):
-    return PairEncoder(tokenizer, lambda task, example: 10.0 * task + len(example.references), max_prompt_tokens=limit)
+def pairs_of(tokenizer, limit=None):
+    return PairTokenizer(
+        tokenizer, lambda task, example: 10.0 * task + len(example.references), max_prompt_tokens=limit
+    )
 
 
 def example(*segments, prompt="a"):
@@ -132,8 +134,8 @@ def example(*segments, prompt="a"):
 
 
 def test_an_encoder_reads_one_text_or_a_pair_and_knows_which_is_which(pair_tokenizer):
-    encoder = pair_encoder(pair_tokenizer)
-    rows = encoder.read([example("river stone"), example("river", "stone lamp"), example(prompt="lamp")])
+    pairs = pairs_of(pair_tokenizer)
+    rows = pairs.read([example("river stone"), example("river", "stone lamp"), example(prompt="lamp")])
     assert [pair_tokenizer.decode(ids) for ids, _ in rows] == [
         "<s> river stone </s>",
         "<s> river </s> stone lamp </s>",
@@ -143,19 +145,19 @@ def test_an_encoder_reads_one_text_or_a_pair_and_knows_which_is_which(pair_token
 
 
 def test_the_longer_text_of_a_pair_loses_its_end_and_stays_closed(pair_tokenizer):
-    encoder = pair_encoder(pair_tokenizer, 7)
-    ((ids, _),) = encoder.read([example("river", "stone lamp first last")])
+    pairs = pairs_of(pair_tokenizer, 7)
+    ((ids, _),) = pairs.read([example("river", "stone lamp first last")])
     assert pair_tokenizer.decode(ids) == "<s> river </s> stone lamp first </s>"
-    ((ids, _),) = encoder.read([example("river stone lamp first")], 4)
+    ((ids, _),) = pairs.read([example("river stone lamp first")], 4)
     assert pair_tokenizer.decode(ids) == "<s> river stone </s>"
-    assert encoder.lengths([example("river"), example("a", "a a a a a a")]) == [3, 7]
+    assert pairs.lengths([example("river"), example("a", "a a a a a a")]) == [3, 7]
 
 
 def test_a_target_is_what_the_tasks_head_is_to_give(pair_tokenizer):
-    encoded = pair_encoder(pair_tokenizer).encode(example("river"), 3)
+    encoded = pairs_of(pair_tokenizer).encode(example("river"), 3)
     assert (encoded.target, encoded.task, len(encoded)) == (31.0, 3, 3)
 
 
 def test_a_limit_without_room_for_a_pair_is_refused(pair_tokenizer):
     with pytest.raises(ConfigError, match="max_prompt_tokens is 4, a pair of texts needs at least 5"):
-        pair_encoder(pair_tokenizer, 4)
+        pairs_of(pair_tokenizer, 4)

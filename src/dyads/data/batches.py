@@ -17,7 +17,7 @@ from torch import LongTensor, Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from dyads.data.tokens import IGNORED, Encoded, EncodedPair, Encoder, PairEncoder, encode
+from dyads.data.tokens import IGNORED, Encoded, EncodedPair, PairTokenizer, PromptTokenizer, encode
 from dyads.errors import ConfigError, TaskError
 from dyads.tasks.task import Task
 
@@ -27,11 +27,11 @@ __all__ = [
     "Collator",
     "Encoded",
     "EncodedPair",
-    "Encoder",
     "PairBatch",
     "PairCollator",
-    "PairEncoder",
+    "PairTokenizer",
     "PromptBatch",
+    "PromptTokenizer",
     "ScheduledBatches",
     "TaskDataset",
     "encode",
@@ -148,7 +148,7 @@ class TaskDataset(Dataset[Encoded | EncodedPair]):
     """One split of all tasks, read by (task, index); encodes an example when it is first read and then keeps it."""
 
     tasks: Sequence[Task]
-    encoder: Encoder | PairEncoder
+    prompt_tokenizer: PromptTokenizer | PairTokenizer
     split: str = "train"
     places: Sequence[int] = ()
     """The tasks' ids for gates and heads; not given: 0, 1, …"""
@@ -161,7 +161,7 @@ class TaskDataset(Dataset[Encoded | EncodedPair]):
         if at not in self._encoded:
             number, index = at
             task, place = self.tasks[number], self.places[number]
-            self._encoded[at] = self.encoder.encode(task.split(self.split)[index], place, self._limit(task))
+            self._encoded[at] = self.prompt_tokenizer.encode(task.split(self.split)[index], place, self._limit(task))
         return self._encoded[at]
 
     def __len__(self) -> int:
@@ -169,10 +169,10 @@ class TaskDataset(Dataset[Encoded | EncodedPair]):
 
     def lengths(self) -> list[list[int]]:
         """Tokens of every example of every task: what `mixture.schedule` sorts by."""
-        return [self.encoder.lengths(task.split(self.split), self._limit(task)) for task in self.tasks]
+        return [self.prompt_tokenizer.lengths(task.split(self.split), self._limit(task)) for task in self.tasks]
 
     def _limit(self, task: Task) -> int | None:
-        limits = [n for n in (task.max_prompt_tokens, self.encoder.max_prompt_tokens) if n is not None]
+        limits = [n for n in (task.max_prompt_tokens, self.prompt_tokenizer.max_prompt_tokens) if n is not None]
         return min(limits) if limits else None
 
 
@@ -198,7 +198,11 @@ class ScheduledBatches(Sampler[list[tuple[int, int]]]):
 
 
 def prompt_batches(
-    prompts: Sequence[Sequence[int]], encoder: Encoder, batch_size: int, *, tasks: int | Sequence[int] = 0
+    prompts: Sequence[Sequence[int]],
+    prompt_tokenizer: PromptTokenizer,
+    batch_size: int,
+    *,
+    tasks: int | Sequence[int] = 0,
 ) -> Iterator[tuple[list[int], PromptBatch]]:
     """(positions in `prompts`, those prompts as a batch), longest first: what does not fit in memory fails at once.
 
@@ -210,7 +214,9 @@ def prompt_batches(
     if len(ids_of) != len(prompts):
         raise TaskError(f"{len(ids_of)} task ids for {len(prompts)} prompts; give one for each, or one for all")
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    collator = Collator(pad_id_of(encoder.tokenizer), side="right" if encoder.encoder_decoder else "left")
+    collator = Collator(
+        pad_id_of(prompt_tokenizer.tokenizer), side="right" if prompt_tokenizer.encoder_decoder else "left"
+    )
     for start in range(0, len(order), batch_size):
         positions = order[start : start + batch_size]
         yield positions, collator.prompts([prompts[i] for i in positions], [ids_of[i] for i in positions])

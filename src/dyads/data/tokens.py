@@ -28,7 +28,7 @@ from dyads.tasks.task import Example
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Encoded", "EncodedPair", "Encoder", "PairEncoder", "encode"]
+__all__ = ["IGNORED", "Encoded", "EncodedPair", "PairTokenizer", "PromptTokenizer", "encode"]
 
 IGNORED = -100
 """The label of a position that is not trained on."""
@@ -64,7 +64,7 @@ class EncodedPair:
         return len(self.input_ids)
 
 
-class Encoder:
+class PromptTokenizer:
     """A tokenizer with its limits.
 
     Special tokens stand around the prompt only where the tokenizer puts them by itself; a decoder's prompt keeps those
@@ -99,7 +99,7 @@ class Encoder:
             raise ConfigError(f"max_target_tokens is {max_target_tokens}, a target needs at least 1")
 
     def prompt(self, example: Example, limit: int | None = None) -> list[int]:
-        """The tokens that the model reads before it answers, at most `limit` (default: the encoder's own)."""
+        """The tokens that the model reads before it answers, at most `limit` (default: the object's own)."""
         limit = self.max_prompt_tokens if limit is None else limit
         room = None if limit is None else max(1, limit - len(self.start) - len(self.end))
         for text in (example.prompt, *example.shorter):
@@ -156,7 +156,7 @@ class Encoder:
         return ids
 
 
-class PairEncoder:
+class PairTokenizer:
     """The tokenizer of an encoder with heads, which reads the segments of an example: one text, or a pair.
 
     An example without segments is read by its prompt. `target` tells, from the number of a task and an example, what
@@ -178,7 +178,7 @@ class PairEncoder:
         self.tokenizer, self.target, self.max_prompt_tokens = tokenizer, target, max_prompt_tokens
 
     def read(self, examples: Sequence[Example], limit: int | None = None) -> list[tuple[list[int], list[int]]]:
-        """(tokens, which text each belongs to) of every example, at most `limit` (default: the encoder's own)."""
+        """(tokens, which text each belongs to) of every example, at most `limit` (default: the object's own)."""
         limit = self.max_prompt_tokens if limit is None else limit
         found: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
         for many in (1, 2):  # a tokenizer takes a list of texts, or a list of pairs
@@ -216,14 +216,14 @@ def encode(
     max_target_tokens: int | None = None,
     encoder_decoder: bool = False,
 ) -> Encoded:
-    """One example in tokens and labels; see the top of the file. For many examples keep an `Encoder`."""
-    encoder = Encoder(
+    """One example in tokens and labels; see the top of the file. For many examples keep an `PromptTokenizer`."""
+    prompt_tokenizer = PromptTokenizer(
         tokenizer,
         max_prompt_tokens=max_prompt_tokens,
         max_target_tokens=max_target_tokens,
         encoder_decoder=encoder_decoder,
     )
-    return encoder.encode(example, task)
+    return prompt_tokenizer.encode(example, task)
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -31,7 +31,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dyads.data.batches import EncodedPair, PairCollator, PairEncoder, pad_id_of
+from dyads.data.batches import EncodedPair, PairCollator, PairTokenizer, pad_id_of
 from dyads.errors import RunError, TaskError
 from dyads.tasks import Example, Task
 
@@ -43,9 +43,9 @@ __all__ = [
     "answer",
     "attach",
     "collator_of",
-    "encoder_of",
     "head_loss",
     "heads_of",
+    "pair_tokenizer_of",
     "read",
     "write",
 ]
@@ -189,13 +189,13 @@ class _Targets:
         return (self.tasks[number].target(example) - head.mean) / head.deviation
 
 
-def encoder_of(
+def pair_tokenizer_of(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
     heads: Sequence[Head] = (),
     tasks: Mapping[int, Task] = MappingProxyType({}),
-) -> PairEncoder:
+) -> PairTokenizer:
     """The tokenizer with the smallest of its limits: the recipe's, its own, and the positions that the model has.
 
     For training it is given the heads and by their numbers the tasks, and then knows what they are to learn.
@@ -203,7 +203,7 @@ def encoder_of(
     positions = getattr(model.config, "max_position_embeddings", None) or max_prompt_tokens
     target = _Targets(dict(tasks), tuple(heads))
     limit = min(max_prompt_tokens, tokenizer.model_max_length, positions)
-    return PairEncoder(tokenizer, target, max_prompt_tokens=limit)
+    return PairTokenizer(tokenizer, target, max_prompt_tokens=limit)
 
 
 def collator_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PairCollator:

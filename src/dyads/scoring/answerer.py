@@ -15,9 +15,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from dyads.data.batches import EncodedPair, Encoder, PairEncoder, pad_id_of, prompt_batches
+from dyads.data.batches import EncodedPair, PairTokenizer, PromptTokenizer, pad_id_of, prompt_batches
 from dyads.errors import ConfigError, RunError, TaskError, did_you_mean
-from dyads.models.heads import Head, HeadQuestion, attach, collator_of, encoder_of
+from dyads.models.heads import Head, HeadQuestion, attach, collator_of, pair_tokenizer_of
 from dyads.models.heads import answer as answer_by_heads
 from dyads.models.heads import read as read_heads
 from dyads.models.load import kind_of, load_model, load_tokenizer
@@ -76,12 +76,12 @@ class Answerer:
         self.model = self.model.to(self.device).eval()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(recipe.model.name, recipe.model.revision)
         limit = recipe.train.max_prompt_tokens
-        self.encoder: Encoder | PairEncoder
+        self.prompt_tokenizer: PromptTokenizer | PairTokenizer
         if self.heads:
-            self.encoder = encoder_of(base, self.tokenizer, limit)
+            self.prompt_tokenizer = pair_tokenizer_of(base, self.tokenizer, limit)
             self.collator = collator_of(base, self.tokenizer)
         else:
-            self.encoder = Encoder(
+            self.prompt_tokenizer = PromptTokenizer(
                 self.tokenizer,
                 max_prompt_tokens=limit,
                 max_target_tokens=recipe.train.max_target_tokens,
@@ -116,7 +116,7 @@ class Answerer:
     def stand_ins(self, unseen: Mapping[str, Sequence[Example]], spec: EvaluateSpec) -> list[StandIn]:
         """The same for tasks by name, each with texts to compare: its inputs or its description."""
         assert isinstance(self.model, PeftModel)
-        assert isinstance(self.encoder, Encoder)
+        assert isinstance(self.prompt_tokenizer, PromptTokenizer)
         if spec.unseen == "mean":
             return by_mean(self.model, list(unseen))
         own = own_tasks(self.recipe)
@@ -133,7 +133,7 @@ class Answerer:
                 f" {', '.join(without[:5])} has no training examples: compare descriptions (nearest_by: description)"
                 ", or choose mean"
             )
-        return by_nearest(self.model, self.encoder, unseen, known, batch_size=spec.batch_size)
+        return by_nearest(self.model, self.prompt_tokenizer, unseen, known, batch_size=spec.batch_size)
 
     def check(self, tasks: Sequence[Task]) -> None:
         """Refuse tasks that the gates or the heads do not know."""
@@ -164,16 +164,18 @@ class Answerer:
         choices: list[Choice] = []
         questions: list[Question] = []
         for task, examples in zip(tasks, asked, strict=True):
-            limits = [n for n in (task.max_prompt_tokens, self.encoder.max_prompt_tokens) if n is not None]
+            limits = [n for n in (task.max_prompt_tokens, self.prompt_tokenizer.max_prompt_tokens) if n is not None]
             limit = min(limits) if limits else None
-            if isinstance(self.encoder, PairEncoder):
-                by_heads += self._for_heads(self.encoder, examples, [places[task.name]] * len(examples), limit)
+            if isinstance(self.prompt_tokenizer, PairTokenizer):
+                by_heads += self._for_heads(self.prompt_tokenizer, examples, [places[task.name]] * len(examples), limit)
                 continue
             for example in examples:
-                prompt = self.encoder.prompt(example, limit)
+                prompt = self.prompt_tokenizer.prompt(example, limit)
                 if spec.answer == "likelihood":
                     given = task.choices(example)
-                    choices.append(Choice(prompt, given, [self.encoder.choice(example, c) for c in given], task.name))
+                    choices.append(
+                        Choice(prompt, given, [self.prompt_tokenizer.choice(example, c) for c in given], task.name)
+                    )
                 else:
                     questions.append(Question(prompt, spec.max_new_tokens or task.max_new_tokens, task.name))
         if by_heads:
@@ -194,11 +196,11 @@ class Answerer:
         max_prompt_tokens: int | None,
     ) -> list[str]:
         """Answers in the order of the examples, whatever their tasks."""
-        if isinstance(self.encoder, PairEncoder):
+        if isinstance(self.prompt_tokenizer, PairTokenizer):
             names = [head.task for head in self.heads]
             places = [names.index(task) if isinstance(task, str) else cast(int, task) for task in tasks]
-            return self._ask_heads(self._for_heads(self.encoder, examples, places, max_prompt_tokens), spec)
-        prompts = [self.encoder.prompt(example, max_prompt_tokens) for example in examples]
+            return self._ask_heads(self._for_heads(self.prompt_tokenizer, examples, places, max_prompt_tokens), spec)
+        prompts = [self.prompt_tokenizer.prompt(example, max_prompt_tokens) for example in examples]
         return self._ask([Question(p, max_new_tokens, task) for p, task in zip(prompts, tasks, strict=True)], spec)
 
     @contextmanager
@@ -210,11 +212,13 @@ class Answerer:
 
     @staticmethod
     def _for_heads(
-        encoder: PairEncoder, examples: Sequence[Example], places: Sequence[int], limit: int | None
+        prompt_tokenizer: PairTokenizer, examples: Sequence[Example], places: Sequence[int], limit: int | None
     ) -> list[HeadQuestion]:
         return [
             HeadQuestion(EncodedPair(ids, types, 0.0, place), example.choices)
-            for example, place, (ids, types) in zip(examples, places, encoder.read(examples, limit), strict=True)
+            for example, place, (ids, types) in zip(
+                examples, places, prompt_tokenizer.read(examples, limit), strict=True
+            )
         ]
 
     def _ask_heads(self, questions: Sequence[HeadQuestion], spec: EvaluateSpec, title: str | None = None) -> list[str]:
@@ -244,14 +248,14 @@ class Answerer:
 
     def _ask(self, questions: Sequence[Question], spec: EvaluateSpec, title: str | None = None) -> list[str]:
         """Answers in text, in the order of the questions."""
-        assert isinstance(self.encoder, Encoder)
+        assert isinstance(self.prompt_tokenizer, PromptTokenizer)
         with self._working(questions, title) as done:
             if spec.num_beams == 1 and refusal(self.model) is None:
                 tokens = decode(
                     self.model,
                     questions,
                     batch_size=spec.batch_size,
-                    eos=self.encoder.eos,
+                    eos=self.prompt_tokenizer.eos,
                     pad=pad_id_of(self.tokenizer),
                     tasks=self.needs_task,
                     done=done,
@@ -266,12 +270,12 @@ class Answerer:
         self, questions: Sequence[Question], spec: EvaluateSpec, done: Callable[[int], object]
     ) -> list[list[int]]:
         """What the model's own `generate` answers: for beams, encoder-decoders and whatever `decode` does not serve."""
-        assert isinstance(self.encoder, Encoder)
+        assert isinstance(self.prompt_tokenizer, PromptTokenizer)
         answers: list[list[int]] = [[] for _ in questions]
         for limit in dict.fromkeys(question.limit for question in questions):
             numbers = [i for i, question in enumerate(questions) if question.limit == limit]
             prompts = [questions[i].prompt for i in numbers]
-            for at, batch in prompt_batches(prompts, self.encoder, spec.batch_size):
+            for at, batch in prompt_batches(prompts, self.prompt_tokenizer, spec.batch_size):
                 rows = [numbers[i] for i in at]
                 task: dict[str, Any] = {"task": [questions[i].task for i in rows]} if self.needs_task else {}
                 output = self.model.generate(  # type: ignore[operator]
@@ -284,7 +288,7 @@ class Answerer:
                     eos_token_id=self.tokenizer.eos_token_id,
                     **task,
                 )
-                new = output if self.encoder.encoder_decoder else output[:, batch["input_ids"].shape[1] :]
+                new = output if self.prompt_tokenizer.encoder_decoder else output[:, batch["input_ids"].shape[1] :]
                 for i, answer in zip(rows, new.tolist(), strict=True):
                     answers[i] = answer
                 done(len(rows))

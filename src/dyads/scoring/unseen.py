@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 
-from dyads.data.batches import Collator, Encoder, pad_id_of
+from dyads.data.batches import Collator, PromptTokenizer, pad_id_of
 from dyads.errors import DyadsError, RunError, TaskError
 from dyads.recipe.spec import Recipe
 from dyads.runs.folder import RunFolder
@@ -66,14 +66,14 @@ def by_mean(model: PeftModel, unseen: Iterable[str]) -> list[StandIn]:
 
 def by_nearest(
     model: PeftModel,
-    encoder: Encoder,
+    prompt_tokenizer: PromptTokenizer,
     unseen: Mapping[str, Sequence[Example]],
     known: Mapping[str, Sequence[Example]],
     *,
     batch_size: int,
 ) -> list[StandIn]:
     """Let the nearest known task stand in for every unseen one; both are given with the texts to compare."""
-    ours, theirs = (_vectors(model, encoder, list(texts.values()), batch_size) for texts in (known, unseen))
+    ours, theirs = (_vectors(model, prompt_tokenizer, list(texts.values()), batch_size) for texts in (known, unseen))
     names, centre, found = list(known), ours.mean(0), []
     for task, similarities in zip(
         unseen, F.cosine_similarity(theirs[:, None] - centre, ours - centre, -1), strict=True
@@ -86,13 +86,15 @@ def by_nearest(
 
 
 @torch.inference_mode()
-def _vectors(model: PeftModel, encoder: Encoder, texts: Sequence[Sequence[Example]], batch_size: int) -> Tensor:
+def _vectors(
+    model: PeftModel, prompt_tokenizer: PromptTokenizer, texts: Sequence[Sequence[Example]], batch_size: int
+) -> Tensor:
     """(T d): a vector for every task, in fp32."""
     base = model.get_base_model()
     body = base.get_encoder() if base.config.is_encoder_decoder else base.base_model
     owners = [task for task, examples in enumerate(texts) for _ in examples]
-    prompts = [encoder.prompt(example) for examples in texts for example in examples]
-    collator = Collator(pad_id_of(encoder.tokenizer))  # on the right also for a decoder: no position is moved
+    prompts = [prompt_tokenizer.prompt(example) for examples in texts for example in examples]
+    collator = Collator(pad_id_of(prompt_tokenizer.tokenizer))  # on the right also for a decoder: no position is moved
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     device = base.get_input_embeddings().weight.device
     sums: Tensor | None = None

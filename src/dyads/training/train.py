@@ -20,10 +20,10 @@ from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
-from dyads.data.batches import Collator, Encoder, PairCollator, PairEncoder, TaskDataset, pad_id_of
+from dyads.data.batches import Collator, PairCollator, PairTokenizer, PromptTokenizer, TaskDataset, pad_id_of
 from dyads.data.mixture import schedule
 from dyads.errors import ConfigError, DyadsError, TaskError
-from dyads.models.heads import MODULE, attach, collator_of, encoder_of, heads_of
+from dyads.models.heads import MODULE, attach, collator_of, heads_of, pair_tokenizer_of
 from dyads.models.heads import write as write_heads
 from dyads.models.load import Kind, kind_of, load_model, load_tokenizer
 from dyads.recipe.spec import Recipe
@@ -109,7 +109,7 @@ class Training:
         self.start: dict[str, Any] = {}
         """How the new tasks of an adaptation start, for the log."""
         self.tokenizer = load_tokenizer(recipe.model.name, recipe.model.revision)
-        self.encoder: Encoder | PairEncoder
+        self.prompt_tokenizer: PromptTokenizer | PairTokenizer
         self.collator: Collator | PairCollator
         set_seed(recipe.seed)  # again: loading the base model may draw random numbers, and the adapter comes next
         if source is None:
@@ -121,17 +121,19 @@ class Training:
         places = range(len(self.task_names))[-len(suite.tasks) :]
         if self.heads:
             by_place = dict(zip(places, suite.tasks, strict=True))
-            self.encoder = encoder_of(base, self.tokenizer, spec.max_prompt_tokens, self.heads, by_place)
+            self.prompt_tokenizer = pair_tokenizer_of(
+                base, self.tokenizer, spec.max_prompt_tokens, self.heads, by_place
+            )
             self.collator = collator_of(base, self.tokenizer)
         else:
-            self.encoder = Encoder(
+            self.prompt_tokenizer = PromptTokenizer(
                 self.tokenizer,
                 max_prompt_tokens=spec.max_prompt_tokens,
                 max_target_tokens=spec.max_target_tokens,
                 encoder_decoder=self.encoder_decoder,
             )
             self.collator = Collator(pad_id_of(self.tokenizer), encoder_decoder=self.encoder_decoder)
-        self.dataset = TaskDataset(suite.tasks, self.encoder, places=places)
+        self.dataset = TaskDataset(suite.tasks, self.prompt_tokenizer, places=places)
         if self.extended is not None:
             self._start_new_tasks(self.extended)
         self.batches = schedule(
@@ -255,7 +257,7 @@ class Training:
         A label is a token, or with heads an instance.
         """
         self.model.eval()
-        dataset = TaskDataset(self.suite.tasks, self.encoder, split="validation", places=self.dataset.places)
+        dataset = TaskDataset(self.suite.tasks, self.prompt_tokenizer, split="validation", places=self.dataset.places)
         size = trainer.args.per_device_train_batch_size
         losses = []
         for number, task in enumerate(self.suite.tasks):
