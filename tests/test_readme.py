@@ -48,7 +48,7 @@ def test_recipe_example_is_a_recipe() -> None:
 
 def test_table_of_methods_in_the_readme_is_current() -> None:
     table = CliRunner().invoke(methods_command, ["--format", "markdown"], catch_exceptions=False).output
-    shown = re.search(r"<!--.*-->\n(\| method .*?)<!-- end -->", README, re.DOTALL)
+    shown = re.search(r"-->\n\n(\| method .*?)\n<!-- end -->", README, re.DOTALL)
     assert shown is not None
     assert shown[1] == table, (
         "The README's table of methods is not current: replace it by the output of `dyads methods --format markdown`"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does the search for a learning rate end at a rate that has a worse one on either side?"""
+"""Tests of the learning-rate sweep: where its walk ends, and what its studies name."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_the_walk_ends_beside_a_worse_rate(
 
 
 @pytest.mark.parametrize("study", ["glue-minilm", "sni15"])
-def test_a_study_names_recipes_rates_and_settings_that_there_are(sweep: ModuleType, study: str) -> None:
-    told = json.loads((ROOT / "recipes" / study / "sweep.json").read_text())
-    assert set(told["rates"]) < set(sweep.RATES)
-    for method in told["methods"]:
-        load_recipe(ROOT / "recipes" / study / f"{method}.yaml", told["set"])
+def test_a_study_names_existing_recipes_rates_and_settings(sweep: ModuleType, study: str) -> None:
+    contents = json.loads((ROOT / "recipes" / study / "sweep.json").read_text())
+    assert set(contents["rates"]) < set(sweep.RATES)
+    for method in contents["methods"]:
+        load_recipe(ROOT / "recipes" / study / f"{method}.yaml", contents["set"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-LORA = "PEFT's LoRA, the baseline; its scale is 1 here too where lora_alpha is not set"
+LORA = "PEFT's LoRA, the baseline; its scale is 1 unless lora_alpha is set"
 
 
 @click.command(
