@@ -20,7 +20,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from benchmarks import page, startup
+from benchmarks import counted, page, startup
 from benchmarks.contenders import SETTINGS, Contender, Setting, resolved
 from benchmarks.profile import PROFILED
 from benchmarks.rounds import ROOT, Worker, WorkerError, measure_group, rotated
@@ -28,7 +28,7 @@ from benchmarks.scoring import LABELS as SCORING_LABELS
 from benchmarks.training import LABELS as TRAINING_LABELS
 from benchmarks.training import SNI
 
-PARTS = ("smollm2", "llama", "profile", "training", "scoring", "startup", "tiny")
+PARTS = ("counted", "smollm2", "llama", "profile", "training", "scoring", "startup", "tiny")
 DOCS = ROOT / "docs" / "benchmarks.md"
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate")
 
@@ -96,6 +96,8 @@ def main(
         for part in chosen:
             if part in SETTINGS:
                 _setting(part, keep, only=only, rounds=rounds, attention=attention, say=say)
+            elif part == "counted":
+                keep("counted", "all", {}, counted.measure)
             elif part == "profile":
                 _profile(keep, rounds=rounds, say=say)
             elif part == "training":

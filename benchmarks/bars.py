@@ -39,6 +39,19 @@ BARS = (
     Bar("whole training: dyads ÷ TRL, examples/s", "training", "examples", "dyads-mode", "trl", 1.3, False),
     Bar("scoring: dyads ÷ a loop of generate, examples/s", "scoring", "examples", "dyads", "plain", 2.0, False),
     Bar("scoring in fp32: answers that differ", "scoring", "differing_fp32", "dyads", None, 0),
+    Bar("launches of a layer: MoDE 8×4 ÷ PEFT LoRA, fp32 adapters", "counted", "launches", "mode-8x4", "lora", 1.3),
+    Bar(
+        "launches of a layer: MoDE 8×4 ÷ PEFT LoRA, bf16 adapters",
+        "counted",
+        "launches",
+        "mode-8x4-bf16",
+        "lora-bf16",
+        1.5,
+    ),
+    Bar("bytes of a layer: MoDE 8×4 ÷ PEFT LoRA, fp32 adapters", "counted", "bytes", "mode-8x4", "lora", 0.305),
+    Bar(
+        "bytes of a layer: MoDE 8×4 ÷ PEFT LoRA, bf16 adapters", "counted", "bytes", "mode-8x4-bf16", "lora-bf16", 0.665
+    ),
     Bar("dyads --help, seconds", "startup", "seconds", "help", None, 0.5),
     Bar("import dyads, seconds", "startup", "seconds", "import", None, 0.5),
     Bar("heavy modules loaded by them", "startup", "heavy", "import", None, 0),

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from benchmarks.bars import BARS, TRIED, Bar
 from benchmarks.contenders import SETTINGS, Setting
+from benchmarks.counted import BATCH, LENGTH, REFERENCE, WIDTH
 from benchmarks.profile import KINDS, NEW_TOKENS, PROFILED
 from benchmarks.training import LABELS as TRAINING_LABELS
 
@@ -220,6 +221,35 @@ def profiled(name: str) -> str:
     return f"{work}, {PROFILED[name].setting}"
 
 
+def counted_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """(label, parameters, then launches, bytes and compiled calls with adapters in fp32, and in bf16) of every one."""
+    rows: list[tuple[str, ...]] = []
+    for group in of_part(results, "counted"):
+        for name, facts in ((n, f) for n, f in group["facts"].items() if not n.endswith("-bf16")):
+            cells = [facts["label"], f"{facts['parameters']:,}"]
+            for dtype in ("", "-bf16"):
+                for question, unit, digits in (("launches", 1, 0), ("bytes", 1e9, 2), ("compiled", 1, 0)):
+                    found = spread([group], "counted", question, name + dtype)
+                    ratio = spread([group], "counted", question, name + dtype, REFERENCE + dtype)
+                    cells.append(f"{found.median / unit:.{digits}f} ({ratio.median:.2f})" if found and ratio else "–")
+            rows.append(tuple(cells))
+    return rows
+
+
+COUNTED_ABOUT = (
+    f"Counted, not timed: no GPU was at hand. One frozen bf16 linear layer of {WIDTH:,} × {WIDTH:,} and its adapter,"
+    f" in fp32 or in bf16, on {BATCH * LENGTH:,} tokens, forward and backward. Launches are PyTorch's operations other"
+    " than views and allocations; bytes are those of every tensor that an operation reads or writes, caches aside. The"
+    " frozen layer's two products count for every contender, and so does one operation for the loss. Compiled calls are"
+    " the kernels, of Inductor and of libraries, that `torch.compile` calls in code generated for a CPU; for a GPU it"
+    " may fuse otherwise. Ratios to PEFT LoRA with adapters of the same dtype are in brackets. X-LoRA and Arrow are"
+    " left out: X-LoRA's gates come from a pass through the whole model, and Arrow trains nothing."
+)
+COUNTED_HEADS = (
+    "contender",
+    "parameters",
+    *(f"{what}, {dtype}" for dtype in ("fp32", "bf16") for what in ("launches", "GB moved", "compiled calls")),
+)
 PROFILE_HEADS = ("side", "ms", "÷ the first", "its products alone, ms", "floor ÷ the first", *KINDS)
 CONTENDER_HEADS = ("contender", "parameters", *HEADS.values(), "peak above frozen, MB")
 
@@ -247,6 +277,13 @@ def to_terminal(results: list[dict[str, Any]], console: Console) -> None:
             table.add_row(row[0], millions, *cells)
         console.print(table)
         for line in failures(results, part):
+            console.print(line, markup=False)
+    if rows := counted_rows(results):
+        table = Table(*COUNTED_HEADS, title="one layer, counted and not timed; in brackets ÷ PEFT LoRA")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        for line in failures(results, "counted"):
             console.print(line, markup=False)
     for name, rows in profiles(results).items():
         table = Table(*PROFILE_HEADS[:5], title=f"where the time goes: {profiled(name)}")
@@ -319,6 +356,9 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
             *_markdown(CONTENDER_HEADS, contenders(results, part)),
         ]
         lines += [text for line in failures(results, part) for text in ("", line)]
+    if rows := counted_rows(results):
+        lines += ["", "## One layer on a GPU, counted", "", COUNTED_ABOUT, "", *_markdown(COUNTED_HEADS, rows)]
+        lines += [text for line in failures(results, "counted") for text in ("", line)]
     for name, table in profiles(results).items():
         (rounds,) = (len(group["rounds"]) for group in of_part(results, "profile") if group["group"] == name)
         setting = SETTINGS[PROFILED[name].setting]
