@@ -70,6 +70,11 @@ class Variant:
         """Inputs of the router that sees the task; 1 where its scores are free numbers, 0 for the layer's width."""
         return 1 if self.method == "mtl_lora" else int(dict(self.options).get("task_dim", 0))
 
+    def without_unused(self, cell: Cell) -> Cell:
+        """The cell with 0 for the rates that none of the parameters follows."""
+        used = {ROLES[name] for name, _ in self.core(8).named_parameters()}
+        return replace(cell, **dict.fromkeys({"router", "task", "embedding"} - used, 0.0))
+
     def core(self, d: int) -> nn.Module:
         """The library's core for a layer of width d, its routers as large as N(0, 0.02²) is for a width of 576."""
         options = dict(self.options)
@@ -152,7 +157,7 @@ class Rule:
         scale = self.rank * math.log2(8 / variant.r) + self.experts * math.log2(variant.m)
         router, task = (self.fan_in * math.log2(d / (f or d)) for f in (variant.router_inputs, variant.task_inputs))
         exponents = (self.a, self.b + scale, self.router + router, self.task + task, self.embedding)
-        return Cell(self.a_init, *(round(2 * (log_rate + e)) / 2 for e in exponents))
+        return variant.without_unused(Cell(self.a_init, *(round(2 * (log_rate + e)) / 2 for e in exponents)))
 
     def __str__(self) -> str:
         shown = f"{self.a_init} r^-{self.rank:g} m^{self.experts:g} B·2^{self.b:g}"
@@ -420,9 +425,16 @@ WIDTHS = tuple(Rule(b=b, a=a) for a in (0, -2) for b in (-2, 0, 2, 4))
 WIDTH_METHODS = ("lora", "mode", "mode_h", "task_mode", "more_soft")
 FORMS = tuple(Rule(task=t, embedding=e) for t in (0, 2, 4) for e in (0, 2, 4))
 TASK_METHODS = tuple(name for name in LADDERS if name.startswith(("more", "task")))
-COMBINED = tuple(
-    Rule(embedding=e, fan_in=f, router=r, task=t) for e, f, r, t in product((2, 4, 6), (0, 0.5, 1), (-2, -1, 0), (0, 2))
+LAST = (
+    Rule(rank=0),  # scale 1
+    Rule(),  # alpha / r
+    Rule(rank=0.5, experts=0.5),
+    *(Rule(fan_in=f) for f in (0.5, 1)),
+    Rule(fan_in=0.5, router=-2),
+    Rule(fan_in=0.5, embedding=2),
+    Rule(rank=0.5, experts=0.5, fan_in=0.5),
 )
+LAST_METHODS = (*(name for name in SERVED if "more" not in name), "more_soft_kaiming", "more_subset_kaiming")
 STAGES = {
     "scale": Stage(SCALES),
     "scale-short": Stage(SCALES, toy=SHORT),
@@ -432,8 +444,9 @@ STAGES = {
     "width-3": Stage(WIDTHS, WIDTH_METHODS, (1,), toy=replace(SHORT, d=192)),
     "forms": Stage(FORMS, TASK_METHODS, (0, 2)),
     "forms-short": Stage(FORMS, TASK_METHODS, (0, 2), toy=SHORT),
-    "combined-short": Stage(COMBINED, toy=SHORT),
-    "combined": Stage(COMBINED),
+    "last-short": Stage(LAST, LAST_METHODS, (0, 1, 2), 3, SHORT),
+    "last": Stage(LAST, LAST_METHODS, (0, 1, 2), 3),
+    "last-3": Stage(LAST, LAST_METHODS, (1,), 3, replace(SHORT, d=192)),
     "rates": Stage(MULTIPLES),
     "rates-short": Stage(MULTIPLES, toy=SHORT),
 }
