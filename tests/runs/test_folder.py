@@ -105,7 +105,7 @@ def test_broken_predictions_are_named_with_their_line(run: Run) -> None:
     folder = RunFolder(run("a", {"t": [1, 2]}))
     with folder.predictions_path("t").open("a") as file:
         file.write('{"id": "t-2", "prediction": "x"}\n')
-    with pytest.raises(RunError, match=r"t\.jsonl:3: no prediction with id, .*KeyError: 'references'.*evaluate"):
+    with pytest.raises(RunError, match=r"t\.jsonl, line 3: no prediction with id, .*KeyError: 'references'.*evaluate"):
         folder.predictions("t")
     with pytest.raises(RunError, match="has no predictions for task 'u'; run `dyads evaluate"):
         folder.predictions("u")

@@ -24,7 +24,9 @@ from dyads.runs.folder import RunFolder
 from dyads.scoring.answerer import Answerer
 from dyads.scoring.evaluate import evaluate, generate
 from dyads.scoring.unseen import INPUTS, StandIn, own_tasks
-from dyads.tasks import FamilySpec, FilesSpec, StarterSpec, Suite, Task, load_suite
+from dyads.tasks import FamilySpec, Suite, Task, load_suite
+from dyads.tasks.files import FilesSpec
+from dyads.tasks.starter import StarterSpec
 from dyads.training.train import train
 
 Tiny = Callable[..., Recipe]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tiny files do these tests read: a checkout of natural-instructions, folders of benchmarks? All made up."""
+"""Fixtures with small made-up files: a checkout of natural-instructions, folders of benchmarks.
+
+A fixture `<family>_options` returns the options that load a family from such files; tests of every family use it.
+"""
 
 from __future__ import annotations
 
@@ -118,3 +121,40 @@ def scitail_folder(tmp_path):
         ]
         tsv(tmp_path / "scitail" / "tsv_format" / f"scitail_1.0_{name}.tsv", *rows)
     return tmp_path / "scitail"
+
+
+@pytest.fixture
+def files_options(tmp_path):
+    """One task with an instruction in its first row and several references."""
+    rows = [
+        {"input": "France", "output": ["Paris", "paris"], "split": "test", "instruction": "Capital?"},
+        {"input": "Chad", "output": "N'Djamena", "split": "test"},
+        {"input": "Peru", "output": "Lima", "split": "train"},
+    ]
+    jsonl(tmp_path / "own.jsonl", *({"task": "capital", **row} for row in rows))
+    return {"path": tmp_path / "own.jsonl"}
+
+
+@pytest.fixture
+def sni_options(sni_folder):
+    return {"path": sni_folder}
+
+
+@pytest.fixture
+def glue_options(glue_folder):
+    return {"path": glue_folder}
+
+
+@pytest.fixture
+def superglue_options(superglue_folder):
+    return {"path": superglue_folder}
+
+
+@pytest.fixture
+def commonsense_options(commonsense_folder):
+    return {"path": commonsense_folder, "split_dev": 0}
+
+
+@pytest.fixture
+def scitail_options(scitail_folder):
+    return {"path": scitail_folder}

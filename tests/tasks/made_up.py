@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What do the files of public benchmarks look like? Their layouts with contents made up here."""
+"""Writers of small benchmark files: the public layouts with made-up contents."""
 
 from __future__ import annotations
 

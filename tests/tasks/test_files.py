@@ -124,7 +124,7 @@ def test_test_prompts_that_were_trained_on_are_noted(tmp_path):
     ("rows", "message"),
     [
         ([row(0), '{"task": "t", '], r"a\.jsonl, line 2, column \d+: not valid JSON"),
-        (["[1, 2]"], r"a\.jsonl, line 1: expected one JSON object with task, input, output, got \[1, 2\]"),
+        (["[1, 2]"], r"a\.jsonl, line 1: expected a JSON object, got \[1, 2\]; write one JSON object per line"),
         (
             [{"task": "t", "question": "x", "output": "y"}],
             "line 1: column 'input' is missing; it has task, question, outp",

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is every prompt, to the character, what it was when its version was set?
+"""Golden files: the rendered prompts of every registered family, compared character by character.
 
-A change here means: raise the task's `version`, then write the files anew with `DYADS_GOLDEN=write pytest tests/tasks`.
+After a change of a prompt raise the task's `version`, then write the files with
+`DYADS_GOLDEN=write pytest tests/tasks/test_golden.py`. The same command writes the file of a new family.
 """
 
 from __future__ import annotations
@@ -13,16 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from dyads.tasks import load
-from dyads.tasks.commonsense import COMMONSENSE_TASKS
-from dyads.tasks.glue import GLUE_TASKS
-from dyads.tasks.starter import STARTER_TASKS
-from dyads.tasks.superglue import SUPERGLUE_TASKS
+from dyads.errors import ConfigError
+from dyads.tasks import families, load
 
 GOLDEN = Path(__file__).parent / "golden"
+COMMAND = "DYADS_GOLDEN=write pytest tests/tasks/test_golden.py"
 
 
-def check(name, tasks, split="test"):
+def check(name, tasks):
     lines = [
         {
             "task": t.name,
@@ -34,7 +33,7 @@ def check(name, tasks, split="test"):
             **{key: list(value) for key in ("segments", "choices") if (value := getattr(e, key))},
         }
         for t in tasks
-        for e in t.split(split)[:2]
+        for e in t.test[:2]
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     path = GOLDEN / f"{name}.jsonl"
@@ -44,42 +43,33 @@ def check(name, tasks, split="test"):
                 same = old["task"] == new["task"] and old["id"] == new["id"] and old["version"] == new["version"]
                 assert not same or old.items() <= new.items(), f"{old['task']} changed: raise its version"
         path.write_text(text, encoding="utf-8")
+    assert path.is_file(), f"no golden file for '{name}': write it with {COMMAND}, read it and commit it"
     assert path.read_text(encoding="utf-8") == text
 
 
-@pytest.mark.parametrize("name", STARTER_TASKS)
-def test_starter_prompts_are_unchanged(name):
-    check(f"starter_{name}", load({"family": "starter", "names": [name]}))
+@pytest.mark.parametrize("family", sorted(families()))
+def test_prompts_of_every_family_are_unchanged(family, request):
+    try:
+        options = request.getfixturevalue(f"{family}_options")
+    except pytest.FixtureLookupError:
+        options = {}
+    try:
+        tasks = load({"family": family, **options})
+    except ConfigError as error:
+        pytest.fail(f"{error}\nWrite a fixture '{family}_options' in tests/tasks/conftest.py that returns its options.")
+    check(family, tasks)
 
 
-@pytest.mark.parametrize("protocol", ["mode", "official"])
-def test_sni_prompts_are_unchanged(protocol, sni_folder):
-    check(f"sni_{protocol}", load({"family": "sni", "path": sni_folder, "protocol": protocol}))
-
-
-@pytest.mark.parametrize("name", GLUE_TASKS)
-def test_glue_prompts_are_unchanged(name, glue_folder):
-    check(f"glue_{name}", load({"family": "glue", "path": glue_folder, "names": [name]}))
-
-
-@pytest.mark.parametrize("name", SUPERGLUE_TASKS)
-def test_superglue_prompts_are_unchanged(name, superglue_folder):
-    check(f"superglue_{name}", load({"family": "superglue", "path": superglue_folder, "names": [name]}))
-
-
-@pytest.mark.parametrize("name", COMMONSENSE_TASKS)
-def test_commonsense_prompts_are_unchanged(name, commonsense_folder):
-    spec = {"family": "commonsense", "path": commonsense_folder, "names": [name], "split_dev": 0}
-    check(f"commonsense_{name}", load(spec))
-
-
-def test_the_scitail_prompt_is_unchanged(scitail_folder):
-    check("scitail", load({"family": "scitail", "path": scitail_folder}))
+def test_official_sni_prompts_are_unchanged(sni_options):
+    check("sni_official", load({"family": "sni", "protocol": "official", **sni_options}))
 
 
 def test_a_changed_prompt_is_not_written_without_a_new_version(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "GOLDEN", tmp_path)
     tasks = load({"family": "starter", "names": ["initials"]})
+    monkeypatch.delenv("DYADS_GOLDEN", raising=False)
+    with pytest.raises(AssertionError, match="no golden file for 'x': write it with DYADS_GOLDEN=write pytest"):
+        check("x", tasks)
     monkeypatch.setenv("DYADS_GOLDEN", "write")
     check("x", tasks)
     monkeypatch.delenv("DYADS_GOLDEN")
@@ -91,20 +81,3 @@ def test_a_changed_prompt_is_not_written_without_a_new_version(tmp_path, monkeyp
     with pytest.raises(AssertionError, match="initials changed: raise its version"):
         check("x", [changed])
     check("x", [replace(changed, version=2)])
-
-
-def test_prompts_of_files_are_unchanged(tmp_path):
-    path = tmp_path / "own.jsonl"
-    rows = [
-        {
-            "task": "capital",
-            "input": "France",
-            "output": ["Paris", "paris"],
-            "split": "test",
-            "instruction": "Capital?",
-        },
-        {"task": "capital", "input": "Chad", "output": "N'Djamena", "split": "test"},
-        {"task": "capital", "input": "Peru", "output": "Lima", "split": "train"},
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    check("files", load({"family": "files", "path": path}))

@@ -43,11 +43,11 @@ def test_a_file_without_a_header_gets_its_columns_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("read", "text", "message"),
     [
-        (read_tsv, "a\tb\n1\n", r"f: no row has 2 cells \(a, b\); cells are divided by tabs"),
+        (read_tsv, "a\tb\n1\n", r"f: no row has 2 cells \(a, b\); separate cells with tabs"),
         (read_tsv, b"\xff", r"f: not UTF-8 text \(byte 0\)"),
         (read_jsonl, '{"a": 1}\n{"a":\n', r"f, line 2, column 6: not valid JSON"),
         (read_jsonl, "[1]\n", r"f, line 1: expected a JSON object, got \[1\]"),
-        (read_json, "{}", "f: expected a JSON list of rows, got dict"),
+        (read_json, "{}", "f: expected a JSON list of objects, got dict"),
         (read_json, '[{},\n "x"]', 'f, row 2: expected a JSON object, got "x"'),
         (read_json, "[{},\n oops]", "f, line 2, column 2: not valid JSON"),
     ],

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import textwrap
 from dataclasses import replace
-from typing import Literal
+from importlib import import_module
 
 import pytest
 from pydantic import BaseModel
@@ -14,16 +15,15 @@ from pydantic import BaseModel
 from dyads.errors import ConfigError, TaskError
 from dyads.tasks import (
     Example,
-    FamilySpec,
-    StarterSpec,
     Suite,
     Task,
     TasksSpec,
     families,
     load,
-    load_suite,
     register_family,
 )
+from dyads.tasks import family as family_module
+from dyads.tasks.starter import StarterSpec
 
 
 def tiny(**changes):
@@ -183,22 +183,27 @@ def test_every_family_documents_its_options(name):
     assert families()[name].model_fields["family"].default == name
 
 
-def test_a_new_family_is_one_class(monkeypatch):
-    monkeypatch.setattr("dyads.tasks.family._FAMILIES", {})
-
-    @register_family
-    class Colours(FamilySpec):
-        """One task about colours."""
-
-        family: Literal["colours"] = "colours"
-
-        def load(self):
-            return Suite((tiny(),), ("one note",))
-
-    class Recipe(BaseModel):
+def test_the_family_of_the_documentation_is_one_file_that_recipes_find(monkeypatch, tmp_path):
+    class Recipe(BaseModel):  # defined, and used, before the family is registered
         tasks: TasksSpec
 
-    assert load_suite(Recipe.model_validate({"tasks": {"family": "colours"}}).tasks).notes == ("one note",)
+    assert load(Recipe.model_validate({"tasks": {"family": "starter", "names": ["initials"]}}).tasks)
+    monkeypatch.setattr("dyads.tasks.family._FAMILIES", {})
+    monkeypatch.syspath_prepend(tmp_path)
+    code = family_module.__doc__.partition("changes:\n\n")[2].partition("\n\nRecipes")[0]
+    (tmp_path / "parity_family.py").write_text(textwrap.dedent(code) + "\n", encoding="utf-8")
+    import_module("parity_family")
+    spec = Recipe.model_validate({"tasks": {"family": "parity", "count": 5}}).tasks
+    assert (spec.count, type(spec).model_fields["count"].description) == (5, "Number of examples.")
+    (task,) = load(spec)
+    assert (task.test[0].prompt, task.test[0].references, len(task.train)) == ("Is 0 even? Answer: ", ("yes",), 3)
+    with pytest.raises(ConfigError, match=r"tasks: parity\.count: Input should be greater than or equal to 3"):
+        load({"family": "parity", "count": 1})
+
+
+def test_a_name_belongs_to_one_family():
+    with pytest.raises(TaskError, match="a task family named 'starter' is already registered: choose another name"):
+        register_family(type("Other", (StarterSpec,), {"__annotations__": {}}))
 
 
 def test_importing_tasks_and_mixture_stays_light():

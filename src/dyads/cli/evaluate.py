@@ -72,7 +72,7 @@ def _tasks(path: Path) -> FamilySpec:
     from dyads.recipe.spec import parse_tasks
     from dyads.recipe.yaml_source import of_file
     from dyads.runs.folder import RunFolder
-    from dyads.tasks import FilesSpec
+    from dyads.tasks.files import FilesSpec
 
     if path.is_dir():
         return RunFolder.open(path).recipe().tasks

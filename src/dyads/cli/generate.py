@@ -107,33 +107,22 @@ class _Question:
 def _read(file: Path, task: str | None) -> list[_Question]:
     """The lines of a file; `task` is that of the lines without one."""
     from dyads.errors import ConfigError
+    from dyads.tasks.rows import read_jsonl
 
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        rows = read_jsonl(file, error=ConfigError, remedy=f"write one line {_EXAMPLE} for every prompt")
     except FileNotFoundError:
-        raise ConfigError(f"there is no file '{file}'; it is to hold one line {_EXAMPLE} for every prompt") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"'{file}' is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise ConfigError(f"no file '{file}'; write one line {_EXAMPLE} for every prompt") from None
     except OSError as error:
         raise ConfigError(f"cannot read '{file}': {error.strerror}") from error
-    lines = [(f"{file}:{i}", line) for i, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
+    if not rows:
         raise ConfigError(f"'{file}' is empty; write one line {_EXAMPLE} for every prompt")
-    rows = [(where, _row(line, where)) for where, line in lines]
-    return [_Question(where, row, task if row.get("task") is None else row["task"]) for where, row in rows]
+    return [_question(row.place, dict(row.fields), task) for row in rows]
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+def _question(where: str, row: dict[str, Any], task: str | None) -> _Question:
     from dyads.errors import ConfigError
 
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{where}: not valid JSON: {error.msg} (column {error.colno}); a line is one object, such as {_EXAMPLE}"
-        ) from error
-    if not isinstance(row, dict):
-        raise ConfigError(f"{where}: a line must be one object, such as {_EXAMPLE}, got {line.strip()[:60]}")
     if "prompt" not in row:
         there = f"there is only {', '.join(row)}" if row else "the object is empty"
         raise ConfigError(f'{where}: "prompt" is missing ({there}); write {_EXAMPLE}')
@@ -144,7 +133,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
         raise ConfigError(f'{where}: "prompt" is empty; write what the model is to read, or drop the line')
     if isinstance(row.get("task"), bool) or not isinstance(row.get("task"), str | int | None):
         raise ConfigError(f'{where}: "task" must be a name or an id, got {json.dumps(row["task"])[:60]}')
-    return row
+    return _Question(where, row, task if row.get("task") is None else row["task"])
 
 
 def _check_tasks(folder: RunFolder, questions: Sequence[_Question], unseen: str) -> None:

@@ -32,6 +32,7 @@ from urllib.parse import quote
 
 from dyads.errors import RunError, did_you_mean
 from dyads.recipe.spec import Recipe, differences, parse_recipe
+from dyads.tasks.rows import Row, read_jsonl
 
 __all__ = ["SCHEMA", "Prediction", "RunFolder", "ScoreRow", "Scores", "Seconds", "environment"]
 
@@ -227,11 +228,8 @@ class RunFolder:
         path = self.predictions_path(task)
         if not path.is_file():
             raise RunError(f"'{self.path}' has no predictions for task '{task}'; run `dyads evaluate {self.path}`")
-        rows: list[Prediction] = []
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                rows.append(_prediction(line, f"{path}:{number}", f"run `dyads evaluate {self.path}` again"))
-        return rows
+        remedy = f"run `dyads evaluate {self.path}` again"
+        return [_prediction(row, remedy) for row in read_jsonl(path, error=RunError, remedy=remedy)]
 
     def write_results(self, predictions: Mapping[str, Iterable[Prediction]], scores: Scores) -> None:
         """Keep an evaluation, by task and in all, in the place of an earlier one.
@@ -327,19 +325,18 @@ def _predictions_file(task: str) -> str:
     return f"{quote(task, safe=' ()+,;=@!~')}.jsonl"
 
 
-def _prediction(line: str, where: str, way_out: str) -> Prediction:
+def _prediction(row: Row, remedy: str) -> Prediction:
     try:
-        row = json.loads(line)
         return {
-            "id": row["id"],
-            "prediction": row["prediction"],
-            "references": list(row["references"]),
-            "scores": {metric: float(value) for metric, value in row["scores"].items()},
+            "id": row.fields["id"],
+            "prediction": row.fields["prediction"],
+            "references": list(row.fields["references"]),
+            "scores": {metric: float(value) for metric, value in row.fields["scores"].items()},
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"{where}: no prediction with id, prediction, references and scores "
-            f"({type(error).__name__}: {error}); {way_out}"
+            f"{row.place}: no prediction with id, prediction, references and scores "
+            f"({type(error).__name__}: {error}); {remedy}"
         ) from error
 
 

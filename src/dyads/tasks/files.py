@@ -31,6 +31,7 @@ from dyads.errors import TaskError, did_you_mean
 from dyads.tasks.divide import divide
 from dyads.tasks.family import FamilySpec, Suite, register_family
 from dyads.tasks.metrics import metric as metric_named
+from dyads.tasks.rows import read_jsonl, read_text, shortened
 from dyads.tasks.task import SPLITS, Example, Task
 
 __all__ = ["FilesSpec"]
@@ -41,6 +42,7 @@ OPTIONAL = ("split", "id", "instruction", "metric")
 DEFAULT_METRICS = ("rouge_l", "exact_match")
 LABELLED_METRICS = ("accuracy", "macro_f1")
 SUFFIXES = (".jsonl", ".csv")
+_JSON_EXAMPLE = '{"task": "capital", "input": "France", "output": "Paris"}'
 HELD_OUT = 0.10  # of a task's rows, for the test split and again for validation
 
 
@@ -215,33 +217,14 @@ def _files(paths: tuple[Path, ...]) -> list[Path]:
     return found
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-
-
 def _read_jsonl(path: Path) -> Iterator[_Row]:
-    # Only \n separates records: str.splitlines would also cut at U+2028 and others that JSON allows inside a text.
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            given = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TaskError(
-                f"{place}, column {error.colno}: not valid JSON: {error.msg}; a line is one JSON object"
-            ) from None
-        if not isinstance(given, dict):
-            raise TaskError(f"{place}: expected one JSON object with {', '.join(REQUIRED)}, got {_shown(given)}")
-        _check_columns(place, given)
-        yield _row(path, number, {k: v for k, v in given.items() if v is not None})
+    for record in read_jsonl(path, remedy=f"write one JSON object per line, such as {_JSON_EXAMPLE}"):
+        _check_columns(record.place, record.fields)
+        yield _row(path, record.line, {k: v for k, v in record.fields.items() if v is not None})
 
 
 def _read_csv(path: Path) -> Iterator[_Row]:
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     start = 1
     try:
         header = [name.strip() for name in next(reader, [])]
@@ -282,7 +265,7 @@ def _row(path: Path, line: int, given: Mapping[str, object]) -> _Row:
         if name == "id" and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str):
-            raise TaskError(f"{place}: '{name}' must be text, got {_shown(value)}; put it in quotes")
+            raise TaskError(f"{place}: '{name}' must be text, got {shortened(value)}; put it in quotes")
         texts[name] = value if name == "input" else value.strip()
     for name in ("task", "input"):
         if not texts[name].strip():
@@ -302,7 +285,7 @@ def _cell(place: str, output: str) -> object:
         return json.loads(output)
     except json.JSONDecodeError as error:
         raise TaskError(
-            f"{place}: output starts like a JSON list but is none: {error.msg} in {_shown(output)}"
+            f"{place}: output starts like a JSON list but is none: {error.msg} in {shortened(output)}"
         ) from None
 
 
@@ -310,14 +293,9 @@ def _references(place: str, output: object) -> tuple[str, ...]:
     references = [output] if isinstance(output, str) else output
     if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
         raise TaskError(
-            f"{place}: 'output' must be a text or a list of texts, got {_shown(output)}; put numbers in quotes"
+            f"{place}: 'output' must be a text or a list of texts, got {shortened(output)}; put numbers in quotes"
         )
     kept = tuple(r.strip() for r in references if r.strip())
     if not kept:
         raise TaskError(f"{place}: 'output' is empty: without an answer a row can be neither trained on nor scored")
     return kept
-
-
-def _shown(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "…"

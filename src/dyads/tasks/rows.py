@@ -1,36 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How are the rows of public benchmark files read: TSV, JSON lines, JSON lists?
+"""Readers of record files: JSON lines, JSON lists and tab-separated values.
 
-A fault names its file and line, or for a JSON list the number of the row.
+Every JSONL file of the library is read by `read_jsonl`. Errors name the file and the line, or the number of the record
+in a JSON list.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dyads.errors import TaskError
+from dyads.errors import DyadsError, TaskError
 
-__all__ = ["Row", "first_file", "read_json", "read_jsonl", "read_tsv"]
+__all__ = ["Row", "first_file", "read_json", "read_jsonl", "read_text", "read_tsv", "shortened"]
+
+DOWNLOAD_AGAIN = "download the file again"
+"""The way out of an error in a file of a public benchmark."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One record and where it stands."""
+    """One record of a file."""
 
     place: str
+    """File and line, or file and number of the record: the start of an error message."""
     number: int
-    """From 0, over the records of its file, so that ids stay when a row is left out."""
+    """Position among the records of the file, from 0. Example ids contain it, so it counts dropped records too."""
     fields: Mapping[str, Any]
+    line: int = 0
+    """Line of the file, from 1; 0 for a record of a JSON list."""
 
     def text(self, name: str) -> str:
-        """A field that must be text, or a number or truth value that can be written as one; stripped."""
+        """A field as stripped text. Numbers and booleans are converted; null, lists and objects are refused."""
         value = self[name]
         if isinstance(value, (dict, list)) or value is None:
-            raise TaskError(f"{self.place}: '{name}' must be text, got {json.dumps(value)[:60]}")
+            raise TaskError(f"{self.place}: '{name}' must be text, got {shortened(value)}")
         return str(value).strip()
 
     def __getitem__(self, name: str) -> Any:
@@ -40,73 +47,82 @@ class Row:
 
 
 def first_file(folder: Path, names: Sequence[str]) -> Path | None:
-    """The first of the names that is a file in the folder."""
+    """The first of the names that is a file in the folder; None without one."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def read_tsv(path: Path, columns: Sequence[str] | None = None) -> tuple[list[Row], int]:
-    """The rows, and how many were left out because they have another number of cells than the header.
+def read_text(path: Path, *, error: type[DyadsError] = TaskError) -> str:
+    """The text of a UTF-8 file, without its byte order mark."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise error(
+            f"{path}: not UTF-8 text (byte {cause.start}); save it as UTF-8, or restore the original file"
+        ) from None
 
-    A cell is what stands between two tabs: a quotation mark is a character like any other. `columns` names the columns
-    of a file without a header.
+
+def read_tsv(path: Path, columns: Sequence[str] | None = None) -> tuple[list[Row], int]:
+    """The rows of a tab-separated file, and the number of rows dropped because they have too few or too many cells.
+
+    Quotation marks are ordinary characters. `columns` names the columns of a file without a header line.
     """
-    lines = [(n, line.removesuffix("\r")) for n, line in enumerate(_text(path).split("\n"), start=1)]
+    lines = [(n, line.removesuffix("\r")) for n, line in enumerate(read_text(path).split("\n"), start=1)]
     lines = [(n, line) for n, line in lines if line.strip()]
     if columns is None:
         columns = [name.strip() for name in lines[0][1].split("\t")] if lines else []
         lines = lines[1:]
-    rows, left_out = [], 0
+    rows, dropped = [], 0
     for number, (line_number, line) in enumerate(lines):
         cells = line.split("\t")
         if len(cells) != len(columns):
-            left_out += 1
+            dropped += 1
             continue
-        rows.append(Row(f"{path}, line {line_number}", number, dict(zip(columns, cells, strict=True))))
-    if left_out and not rows:
-        raise TaskError(f"{path}: no row has {len(columns)} cells ({', '.join(columns)}); cells are divided by tabs")
-    return rows, left_out
+        fields = dict(zip(columns, cells, strict=True))
+        rows.append(Row(f"{path}, line {line_number}", number, fields, line_number))
+    if dropped and not rows:
+        raise TaskError(f"{path}: no row has {len(columns)} cells ({', '.join(columns)}); separate cells with tabs")
+    return rows, dropped
 
 
-def read_jsonl(path: Path) -> list[Row]:
-    """One JSON object a line."""
-    return list(_jsonl(path))
+def read_jsonl(path: Path, *, error: type[DyadsError] = TaskError, remedy: str = DOWNLOAD_AGAIN) -> list[Row]:
+    """The objects of a JSON lines file; empty lines are skipped.
 
-
-def _jsonl(path: Path) -> Iterator[Row]:
-    # Only \n separates records: str.splitlines would also cut at U+2028 and others that JSON allows inside a text.
-    lines = [(n, line) for n, line in enumerate(_text(path).split("\n"), start=1) if line.strip()]
-    for number, (line_number, line) in enumerate(lines):
+    A line that is not a JSON object raises `error`, and its message ends with `remedy`. A missing file is the caller's
+    to explain: OSError passes through.
+    """
+    # Only \n separates records: str.splitlines would also split at U+2028 and others that JSON allows inside a text.
+    lines = read_text(path, error=error).split("\n")
+    filled = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
+    rows = []
+    for number, (line_number, line) in enumerate(filled):
         place = f"{path}, line {line_number}"
         try:
-            given = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TaskError(
-                f"{place}, column {error.colno}: not valid JSON: {error.msg}; fetch the file again"
-            ) from None
-        yield _record(place, number, given)
+            record = json.loads(line)
+        except json.JSONDecodeError as cause:
+            raise error(f"{place}, column {cause.colno}: not valid JSON: {cause.msg}; {remedy}") from None
+        if not isinstance(record, dict):
+            raise error(f"{place}: expected a JSON object, got {shortened(record)}; {remedy}")
+        rows.append(Row(place, number, record, line_number))
+    return rows
 
 
 def read_json(path: Path) -> list[Row]:
-    """One JSON list of objects."""
+    """The objects of a JSON file that holds one list of them."""
     try:
-        given = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise TaskError(
-            f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}; fetch the file again"
-        ) from None
-    if not isinstance(given, list):
-        raise TaskError(f"{path}: expected a JSON list of rows, got {type(given).__name__}")
-    return [_record(f"{path}, row {number + 1}", number, row) for number, row in enumerate(given)]
+        records = json.loads(read_text(path))
+    except json.JSONDecodeError as cause:
+        place = f"{path}, line {cause.lineno}, column {cause.colno}"
+        raise TaskError(f"{place}: not valid JSON: {cause.msg}; {DOWNLOAD_AGAIN}") from None
+    if not isinstance(records, list):
+        raise TaskError(f"{path}: expected a JSON list of objects, got {type(records).__name__}; {DOWNLOAD_AGAIN}")
+    rows = [Row(f"{path}, row {number + 1}", number, record) for number, record in enumerate(records)]
+    for row in rows:
+        if not isinstance(row.fields, dict):
+            raise TaskError(f"{row.place}: expected a JSON object, got {shortened(row.fields)}; {DOWNLOAD_AGAIN}")
+    return rows
 
 
-def _record(place: str, number: int, given: object) -> Row:
-    if not isinstance(given, dict):
-        raise TaskError(f"{place}: expected a JSON object, got {json.dumps(given)[:60]}")
-    return Row(place, number, given)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path}: not UTF-8 text (byte {error.start}): fetch the file again") from None
+def shortened(value: object) -> str:
+    """A value as JSON of at most 60 characters, for messages."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "…"
