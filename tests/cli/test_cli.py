@@ -276,7 +276,7 @@ def test_compare_writes_every_format(tmp_path: Path) -> None:
 
 
 def test_compare_prints_no_colours_into_a_pipe(tmp_path: Path) -> None:
-    done = process("compare", str(scored(tmp_path / "a").path), "--resamples", "10")
+    done = process("compare", str(scored(tmp_path / "a").path))
     assert done.returncode == 0, done.stderr
     assert "\x1b" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -289,7 +289,7 @@ def test_compare_takes_a_folder_of_runs_and_says_what_it_left_out(tmp_path: Path
     RunFolder.create(runs / "c", parse_recipe(RECIPE, "x"))
     (runs / "notes").mkdir()
     scored(tmp_path / "elsewhere", "d", 70.0)
-    result = dyads("compare", runs, tmp_path / "elsewhere", "--resamples", "10", "--format", "markdown")
+    result = dyads("compare", runs, tmp_path / "elsewhere", "--format", "markdown")
     assert result.output.startswith("3 runs of tiny")
     assert f"- left out of {runs}, as they have no scores: c, notes\n" in result.output
 

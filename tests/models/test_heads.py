@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModel
 
-from dyads.comparing.compare import compare
+from dyads.comparing.comparison import compare
 from dyads.data.batches import EncodedPair
 from dyads.errors import ConfigError, RunError, TaskError
 from dyads.export import export
@@ -411,7 +411,7 @@ def test_tasks_that_changed_since_training_are_refused(trained: Callable[[str], 
 
 def test_runs_with_heads_are_compared(trained: Callable[[str], RunFolder], make: Make, tmp_path: Path) -> None:
     majority = train(make("majority"), tmp_path / "majority")
-    comparison = compare([trained("lora").path, trained("more").path, majority.path], resamples=200)
+    comparison = compare([trained("lora").path, trained("more").path, majority.path])
     assert [(task.task, task.metric) for task in comparison.tasks] == [("mnli", "accuracy"), ("stsb", "pearson")]
     assert not any("zero-shot" in note for note in comparison.notes), "heads have none"
     for column in comparison.columns:

@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dyads.comparing.compare import compare
+from dyads.comparing.comparison import compare
 from dyads.errors import ConfigError, RunError, TaskError
 from dyads.models.packaged import same_model
 from dyads.recipe.spec import Recipe

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from dyads.comparing.compare import compare
+from dyads.comparing.comparison import compare
 from dyads.errors import ConfigError, RoutingError, RunError, TaskError
 from dyads.methods import Core
 from dyads.models.load import load_model, load_tokenizer

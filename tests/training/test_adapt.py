@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dyads.cli import main
-from dyads.comparing.compare import compare
+from dyads.comparing.comparison import compare
 from dyads.errors import ConfigError, RunError, TaskError
 from dyads.recipe.spec import Recipe
 from dyads.runs.folder import RunFolder

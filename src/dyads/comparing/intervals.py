@@ -1,105 +1,183 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How sure is a mean of scores?
+"""Confidence intervals and tests for mean scores over instances and seeds.
 
-Intervals are percentile bootstrap intervals, 10,000 resamples, computed here and not by scipy.stats.bootstrap, which
-cannot do the three things that matter: resample within each task (the tasks are fixed, so an interval says nothing
-about other tasks), draw the *same* instances for every run (so that a difference is paired and what is hard for all
-cancels), and draw the seeds too, as a level above the instances (the same seeds for columns that have the same).
-With one seed an interval is about the instances alone: it holds for these trained adapters, not for the method.
-Few seeds make an interval too narrow; the spread over seeds stands beside it.
+With seed s = 1..k, instance i = 1..n_t of task t contributes x_tsi to a score; where two methods are compared x_tsi is
+the difference of their contributions. Tasks are fixed and have weights w_t, 1 / T for the mean over tasks (macro) and
+n_t / Σ n for that over instances (micro). Seeds and instances are drawn, and seeds share the instances:
+
+    x_tsi = μ_t + a_ts + b_ti + c_tsi          estimand: Σ_t w_t μ_t
+
+with a, the effect of a training, b, that of an instance on all trainings, and c, the rest. The mean over seeds and
+instances has the variance
+
+    Var = var_s(Σ_t w_t a_ts) / k + Σ_t w_t² (var b_t + var c_t / k) / n_t
+
+which three mean squares of the crossed design estimate (each with the divisor of an unbiased variance):
+
+    I = Σ_t w_t² var_i(mean_s x_tsi) / n_t          expects the second sum: b and c
+    S = var_s(Σ_t w_t mean_i x_tsi)                 expects a, and Σ_t w_t² var c_t / n_t
+    R = Σ_t w_t² var(residuals x_tsi) / n_t         expects Σ_t w_t² var c_t / n_t
+    V = max(I + (S - R) / k, R / k)
+
+S / k alone leaves b out, and I + S / k counts c twice. The interval is value ± t √V, where t is Student's quantile with
+Satterthwaite's degrees of freedom (those of R are so many that it is left out)
+
+    V² / (Σ_t I_t² / (n_t - 1) + (S / k)² / (k - 1)),
+
+but never narrower than Student's interval over the scores of the seeds, with √(S / k) and k - 1. Where few seeds come
+out close together by chance, S is too small and Satterthwaite's degrees of freedom too many; far in the tails, where
+corrected p-values are, that would give three seeds twice to four times the false verdicts that are allowed.
+
+Two methods with the same seeds are paired: for one seed they read the same examples in the same order. With different
+seeds each has an S / k and an R / k of its own, which are added; instances are paired in any case. With one seed V = I:
+the interval is about these trained adapters alone and says nothing about another training.
+
+Simulated at a nominal 95 % (tests/comparing/test_coverage.py), three to ten seeds cover 94 to 97 %; and of ten methods
+that are all alike, one of nine is called ahead of or behind the tenth in 2 to 6 % of comparisons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import t as student
 
-__all__ = ["Array", "Interval", "Resampled", "interval", "resample"]
+__all__ = ["LEVEL", "Array", "Interval", "Sample", "holm", "sign_flip_p"]
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
-_LEVEL = 0.95
+LEVEL = 0.95
+_ZERO = 1e-9  # of scores from 0 to 100: rounding
+_FLIPS = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A value and its 95 % bootstrap interval."""
+    """A value with its 95 % interval and the two-sided p-value of its being zero."""
 
     value: float
     low: float
+    """-inf, and `high` inf, where no task has two instances."""
     high: float
+    p: float
+    over_seeds: bool
+    """Whether another training is covered, or these trained adapters alone."""
+
+    def __neg__(self) -> Interval:
+        return Interval(-self.value, -self.high, -self.low, self.p, self.over_seeds)
 
 
-@dataclass(frozen=True)
-class Resampled:
-    """Resampled means: over all instances and over tasks, (resamples, columns); by task only their quantiles."""
+class Sample:
+    """Scores of one method, or the difference of two, over seeds and instances.
 
-    micro: Array
-    macro: Array
-    by_task: Array  # (tasks, low and high, columns)
-
-
-def resample(
-    matrices: Sequence[Array],
-    values: Sequence[Callable[[Array], Array]],
-    seeds: Mapping[str, tuple[int, ...]],
-    resamples: int,
-    bootstrap_seed: int,
-) -> Resampled:
-    """Resample every task's scores; `seeds` says which runs, in that order, are a column.
-
-    A matrix holds what every instance gives to a score, (runs, instances, k), and `values` has the function that makes
-    a score (…) of its means (… k) for every task; comparing/metric_moments.py has both.
+    `scores` (seeds, tasks) are the scores of the runs, and `instances` what every instance contributes to them,
+    (seeds, n_t) for each task. Contributions of a mean are its values; of other metrics their pseudo-values.
     """
-    rng = np.random.default_rng(bootstrap_seed)
-    # How often each run is drawn: (resamples, runs, columns). Columns with the same seeds share one draw.
-    shares: dict[tuple[int, ...], Array] = {}
-    total = sum(map(len, seeds.values()))
-    weights = np.zeros((resamples, total, len(seeds)))
-    start = 0
-    for i, group in enumerate(seeds.values()):
-        k = len(group)
-        if group not in shares:
-            shares[group] = rng.multinomial(k, np.full(k, 1 / k), size=resamples) / k
-        weights[:, start : start + k, i] = shares[group]
-        start += k
-    instances = sum(m.shape[1] for m in matrices)
-    micro = np.zeros((resamples, len(seeds)))
-    macro = np.zeros((resamples, len(seeds)))
-    by_task = []
-    for matrix, value in zip(matrices, values, strict=True):
-        n = matrix.shape[1]
-        means = np.einsum("sr,src->sc", _resampled(matrix, value, resamples, rng), weights)
-        by_task.append(_quantiles(means))
-        micro += means * (n / instances)
-        macro += means / len(matrices)
-    return Resampled(micro, macro, np.stack(by_task))
+
+    def __init__(self, scores: Array, instances: Sequence[Array], *, seedless: bool = False) -> None:
+        self.scores, self.instances = scores, tuple(instances)
+        self.seedless = seedless
+        """Nothing is trained: the score does not depend on the seed."""
+        self._groups: tuple[Array, ...] = (scores,)
+        self._residual: tuple[Array, ...] = (np.array([_residual(x) for x in self.instances]),)
+
+    def minus(self, other: Sample, *, paired: bool) -> Sample:
+        """The difference to another sample; `paired`: both have the same seeds, or one depends on none."""
+        if paired or len(self.scores) == len(other.scores) == 1:
+            pairs = zip(self.instances, other.instances, strict=True)
+            both = self.seedless and other.seedless
+            return Sample(self.scores - other.scores, [a - b for a, b in pairs], seedless=both)
+        one, two = ([x.mean(axis=0, keepdims=True) for x in (of.scores, *of.instances)] for of in (self, other))
+        scores, *instances = (a - b for a, b in zip(one, two, strict=True))
+        result = Sample(scores, instances)
+        result._groups = (*self._groups, *other._groups)
+        result._residual = (*self._residual, *other._residual)
+        return result
+
+    @property
+    def over_seeds(self) -> bool:
+        """Whether the spread over seeds is known, or there is none."""
+        return self.seedless or all(len(group) > 1 for group in self._groups)
+
+    def interval(self, weights: Array) -> Interval:
+        """The interval of the mean over tasks with these weights, which sum to 1."""
+        value = float(weights @ self.scores.mean(axis=0))
+        used = np.flatnonzero(weights)
+        sizes = np.array([self.instances[t].shape[1] for t in used])
+        known = sizes > 1
+        means = [self.instances[t].mean(axis=0) for t in used]
+        spread = np.array([x.var(ddof=1) if len(x) > 1 else 0.0 for x in means])
+        if not known.any():
+            return Interval(value, -np.inf, np.inf, 1.0, self.over_seeds)
+        # A task of one instance shows no spread: it gets the mean of the others' and no degrees of freedom.
+        by_task = weights[used] ** 2 * np.where(known, spread, spread[known].mean()) / sizes
+        variance = float(by_task.sum())
+        squares = float((by_task[known] ** 2 / (sizes[known] - 1)).sum())
+        least, of_seeds, of_seeds_squares = 0.0, 0.0, 0.0
+        if self.over_seeds:
+            for scores, residual in zip(self._groups, self._residual, strict=True):
+                k = len(scores)
+                if k > 1:
+                    s, r = float((scores @ weights).var(ddof=1)), float(weights**2 @ residual)
+                    variance += (s - r) / k
+                    least += r / k
+                    of_seeds += s / k
+                    of_seeds_squares += (s / k) ** 2 / (k - 1)
+        errors = [
+            _error(max(variance, least), squares + of_seeds_squares),
+            _error(of_seeds, of_seeds_squares),
+        ]
+        width = max(error * float(student.ppf((1 + LEVEL) / 2, freedom)) for error, freedom in errors)
+        p = max(2 * float(student.sf(abs(value) / error, freedom)) if error else 0.0 for error, freedom in errors)
+        if abs(value) < _ZERO:
+            p = 1.0
+        return Interval(value, value - width, value + width, p, self.over_seeds)
 
 
-def _resampled(matrix: Array, value: Callable[[Array], Array], resamples: int, rng: np.random.Generator) -> Array:
-    """Every run's score on n instances drawn with replacement, the same ones for all runs: (resamples, runs)."""
-    runs, n, k = matrix.shape
-    flat = matrix.transpose(1, 0, 2).reshape(n, runs * k)
-    rows = max(1, 4_000_000 // n)  # bounds the memory of one draw
-    parts = []
-    for done in range(0, resamples, rows):
-        size = min(rows, resamples - done)
-        drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
-        parts.append(value((counts @ flat / n).reshape(size, runs, k)))
-    return np.concatenate(parts)
+def _error(variance: float, squares: float) -> tuple[float, float]:
+    """(standard error, Satterthwaite's degrees of freedom); `squares` are those of the parts over their own."""
+    if variance < _ZERO**2:
+        return 0.0, np.inf
+    return float(np.sqrt(variance)), max(1.0, variance**2 / squares) if squares > 0 else np.inf
 
 
-def _quantiles(draws: Array) -> Array:
-    result: Array = np.quantile(draws, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
-    return result
+def _residual(x: Array) -> float:
+    """R_t of one task for weight 1: the mean square of what neither seed nor instance explains, over n."""
+    k, n = x.shape
+    if k < 2 or n < 2:
+        return 0.0
+    rest = x - x.mean(axis=0) - x.mean(axis=1, keepdims=True) + x.mean()
+    return float((rest**2).sum() / ((k - 1) * (n - 1)) / n)
 
 
-def interval(value: float, draws: Array) -> Interval:
-    """A value with the interval that its resamples give."""
-    low, high = _quantiles(draws)
-    return Interval(float(value), float(low), float(high))
+def holm(ps: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values: rejecting those below α keeps the chance of any false rejection below α."""
+    order = np.argsort(ps, kind="stable")
+    factors = np.arange(len(ps), 0, -1)
+    adjusted = np.minimum(np.maximum.accumulate(np.asarray(ps)[order] * factors), 1.0)
+    result = np.empty(len(ps))
+    result[order] = adjusted
+    return [float(p) for p in result]
+
+
+def sign_flip_p(differences: Array) -> float:
+    """Two-sided p-value of the margin of tasks won, summed over seeds; `differences` of paired scores: (seeds, tasks).
+
+    If two methods are alike, they could change places for any seed, in all tasks at once. (A training that goes well
+    does so in several tasks; a sign test over tasks would count these as independent votes.) The margin is compared
+    with those of all 2^k such flips, or of a sample of them above 12 seeds, so p is at least 2 / 2^k.
+    """
+    k = len(differences)
+    margins = (differences > _ZERO).sum(axis=1) - (differences < -_ZERO).sum(axis=1)
+    if 2**k <= _FLIPS:
+        signs = np.array(list(product((1.0, -1.0), repeat=k)))
+    else:
+        signs = np.random.default_rng(0).choice((1.0, -1.0), size=(_FLIPS, k))
+        signs[0] = 1.0
+    flipped = np.abs(signs @ margins)
+    return float((flipped >= flipped[0]).mean())

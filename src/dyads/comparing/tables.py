@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does a comparison look? In the terminal, as Markdown, as CSV and as JSON.
+"""Tables of a comparison for the terminal, in Markdown, CSV and JSON.
 
-Markdown has every name in full. The terminal never cuts a number: where the names of methods are too long to stand
-above the columns they become letters, and where the columns are too many a table goes on below itself. CSV is tidy,
-one line a value; JSON holds all of it.
+Markdown has every name in full. In the terminal no number is cut: labels that are too long for column heads become
+letters, and a table with too many columns continues below itself. rich measures and draws the tables, but would squeeze
+or cut columns that do not fit, so dividing them stands here. CSV has one line a value; JSON holds everything.
 """
 
 from __future__ import annotations
@@ -12,73 +12,59 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from dyads.comparing.comparable import Curve
-from dyads.comparing.compare import Column, Comparison, Pair
+from dyads.comparing.comparison import Column, Comparison, Verdict
 from dyads.comparing.intervals import Interval
+from dyads.comparing.scored_runs import Curve
 
 __all__ = ["FORMATS", "to_csv", "to_json", "to_markdown", "to_terminal"]
 
-_Names: TypeAlias = Callable[[str], str]
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_MANY_PAIRS = 15
+_STARS = "* p < 0.05, ** p < 0.01 of as wide a margin when the two change places within seeds; not corrected"
+_NO_STARS = "Win rates are not tested: fewer than six common seeds give no p-value below 0.05."
+_SEEDS_FOR_STARS = 6  # 2 / 2^6 is the first below 0.05
 
 
 def to_terminal(comparison: Comparison, width: int = 80) -> str:
-    """Tables for a terminal, coloured by escape codes; what prints them strips those where they are not wanted."""
+    """Tables for a terminal, coloured by escape codes, which a caller strips where they are not wanted."""
     stream = io.StringIO()
     console = Console(file=stream, width=width, force_terminal=True, color_system="standard", highlight=False)
     labels = [c.label for c in comparison.columns]
-    letters = {label: _letter(i) for i, label in enumerate(labels)}
-    short = letters if _too_wide(comparison, labels, width) else {label: label for label in labels}
+    lettered = not _fits(console, _by_task(comparison, labels, range(len(labels))))
+    short = dict(zip(labels, map(_letter, range(len(labels))) if lettered else labels, strict=True))
 
     console.print(Text(_headline(comparison), style="bold"))
     for title, header, rows in (_scores(comparison), _costs(comparison)):
         table = _table(title)
-        if short is letters:
+        if lettered:
             table.add_column("")
         table.add_column(header[0], overflow="fold")
         for name in header[1:]:
             table.add_column(name, justify="right", no_wrap=True)
         for label, row in zip(labels, rows, strict=True):
-            table.add_row(*([letters[label]] if short is letters else []), *row)
-        console.print()
-        console.print(table)
+            table.add_row(*([short[label]] if lettered else []), *row)
+        _print(console, table)
 
-    names = _shortened([t.task for t in comparison.tasks], 27 if short is letters else 34)
-    metrics = {t.metric for t in comparison.tasks}
-    left = [["task", "n"], *([n, str(t.n)] for n, t in zip(names, comparison.tasks, strict=True))]
-    if len(metrics) > 1:
-        left = [
-            [row[0], kind, row[1]]
-            for row, kind in zip(left, ["metric", *(t.metric for t in comparison.tasks)], strict=True)
-        ]
-    title = "Scores by task" if len(metrics) > 1 else f"{metrics.pop()} by task"
-    cells = [[f"{c.scores[i].value:.1f}" for c in comparison.columns] for i in range(len(comparison.tasks))]
-    best = [_best([c.scores[i].value for c in comparison.columns]) for i in range(len(comparison.tasks))]
-    _print_wide(console, title, left, [short[x] for x in labels], cells, best, width)
-
+    heads = list(short.values())
+    _print_divided(console, len(labels), lambda part: _by_task(comparison, heads, part))
     if len(labels) > 1:
-        left = [["row ahead of column"], *([short[label]] for label in labels)]
-        cells = [[_win(comparison, a, b) for b in labels] for a in labels]
-        _print_wide(console, "Win rates over tasks, %", left, [short[x] for x in labels], cells, [set()] * len(labels))
-        console.print(Text("* p < 0.05, ** p < 0.01 against even chances (sign test over tasks)", style="dim"))
-        table = _table("Differences, with paired 95 % intervals")
-        for i, name in enumerate(("", "micro", "interval", "macro", "interval")):
-            table.add_column(name, justify="right" if i else "left", no_wrap=bool(i), overflow="fold")
-        for pair in _shown_pairs(comparison):
-            cells_of = [_signed(pair.micro), _range(pair.micro), _signed(pair.macro), _range(pair.macro)]
-            table.add_row(f"{short[pair.row]} − {short[pair.column]}", *cells_of)
-        console.print()
-        console.print(table)
-    _print_notes(console, comparison)
+        _print_divided(console, len(labels), lambda part: _win_rates(comparison, heads, part))
+        console.print(Text(_about_stars(comparison), style="dim"))
+        _print(console, _differences(comparison, short))
+    console.print()
+    for note in _all_notes(comparison):
+        grid = Table.grid(padding=(0, 1, 0, 0))
+        grid.add_row(Text("·", style="dim"), Text(note, style="dim"))
+        console.print(grid)
     return re.sub(r" +((?:\x1b\[0m)?)$", r"\1", stream.getvalue(), flags=re.M)  # rich fills lines up with blanks
 
 
@@ -107,47 +93,70 @@ def to_markdown(comparison: Comparison) -> str:
         out += _markdown(
             ["", *labels], [[a, *(_win(comparison, a, b).replace("*", r"\*") for b in labels)] for a in labels]
         )
-        out += ["", r"\* p < 0.05, \*\* p < 0.01 against even chances (sign test over tasks).", ""]
-        out += ["### Differences", "", "Row minus column, with paired 95 % bootstrap intervals.", ""]
+        out += ["", _about_stars(comparison).replace("*", r"\*"), ""]
+        out += ["### Differences", "", f"Row minus column, {_about_intervals(comparison)}.", ""]
+        header = ["", *(x for level in ("micro", "macro") for x in (level, "95 % interval", "corrected p", "verdict"))]
         pairs = [
-            [f"{p.row} − {p.column}", _signed(p.micro), _range(p.micro), _signed(p.macro), _range(p.macro)]
-            for p in _shown_pairs(comparison)
+            [
+                f"{p.row} − {p.column}",
+                *(_signed(p.micro), _range(p.micro), _p(p.micro_holm), _verdict(p.micro, p.micro_verdict)),
+                *(_signed(p.macro), _range(p.macro), _p(p.macro_holm), _verdict(p.macro, p.macro_verdict)),
+            ]
+            for p in comparison.differences
         ]
-        out += [*_markdown(["", "micro", "interval", "macro", "interval"], pairs), ""]
+        out += [*_markdown(header, pairs), ""]
     out += ["### Notes", "", *(f"- {note}" for note in _all_notes(comparison))]
     return "\n".join(out) + "\n"
 
 
 def to_csv(comparison: Comparison) -> str:
-    """One line a value: of each task, then micro and macro, for each column."""
+    """One line a value: of each task, micro and macro for each column, then the differences (of label, `minus`)."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
         (
             *("level", "task", "metric", "version", "n", "label", "method", "parameters", "steps", "seeds"),
-            *("value", "low", "high", "train_seconds", "evaluate_seconds"),
+            *("value", "low", "high", "train_seconds", "evaluate_seconds", "minus", "p", "corrected_p", "verdict"),
         )
     )
     total = sum(t.n for t in comparison.tasks)
+    about = {
+        c.label: (c.label, c.method, c.parameters, c.steps, " ".join(map(str, c.seeds))) for c in comparison.columns
+    }
     for column in comparison.columns:
-        about = [column.label, column.method, column.parameters, column.steps, " ".join(map(str, column.seeds))]
-        seconds = [f"{column.train_seconds:.1f}", f"{column.evaluate_seconds:.1f}"]
+        rest = [f"{column.train_seconds:.1f}", f"{column.evaluate_seconds:.1f}", "", "", "", ""]
         for task, score in zip(comparison.tasks, column.scores, strict=True):
-            writer.writerow(["task", task.task, task.metric, task.version, task.n, *about, *_exact(score), *seconds])
+            of_task = ("task", task.task, task.metric, task.version, task.n)
+            writer.writerow([*of_task, *about[column.label], *_exact(score), *rest])
         for level, score in (("micro", column.micro), ("macro", column.macro)):
-            writer.writerow([level, "", "headline", "", total, *about, *_exact(score), *seconds])
+            writer.writerow([level, "", "headline", "", total, *about[column.label], *_exact(score), *rest])
+    for p in comparison.differences:
+        for level, score, corrected, verdict in (
+            ("micro", p.micro, p.micro_holm, p.micro_verdict),
+            ("macro", p.macro, p.macro_holm, p.macro_verdict),
+        ):
+            rest = ["", "", p.column, f"{score.p:.6g}", f"{corrected:.6g}", verdict]
+            writer.writerow([level, "", "headline", "", total, *about[p.row], *_exact(score), *rest])
     return stream.getvalue()
 
 
 def to_json(comparison: Comparison) -> str:
-    """Everything, numbers unrounded."""
-    content = {"schema": 1, **dataclasses.asdict(comparison)}
+    """Everything, numbers unrounded; a bound of an interval that is not known is null."""
+    content = {"schema": 2, **dataclasses.asdict(comparison)}
     for column, plain in zip(comparison.columns, content["columns"], strict=True):
         plain["scores"] = dict(zip((t.task for t in comparison.tasks), plain["scores"], strict=True))
         plain["reference"] = column.reference
     for pair, plain in zip(comparison.pairs, content["pairs"], strict=True):
-        plain["win_rate"] = pair.win_rate
-    return json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+        plain |= {"win_rate": pair.win_rate, "micro_verdict": pair.micro_verdict, "macro_verdict": pair.macro_verdict}
+    return json.dumps(_finite(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and math.isinf(value) else value
 
 
 FORMATS: dict[str, Callable[[Comparison], str]] = {
@@ -159,7 +168,7 @@ FORMATS: dict[str, Callable[[Comparison], str]] = {
 """The formats by the name that `dyads compare --format` takes."""
 
 
-# --- what is shown, whatever the format -------------------------------------------------------------------------------
+# --- contents of all formats ----------------------------------------------------------------------------------------
 
 
 def _headline(comparison: Comparison) -> str:
@@ -223,7 +232,7 @@ def _time(seconds: float) -> str:
 
 
 def _range(interval: Interval) -> str:
-    return f"{interval.low:.1f} to {interval.high:.1f}"
+    return f"{interval.low:.1f} to {interval.high:.1f}" if math.isfinite(interval.low) else "–"
 
 
 def _signed(interval: Interval) -> str:
@@ -231,7 +240,28 @@ def _signed(interval: Interval) -> str:
 
 
 def _exact(score: Interval) -> list[str]:
-    return [f"{score.value:.6g}", f"{score.low:.6g}", f"{score.high:.6g}"]
+    return [f"{x:.6g}" if math.isfinite(x) else "" for x in (score.value, score.low, score.high)]
+
+
+def _p(corrected: float | None) -> str:
+    assert corrected is not None, "differences that are shown have a corrected p-value"
+    return "< 0.001" if corrected < 0.001 else f"{corrected:.3f}"
+
+
+def _verdict(difference: Interval, verdict: Verdict) -> str:
+    """In brackets where it is about these trained adapters alone."""
+    return verdict if difference.over_seeds or verdict == "undecided" else f"({verdict})"
+
+
+def _about_intervals(comparison: Comparison) -> str:
+    known = {level.over_seeds for pair in comparison.differences for level in (pair.micro, pair.macro)}
+    over = "instances alone" if known == {False} else "instances and seeds"
+    return f"paired 95 % intervals over {over}"
+
+
+def _about_stars(comparison: Comparison) -> str:
+    seeds = [c.seeds for c in comparison.columns if len(c.seeds) >= _SEEDS_FOR_STARS]
+    return _STARS if len(set(seeds)) < len(seeds) else _NO_STARS
 
 
 def _best(values: Sequence[float]) -> set[int]:
@@ -244,37 +274,21 @@ def _win(comparison: Comparison, row: str, column: str) -> str:
     if row == column:
         return "·"
     pair = comparison.pair(row, column)
-    stars = "**" if pair.p_value < 0.01 else "*" if pair.p_value < 0.05 else ""
-    return f"{100 * pair.win_rate:.0f}{stars}"
-
-
-def _shown_pairs(comparison: Comparison) -> list[Pair]:
-    """Against the baseline; without one every pair once, or, where those are many, against the first trained column."""
-    labels = [c.label for c in comparison.columns]
-    baseline = comparison.baseline
-    if baseline is None and len(labels) * (len(labels) - 1) / 2 > _MANY_PAIRS:
-        baseline = _stand_in(comparison)
-    if baseline is not None:
-        return [comparison.pair(label, baseline) for label in labels if label != baseline]
-    return [comparison.pair(b, a) for i, a in enumerate(labels) for b in labels[i + 1 :]]
-
-
-def _stand_in(comparison: Comparison) -> str:
-    return next((c.label for c in comparison.columns if not c.reference), comparison.columns[0].label)
+    p = 1.0 if pair.p_value is None else pair.p_value
+    return f"{100 * pair.win_rate:.0f}{'**' if p < 0.01 else '*' if p < 0.05 else ''}"
 
 
 def _all_notes(comparison: Comparison) -> list[str]:
-    seeds = any(len(c.seeds) > 1 for c in comparison.columns)
-    notes = [
-        "micro: mean over all instances; macro: mean over tasks; both of each task's headline metric, 0 to 100",
-        f"intervals: {comparison.resamples:,} bootstrap resamples of the instances within each task"
-        + (" and of the seeds" if seeds else "")
-        + ", the same for every method",
-    ]
-    k = len(comparison.columns)
-    if comparison.baseline is None and k * (k - 1) / 2 > _MANY_PAIRS:
+    notes = ["micro: mean over all instances; macro: mean over tasks; both of each task's headline metric, 0 to 100"]
+    intervals = "intervals: Student's t over the instances of each task"
+    if any(len(c.seeds) > 1 for c in comparison.columns):
+        intervals += " and over seeds"
+    notes.append(intervals + ", each by itself")
+    family = len(comparison.differences)
+    if family > 1:
         notes.append(
-            f"of {k * (k - 1) // 2} differences those from {_stand_in(comparison)} are shown; --baseline chooses"
+            f"verdicts: Holm's correction over {family} differences, so that the chance of any false 'ahead' or "
+            "'behind' in a column is at most 5 %"
         )
     return [*notes, *comparison.notes]
 
@@ -297,15 +311,8 @@ def _letter(i: int) -> str:
     return _LETTERS[i] if i < 26 else _LETTERS[i // 26 - 1] + _LETTERS[i % 26]
 
 
-def _too_wide(comparison: Comparison, labels: Sequence[str], width: int) -> bool:
-    """Whether full names above the columns (two blanks between columns) leave too little room for the tasks."""
-    longest = min(34, max(len(t.task) for t in comparison.tasks))
-    metric = max(len(t.metric) for t in comparison.tasks) if len({t.metric for t in comparison.tasks}) > 1 else -2
-    return longest + metric + 12 + sum(max(5, len(label)) + 2 for label in labels) > width
-
-
 def _shortened(names: Sequence[str], limit: int) -> list[str]:
-    """Long names without their middle; in full again where two would look the same."""
+    """Names, the long ones without their middle unless two would then look the same."""
     short = [n if len(n) <= limit else f"{n[: limit - 10]}…{n[-9:]}" for n in names]
     return [s if short.count(s) == 1 else n for s, n in zip(short, names, strict=True)]
 
@@ -314,38 +321,72 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
 
 
-def _print_wide(
-    console: Console,
-    title: str,
-    left: Sequence[Sequence[str]],
-    header: Sequence[str],
-    cells: Sequence[Sequence[str]],
-    best: Sequence[set[int]],
-    width: int = 80,
-) -> None:
-    """A table with as many columns at a time as fit; `left` are the columns repeated in every part, head first."""
-    used = sum(max(len(row[i]) for row in left) + 2 for i in range(len(left[0])))
-    sizes = [max(len(h), *(len(row[j]) for row in cells)) + 2 for j, h in enumerate(header)]
-    parts: list[list[int]] = [[]]
-    for j, size in enumerate(sizes):
-        if parts[-1] and used + sum(sizes[k] for k in parts[-1]) + size > width:
-            parts.append([])
-        parts[-1].append(j)
-    for number, part in enumerate(parts):
-        table = _table(title if not number else f"{title} (continued)")
-        for name in left[0]:
-            table.add_column(name, overflow="fold", justify="right" if name == "n" else "left")
-        for j in part:
-            table.add_column(header[j], justify="right", no_wrap=True)
-        for names, row, top in zip(left[1:], cells, best, strict=True):
-            table.add_row(*names, *(Text(row[j], style="bold green" if j in top else "") for j in part))
-        console.print()
-        console.print(table)
+def _by_task(comparison: Comparison, heads: Sequence[str], part: Iterable[int]) -> Table:
+    """Scores of some columns; names of tasks are shortened, and more so below letters."""
+    columns, tasks = comparison.columns, comparison.tasks
+    names = _shortened([t.task for t in tasks], 34 if heads[0] == columns[0].label else 27)
+    metrics = dict.fromkeys(t.metric for t in tasks)
+    table = _table("Scores by task" if len(metrics) > 1 else f"{next(iter(metrics))} by task")
+    table.add_column("task", overflow="fold")
+    if len(metrics) > 1:
+        table.add_column("metric", overflow="fold")
+    table.add_column("n", justify="right")
+    part = list(part)
+    for j in part:
+        table.add_column(heads[j], justify="right", no_wrap=True)
+    for i, (name, task) in enumerate(zip(names, tasks, strict=True)):
+        best = _best([c.scores[i].value for c in columns])
+        cells = (Text(f"{columns[j].scores[i].value:.1f}", style="bold green" if j in best else "") for j in part)
+        table.add_row(name, *([task.metric] if len(metrics) > 1 else []), str(task.n), *cells)
+    return table
 
 
-def _print_notes(console: Console, comparison: Comparison) -> None:
+def _win_rates(comparison: Comparison, heads: Sequence[str], part: Iterable[int]) -> Table:
+    labels = [c.label for c in comparison.columns]
+    part = list(part)
+    table = _table("Win rates over tasks, %")
+    table.add_column("row ahead of column", overflow="fold")
+    for j in part:
+        table.add_column(heads[j], justify="right", no_wrap=True)
+    for head, label in zip(heads, labels, strict=True):
+        table.add_row(head, *(_win(comparison, label, labels[j]) for j in part))
+    return table
+
+
+def _differences(comparison: Comparison, short: Mapping[str, str]) -> Table:
+    minus = {pair.column for pair in comparison.differences}
+    of = f" from {short[next(iter(minus))]}" if len(minus) == 1 else ""
+    table = _table(f"Differences{of}, {_about_intervals(comparison)}")
+    for name in ("", "micro", "interval", "verdict", "macro", "interval", "verdict"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name), overflow="fold")
+    for p in comparison.differences:
+        name = short[p.row] if of else f"{short[p.row]} − {short[p.column]}"
+        verdicts = [_verdict(p.micro, p.micro_verdict), _verdict(p.macro, p.macro_verdict)]
+        micro, macro = ("–" if v == "undecided" else v for v in verdicts)
+        table.add_row(name, _signed(p.micro), _range(p.micro), micro, _signed(p.macro), _range(p.macro), macro)
+    return table
+
+
+def _fits(console: Console, table: Table) -> bool:
+    return Measurement.get(console, console.options.update(width=10_000), table).maximum <= console.width
+
+
+def _print(console: Console, table: Table) -> None:
     console.print()
-    for note in _all_notes(comparison):
-        grid = Table.grid(padding=(0, 1, 0, 0))
-        grid.add_row(Text("·", style="dim"), Text(note, style="dim"))
-        console.print(grid)
+    console.print(table)
+
+
+def _print_divided(console: Console, columns: int, table_of: Callable[[Sequence[int]], Table]) -> None:
+    """A table with as many columns at a time as fit; each part repeats the names of its rows."""
+    part: list[int] = []
+    parts = [part]
+    for j in range(columns):
+        if part and not _fits(console, table_of([*part, j])):
+            part = []
+            parts.append(part)
+        part.append(j)
+    for number, part in enumerate(parts):
+        table = table_of(part)
+        if number:
+            table.title = f"{table.title} (continued)"
+        _print(console, table)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which runs can stand side by side? Those scored on the same instances of the same tasks, with the same model.
+"""Reader of scored runs, and the check that they are comparable.
 
-Runs of one name are one column, over their seeds, and must differ in nothing else that matters.
+Runs stand side by side if they were scored on the same instances of the same tasks, with the same model. Runs of one
+name are one column, over their seeds, and may differ in nothing else that changes a score.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dyads.comparing.intervals import Array
-from dyads.comparing.metric_moments import METRICS, moments, score
+from dyads.comparing.metric_moments import CLASS_METRICS, METRICS, contributions
 from dyads.errors import RunError
 from dyads.recipe.spec import Recipe, differences
 from dyads.runs.folder import RunFolder, ScoreRow, Scores
@@ -37,14 +37,14 @@ _UNIMPORTANT = (
     "train.threads",
     "train.trainer.disable_tqdm",
 )
-"""Recipe keys that two runs may differ in without a word."""
+"""Recipe keys that no score depends on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A run's training loss: its mean over the last tenth of the steps, and over the tenth before.
+    """Mean training loss of a run over the last tenth of its steps, and over the tenth before.
 
-    The loss of the tasks, without what a method adds for itself (a contrastive or load-balancing loss).
+    Auxiliary losses of a method (contrastive, load-balancing) are not in it.
     """
 
     seed: int
@@ -53,19 +53,19 @@ class Curve:
 
     @property
     def falls(self) -> bool:
-        """Whether it had not flattened."""
+        """Whether the loss had not flattened."""
         return self.before - self.last > _FLAT * abs(self.before)
 
 
 @dataclass(frozen=True)
 class ScoredRun:
-    """What a comparison needs of a run."""
+    """A run's recipe, scores, contributions of instances and end of the training loss."""
 
     path: str
     recipe: Recipe
     scores: Scores
     headline: dict[str, ScoreRow]
-    values: dict[str, dict[str, Array]]  # task -> instance id -> what it gives to the headline score (k)
+    values: dict[str, dict[str, float]]  # task -> instance id -> contribution to the headline score
     curve: Curve | None
 
     @property
@@ -78,10 +78,7 @@ class ScoredRun:
 
 
 def find(places: Sequence[str | Path | RunFolder]) -> tuple[list[RunFolder], list[str]]:
-    """The runs that are meant by places: run folders, or folders that hold some; and a note on what was left out.
-
-    Of a folder that holds runs, those that have scores are taken.
-    """
+    """The run folders among `places` and the scored ones inside its other folders; with notes on those left out."""
     runs: list[RunFolder] = []
     notes: list[str] = []
     for place in places:
@@ -91,7 +88,7 @@ def find(places: Sequence[str | Path | RunFolder]) -> tuple[list[RunFolder], lis
             continue
         inside = [RunFolder(p) for p in sorted(folder.path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
         if not any(run.is_scored for run in inside):
-            raise _holds_none(folder, inside)
+            raise _no_scored_run(folder, inside)
         runs += [run for run in inside if run.is_scored]
         unscored = [run.path.name for run in inside if not run.is_scored]
         if unscored:
@@ -99,8 +96,8 @@ def find(places: Sequence[str | Path | RunFolder]) -> tuple[list[RunFolder], lis
     return runs, notes
 
 
-def _holds_none(folder: RunFolder, inside: Sequence[RunFolder]) -> RunError:
-    """Why there is no scored run in a folder, and where there is one."""
+def _no_scored_run(folder: RunFolder, inside: Sequence[RunFolder]) -> RunError:
+    """Error for a folder without a scored run: names unscored runs, or the folders that hold runs."""
     unscored = [run for run in inside if run.is_run]
     if unscored:
         names = ", ".join(run.path.name for run in unscored)
@@ -114,11 +111,11 @@ def _holds_none(folder: RunFolder, inside: Sequence[RunFolder]) -> RunError:
 
 
 def read(folder: RunFolder) -> ScoredRun:
-    """A run's scores with those of every instance; refused if the two do not belong together."""
+    """A run's headline scores with the contributions of their instances; refused if the two do not agree."""
     scores = folder.scores()
     again = f"run `dyads evaluate {folder.path}` again"
     headline: dict[str, ScoreRow] = {}
-    values: dict[str, dict[str, Array]] = {}
+    values: dict[str, dict[str, float]] = {}
     for row in scores["scores"]:
         if not row["headline"]:
             continue
@@ -126,19 +123,22 @@ def read(folder: RunFolder) -> ScoredRun:
         if task in headline:
             raise RunError(f"'{folder.path}' has two headline scores for task '{task}'; {again}")
         if not row["higher_is_better"]:
-            raise RunError(f"task '{task}' has the headline metric {metric}, of which less is better: no average of it")
+            raise RunError(
+                f"task '{task}' has the headline metric {metric}, where lower is better; it cannot be averaged"
+            )
         predictions = folder.predictions(task)
-        if metric in METRICS and metric != "pearson" and "labels" not in row:
-            raise RunError(f"'{folder.path}': {metric} of task '{task}' is without the task's labels; {again}")
+        if metric in CLASS_METRICS and "labels" not in row:
+            raise RunError(
+                f"'{folder.path}': scores.json has no labels of task '{task}', which {metric} needs; {again}"
+            )
         lacking = [p["id"] for p in predictions if metric not in p["scores"] and metric not in METRICS]
         if lacking:
             raise RunError(
                 f"'{folder.path}': instance '{lacking[0]}' of task '{task}' has no {metric} of its own, "
-                f"which intervals need; {again}"
+                f"and intervals need one; {again}"
             )
-        parts = moments(metric, predictions, row.get("labels", []))
-        instances = dict(zip((p["id"] for p in predictions), parts, strict=True))
-        mean = float(score(metric, parts.mean(axis=0))) if predictions else 0.0
+        mean, parts = contributions(metric, predictions, row.get("labels", [])) if predictions else (0.0, ())
+        instances = dict(zip((p["id"] for p in predictions), map(float, parts), strict=True))
         if len(instances) != row["n"] or len(predictions) != row["n"] or abs(mean - row["value"]) > 0.01:
             raise RunError(
                 f"'{folder.path}': the predictions of task '{task}' ({len(predictions)} instances, {metric} "
@@ -151,7 +151,7 @@ def read(folder: RunFolder) -> ScoredRun:
 
 
 def _curve(folder: RunFolder, seed: int) -> Curve | None:
-    # A resumed run logs the steps after its checkpoint again; the later line counts.
+    # A resumed run logs the steps after its checkpoint again; the later line replaces the earlier.
     lines = [line for line in folder.log() if _is_number(line.get("loss")) and "step" in line]
     points = {line["step"]: line["loss"] - (line.get("auxiliary_loss") or 0.0) for line in lines}
     if not points:
@@ -167,7 +167,7 @@ def _is_number(value: object) -> bool:
 
 
 def grouped(runs: Sequence[ScoredRun]) -> dict[str, list[ScoredRun]]:
-    """Runs by label, the references first, each group in the order of its seeds; refused if they are not comparable."""
+    """Runs by label, untrained references first, each group in the order of its seeds; refused if not comparable."""
     for run in runs[1:]:
         _refuse_unlike(runs[0], run)
     _refuse_other_models(runs)
@@ -195,7 +195,7 @@ def grouped(runs: Sequence[ScoredRun]) -> dict[str, list[ScoredRun]]:
 
 
 def changed(a: Recipe, b: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Keys at which two recipes differ, with both values; without those that no score depends on."""
+    """Keys in which two recipes differ, with both values, except those that no score depends on."""
     return {k: v for k, v in differences(a.resolved(), b.resolved()).items() if k not in _UNIMPORTANT}
 
 
@@ -230,7 +230,7 @@ def _refuse_unlike(a: ScoredRun, b: ScoredRun) -> None:
 
 
 def _refuse_other_models(runs: Sequence[ScoredRun]) -> None:
-    """One model for all; majority reads no model, so it goes with any."""
+    """All runs need the same base model; `majority` reads none and is exempt."""
     with_model = [run for run in runs if run.recipe.method.name != "majority"]
     for run in with_model[1:]:
         first, model = with_model[0].recipe.model, run.recipe.model

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Comparisons count right, pair right, and refuse what cannot be compared."""
+"""Comparisons of run folders: means, paired differences, verdicts, refusals, notes and tables."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.text import Text
-from scipy.stats import bootstrap
+from scipy import stats
 
-from dyads.comparing.compare import compare
+from dyads.comparing.comparison import compare
 from dyads.comparing.tables import to_csv, to_json, to_markdown, to_terminal
 from dyads.errors import RunError
 from dyads.runs.folder import RunFolder
@@ -40,47 +40,79 @@ def test_scores_are_means_over_seeds_with_their_spread(run: Run) -> None:
     assert "15.0 to 35.0" in to_markdown(compare(folders))
 
 
-def test_an_interval_over_instances_agrees_with_scipy(run: Run) -> None:
-    values = np.random.default_rng(3).gamma(2.0, 15.0, size=40)
-    theirs = bootstrap((values,), np.mean, method="percentile", n_resamples=10_000, rng=1).confidence_interval
-    ours = compare([run("a", {"t": list(values)})]).columns[0].micro
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.3)
-
-
 def test_a_paired_difference_agrees_with_scipy_and_is_narrower_than_an_unpaired_one(run: Run) -> None:
     rng = np.random.default_rng(4)
     hard = rng.uniform(0, 80, size=60)
     a, b = hard + rng.normal(0, 3, size=60), hard + 2 + rng.normal(0, 3, size=60)
-    theirs = bootstrap((b - a,), np.mean, method="percentile", n_resamples=10_000, rng=1).confidence_interval
+    theirs = stats.ttest_rel(b, a)
     found = compare([run("a", {"t": list(a)}), run("b", {"t": list(b)})])
     ours = found.pair("b", "a").micro
-    assert ours.value == pytest.approx((b - a).mean())
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.1)
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+    assert (ours.value, ours.p) == pytest.approx(((b - a).mean(), theirs.pvalue))
     alone = found.columns[0].micro
     assert ours.high - ours.low < (alone.high - alone.low) / 3
-    back = found.pair("a", "b").micro
-    assert (back.low, back.high) == pytest.approx((-ours.high, -ours.low))
+    assert found.pair("a", "b").micro == -ours
 
 
-def test_tasks_keep_their_size_in_every_resample(run: Run) -> None:
-    found = compare([run("a", {"zero": [0] * 5, "full": [100] * 15})]).columns[0]
-    assert (found.micro.low, found.micro.high) == pytest.approx((75, 75))
-
-
-def test_the_seeds_of_equal_seed_sets_are_drawn_together(run: Run) -> None:
+def test_columns_with_the_same_seeds_are_paired(run: Run) -> None:
     """Runs without spread over instances, but with one over seeds that both columns share."""
     folders = [run(n, {"t": [50 + 10 * s + d] * 4}, seed=s) for n, d in (("a", 0), ("b", 3)) for s in range(3)]
     found = compare(folders)
-    assert (found.columns[0].micro.low, found.columns[0].micro.high) == (50, 70)
+    low, high = stats.ttest_1samp([50, 60, 70], 0).confidence_interval(0.95)
+    assert (found.columns[0].micro.low, found.columns[0].micro.high) == pytest.approx((low, high))
     gap = found.pair("b", "a").micro
-    assert (gap.low, gap.high) == pytest.approx((3, 3))
+    assert (gap.low, gap.high, gap.over_seeds) == (3, 3, True)
 
 
-def test_the_same_comparison_gives_the_same_numbers(run: Run) -> None:
-    values = list(np.random.default_rng(0).uniform(0, 100, size=30))
-    folders = [run("a", {"t": values}), run("b", {"t": values[::-1]})]
-    assert compare(folders) == compare(folders)
-    assert compare(folders).columns[0].micro != compare(folders, bootstrap_seed=1).columns[0].micro
+def test_columns_with_other_seeds_and_references_are_compared_too(run: Run) -> None:
+    folders = [run("a", {"t": [50 + 10 * s] * 4}, seed=s) for s in range(3)]
+    folders += [run("b", {"t": [50 + 10 * s] * 4}, seed=s) for s in (3, 4)]
+    folders += [run("bare", {"t": [30, 30, 30, 30]}, method="zero-shot")]
+    found = compare(folders)
+    low, high = stats.ttest_ind([80, 90], [50, 60, 70], equal_var=False).confidence_interval(0.95)
+    gap = found.pair("b", "a")
+    assert (gap.macro.low, gap.macro.high) == pytest.approx((low, high))
+    assert gap.p_value is None
+    low, high = stats.ttest_1samp([20, 30, 40], 0).confidence_interval(0.95)
+    over = found.pair("a", "bare").macro
+    assert (over.low, over.high, over.over_seeds) == pytest.approx((low, high, True))
+
+
+def test_a_correlation_has_an_interval_too(run: Run, tmp_path: Path) -> None:
+    folder = run("a", {"t": [50.0] * 40}, metrics={"t": "pearson"})
+    x, y = np.random.default_rng(0).normal(size=(2, 40)) + np.linspace(0, 6, 40)
+    path = folder / "predictions" / "t.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [{**row, "prediction": f"{p}", "references": [f"{r}"]} for row, p, r in zip(rows, x, y, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    correlation = 100 * stats.pearsonr(x, y).statistic
+    scores = json.loads((folder / "scores.json").read_text())
+    scores["scores"][0]["value"] = correlation
+    (folder / "scores.json").write_text(json.dumps(scores))
+    (found,) = compare([folder]).columns[0].scores
+    fisher = stats.pearsonr(x, y).confidence_interval(0.95)
+    assert found.value == pytest.approx(correlation)
+    assert (found.low, found.high) == pytest.approx((100 * fisher.low, 100 * fisher.high), abs=6)
+
+
+def test_verdicts_are_corrected_for_the_family_that_is_shown(run: Run) -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(50, 1, size=30)
+    shift = {"a": 0.0, "b": 0.0, "c": 0.0, "d": 2.0, "e": -0.18}
+    folders = [run(n, {"t": list(base + s + (n > "a") * rng.normal(0, 0.6, size=30))}) for n, s in shift.items()]
+    found = compare(folders, baseline="a")
+    assert [(p.row, p.column) for p in found.differences] == [("b", "a"), ("c", "a"), ("d", "a"), ("e", "a")]
+    plain = {p.row: p.macro.p for p in found.differences}
+    assert [p.macro_verdict for p in found.differences] == ["undecided", "undecided", "ahead", "undecided"]
+    assert 0.05 / 3 < plain["e"] < 0.05, "the plain interval would say behind"
+    assert found.pair("e", "a").macro_holm == pytest.approx(3 * plain["e"])
+    assert found.pair("a", "e").macro_holm is None
+    alone = compare([folders[0], folders[4]], baseline="a").pair("e", "a")
+    assert (alone.macro_verdict, alone.micro_verdict) == ("behind", "behind")
+    assert len(compare(folders).differences) == 10
+    text = to_markdown(found)
+    assert re.search(r"^\| d − a \| \+2\.\d .*\| < 0.001 \| \(ahead\) \|", text, flags=re.M), "one seed: in brackets"
+    assert "Holm's correction over 4 differences" in text
 
 
 def test_instances_are_matched_by_their_id_and_not_by_their_place(run: Run) -> None:
@@ -91,20 +123,29 @@ def test_instances_are_matched_by_their_id_and_not_by_their_place(run: Run) -> N
     assert (gap.low, gap.high) == (0, 0)
 
 
-def test_win_rates_count_ties_half_and_are_tested_without_them(run: Run) -> None:
+def test_win_rates_count_ties_half_and_one_seed_is_no_evidence(run: Run) -> None:
     a = run("a", {"t1": [3], "t2": [3], "t3": [3], "t4": [5], "t5": [1]})
     b = run("b", {"t1": [1], "t2": [1], "t3": [1], "t4": [5], "t5": [2]})
     found = compare([a, b])
     pair, back = found.pair("a", "b"), found.pair("b", "a")
     assert (pair.wins, pair.ties, pair.losses) == (3, 1, 1)
-    assert pair.win_rate == 3.5 / 5
-    assert back.win_rate == 1.5 / 5
-    assert pair.p_value == back.p_value == pytest.approx(2 * (4 + 1) / 2**4)  # P(≥ 3 of 4), both sides
+    assert (pair.win_rate, back.win_rate) == (3.5 / 5, 1.5 / 5)
+    assert pair.p_value == back.p_value == 1.0
+    assert "fewer than six common seeds" in to_markdown(found)
 
 
-def test_columns_that_never_differ_are_no_evidence(run: Run) -> None:
-    pair = compare([run("a", {"t": [3]}), run("b", {"t": [3]})]).pair("a", "b")
-    assert (pair.win_rate, pair.p_value) == (0.5, 1.0)
+def test_win_rates_have_stars_from_six_common_seeds(run: Run) -> None:
+    tasks = {"t": 0.0, "u": 1.0, "v": 2.0}
+    folders = [
+        run(name, {t: [x + better, x + s] for t, x in tasks.items()}, seed=s)
+        for name, better in (("a", 0.0), ("b", 9.0))
+        for s in range(6)
+    ]
+    found = compare(folders)
+    assert found.pair("b", "a").p_value == 2 / 2**6
+    text = to_markdown(found)
+    assert r"| b | 100\* | · |" in text
+    assert r"\* p < 0.05" in text
 
 
 def test_references_come_first_and_have_no_parameters_shown(run: Run) -> None:
@@ -180,6 +221,12 @@ def test_nothing_an_unknown_baseline_and_an_unscored_run_are_refused(run: Run) -
         compare([folder])
 
 
+ONE_SEED = (
+    "one seed: intervals are about the instances alone, not about another training; "
+    "verdicts that rest on them stand in brackets"
+)
+
+
 def test_other_differences_are_notes(run: Run) -> None:
     folders = [
         run("a", {"t": [1], "u": [2]}, metrics={"u": "exact_match"}, seed=1, parameters=1000),
@@ -189,13 +236,24 @@ def test_other_differences_are_notes(run: Run) -> None:
     assert set(compare(folders).notes) == {
         "micro and macro average over different metrics: rouge_l (1 task), exact_match (1 task)",
         "seeds differ: 1 (a), 0 (b, c)",
-        "intervals of columns with one seed are about the instances alone, not about another training",
+        ONE_SEED,
         "trainable parameters differ by more than 5 %: 1,000 (a, c), 2,000 (b)",
         "train.learning_rate differs: 0.001 (a, c), 0.002 (b)",
         "mixture.kind differs: proportional (a, b), uniform (c)",
         "too few log lines to say whether the loss had flattened: a, b, c",
         "no zero-shot and no majority run here: add one to see how much of a score was learned",
     }
+
+
+def test_one_seed_and_few_seeds_are_noted_by_column(run: Run) -> None:
+    folders = [run("a", {"t": [1, 2]}, seed=s) for s in range(3)] + [run("b", {"t": [1, 2]})]
+    folders += [run("c", {"t": [1, 2]}, seed=s) for s in range(5)]
+    notes = compare(folders).notes
+    assert [n.partition(":")[0] for n in notes if "seed" in n.partition(":")[0]] == [
+        "seeds differ",
+        "one seed (b)",
+        "fewer than five seeds (a)",
+    ]
 
 
 def test_a_loss_that_still_falls_is_told_and_one_that_is_flat_is_not(run: Run) -> None:
@@ -241,7 +299,7 @@ def test_a_bare_model_that_misses_the_form_is_noted(
 def test_a_folder_of_runs_stands_for_the_scored_ones_in_it(run: Run, tmp_path: Path) -> None:
     run("a", {"t": [1]})
     (run("b", {"t": [1]}) / "scores.json").unlink()
-    found = compare([tmp_path], resamples=10)
+    found = compare([tmp_path])
     assert [column.runs for column in found.columns] == [(str(tmp_path / "a-seed0"),)]
     assert found.notes[0] == f"left out of {tmp_path}, as they have no scores: b-seed0"
 
@@ -267,7 +325,7 @@ def columns(run: Run, count: int, tasks: int = 3) -> list[Path]:
 
 @pytest.mark.parametrize("count", [1, 3, 14, 30])
 def test_nothing_is_cut_in_a_terminal_of_80_columns(run: Run, count: int) -> None:
-    text = Text.from_ansi(to_terminal(compare(columns(run, count, tasks=8), resamples=50), width=80)).plain
+    text = Text.from_ansi(to_terminal(compare(columns(run, count, tasks=8)), width=80)).plain
     assert max(map(len, text.splitlines())) <= 80
     for i in range(count):
         assert f"method-{i}-of-many" in text
@@ -282,14 +340,18 @@ def test_nothing_is_cut_in_a_terminal_of_80_columns(run: Run, count: int) -> Non
 def test_markdown_has_names_in_full_and_the_best_in_bold(run: Run) -> None:
     text = to_markdown(compare(columns(run, 2)))
     assert "| task200_long_long_name | rouge_l | v1 | 3 | **50.7** | 49.7 |" in text
-    assert "| method-1-of-many − method-0-of-many | -1.0 | -1.0 to -1.0 |" in text
+    assert "| method-1-of-many − method-0-of-many | -1.0 | -1.0 to -1.0 | < 0.001 | (behind) | -1.0 |" in text
+    assert "Row minus column, paired 95 % intervals over instances alone." in text
 
 
 def test_csv_has_a_line_for_every_value(run: Run) -> None:
     rows = list(csv.DictReader(io.StringIO(to_csv(compare(columns(run, 2))))))
-    assert len(rows) == 2 * (3 + 2)
+    assert len(rows) == 2 * (3 + 2) + 2
     assert [row["level"] for row in rows[:5]] == ["task", "task", "task", "micro", "macro"]
     assert (rows[0]["task"], rows[0]["label"], float(rows[0]["value"])) == ("task000_name", "method-0-of-many", 50.0)
+    shown = [(row["level"], row["label"], row["minus"], row["value"], row["low"], row["verdict"]) for row in rows[-2:]]
+    assert shown == [(x, "method-1-of-many", "method-0-of-many", "-1", "-1", "behind") for x in ("micro", "macro")]
+    assert {row["minus"] for row in rows[:-2]} == {""}
 
 
 def test_json_holds_everything(run: Run) -> None:
@@ -297,6 +359,19 @@ def test_json_holds_everything(run: Run) -> None:
     assert content["columns"][1]["scores"]["task000_name"]["value"] == 49.0
     assert content["pairs"][0]["win_rate"] == 1.0
     assert content["baseline"] == "method-0-of-many"
+    assert [(pair["macro_verdict"], pair["macro_holm"]) for pair in content["pairs"]] == [
+        ("undecided", None),
+        ("behind", 0.0),
+    ]
+
+
+def test_an_interval_of_one_instance_is_left_open(run: Run) -> None:
+    found = compare([run("a", {"t": [10]}), run("b", {"t": [20]})])
+    assert "| b − a | +10.0 | – | 1.000 | undecided |" in to_markdown(found)
+    assert json.loads(to_json(found))["columns"][0]["micro"]["low"] is None
+    row = next(csv.DictReader(io.StringIO(to_csv(found))))
+    assert (row["value"], row["low"], row["high"]) == ("10", "", "")
+    assert "–" in to_terminal(found)
 
 
 def test_with_a_baseline_only_its_differences_are_shown(run: Run) -> None:
