@@ -34,7 +34,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# About an hour on two quiet cores, a part at a time: see `python -m benchmarks --help`. A cut-off run goes on.
+# About 40 minutes on two quiet cores; `make bench BENCH=--plan` shows the plan, and a cut-off run goes on where it was.
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-compile 'trl>=1.16,<2'
 	PYTHONPATH=src $(BIN)/python -m benchmarks --resume --write-docs $(BENCH)

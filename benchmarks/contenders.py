@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is measured, in which setting, and how is each of them built?
+"""Contenders and settings: the adapted models that are measured, and how each is built.
 
-A contender is plain data, so that it can be sent to a process of its own. Sizes that a budget decides (`solve`) are
-found before: at equal trainable parameters, counted with routers, gates and embeddings.
+A contender is plain data, so that it can be sent to a process of its own. Its size may be left open (`solve`): then it
+is set to train as many parameters as the setting's budget, routers, gates and embeddings included.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,7 @@ TASKS = 8
 
 @dataclass(frozen=True)
 class Contender:
-    """One adapted model. `builder` says how it is made, `options` are the fields of its PEFT config."""
+    """One adapted model: `builder` names its library and method, `options` are the fields of its PEFT config."""
 
     label: str
     builder: str
@@ -29,7 +28,9 @@ class Contender:
     """The option that is set to meet the budget: r or num_experts; 'r/8' for 8 experts in PEFT's own classes."""
     tasks: str = "none"
     """none, one (the whole batch has the same task) or mixed (row i has task i modulo 8)."""
-    questions: tuple[str, ...] = ("step", "forward", "decode")
+    metrics: tuple[str, ...] = ("step", "forward", "decode")
+    slowness: float = 1.0
+    """About how many times the setting's `seconds` a step and a forward pass take; for the estimate only."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Setting:
 
     title: str
     about: str
-    """What a reader has to know to read the table rightly."""
+    """What a reader needs to know to read the table."""
     model: str
     """A name that dyads loads; or `llama`, built from `config` with random weights."""
     targets: tuple[str, ...]
@@ -56,16 +57,16 @@ class Setting:
     config: dict[str, int] = field(default_factory=dict)
     prompt: int = 32
     new_tokens: int = 32
-    every: dict[str, int] = field(default_factory=lambda: {"step": 1, "forward": 2, "decode": 2})
-    """A question is asked in every so many rounds: where a round is long, its two ends see another machine."""
     lives: int = 8
     """Rounds for which a process lives: it may be faster or slower than others of its kind for that long (LOG.md)."""
+    seconds: dict[str, float] = field(default_factory=lambda: {"start": 3, "step": 0.1, "forward": 0.1, "decode": 0.1})
+    """About how long a process takes to start, and the reference for each metric; for the estimate only."""
 
 
-ONLY_FORWARD = ("forward", "decode")
+WITHOUT_STEP = ("forward", "decode")
 
 _RIVALS = {
-    "frozen": Contender("frozen model", "frozen", questions=ONLY_FORWARD),
+    "frozen": Contender("frozen model", "frozen", metrics=WITHOUT_STEP),
     "lora-bf16": Contender(
         "PEFT LoRA, equal parameters, bf16 adapters", "lora", {"autocast_adapter_dtype": False}, solve="r"
     ),
@@ -73,8 +74,11 @@ _RIVALS = {
     "mhr": Contender(
         "PEFT MHR, 8 skills, 8 heads", "peft-poly", {"n_skills": 8, "n_splits": 8}, solve="r/8", tasks="mixed"
     ),
-    "xlora": Contender("PEFT X-LoRA, 8 trained experts", "xlora", {"experts": 8}, solve="r/8"),
-    "arrow": Contender("PEFT Arrow, 8 fixed experts", "arrow", {"experts": 8}, solve="r/8", questions=ONLY_FORWARD),
+    # It decodes some two tokens a second, which would take longer than all the rest.
+    "xlora": Contender(
+        "PEFT X-LoRA, 8 trained experts", "xlora", {"experts": 8}, "r/8", metrics=("step", "forward"), slowness=5
+    ),
+    "arrow": Contender("PEFT Arrow, 8 fixed experts", "arrow", {"experts": 8}, solve="r/8", metrics=WITHOUT_STEP),
 }
 _OURS = {
     "molora-sd": Contender(
@@ -83,7 +87,7 @@ _OURS = {
     "more": Contender("MoRE, a batch of one task", "more", {"num_tasks": TASKS}, solve="r", tasks="one"),
     "more-mixed": Contender("MoRE, a batch of 8 tasks", "more", {"num_tasks": TASKS}, solve="r", tasks="mixed"),
     "more-merged": Contender(
-        "MoRE merged for a task", "more", {"num_tasks": TASKS, "merged": True}, solve="r", questions=ONLY_FORWARD
+        "MoRE merged for a task", "more", {"num_tasks": TASKS, "merged": True}, solve="r", metrics=WITHOUT_STEP
     ),
 }
 
@@ -122,25 +126,20 @@ SMOLLM2 = Setting(
         "lora-64": Contender("PEFT LoRA r=64", "lora", {"r": 64}),
         "lora-rank": Contender("PEFT LoRA of equal rank", "lora", {"r": 4}),
         **_RIVALS,
-        # Its decoding, some two tokens a second, would take longer than all the rest; the smaller setting has it.
-        "xlora": replace(_RIVALS["xlora"], questions=("step", "forward")),
         "mode-16x4": Contender("MoDE 16×4", "mode", {"r": 4, "num_experts": 16}),
         "mode-bf16": Contender(
             "MoDE 16×4, bf16 adapters", "mode", {"r": 4, "num_experts": 16, "autocast_adapter_dtype": False}
         ),
-        "mode-torch": Contender(
-            "MoDE 16×4, gates by PyTorch's operations", "mode", {"r": 4, "num_experts": 16, "compiled": False}
-        ),
         "mode-grouped": Contender("MoDE, rank 16 in groups of 4", "mode", {"r": 16, "group_size": 4}, "num_experts"),
         "molora": Contender("MoLORA, 8 experts", "molora", {"num_experts": 8}, solve="r"),
         **_OURS,
-        "mode-4x4": Contender("MoDE of rank 4, 4 experts", "mode", {"r": 4, "num_experts": 4}, questions=("step",)),
-        "mode-64x4": Contender("MoDE of rank 4, 64 experts", "mode", {"r": 4, "num_experts": 64}, questions=("step",)),
+        "mode-4x4": Contender("MoDE of rank 4, 4 experts", "mode", {"r": 4, "num_experts": 4}, metrics=("step",)),
+        "mode-64x4": Contender("MoDE of rank 4, 64 experts", "mode", {"r": 4, "num_experts": 64}, metrics=("step",)),
     },
     groups={
-        # The closest bars stand between these three: a short round, to be asked often.
+        # The closest bars stand between these three.
         "main": ("lora", "mode-16x4", "lora-bf16"),
-        "variants": ("lora", "mode-bf16", "mode-torch", "lora-64"),
+        "variants": ("lora", "mode-bf16", "lora-64"),
         "family": ("lora", "lora-rank", "molora", "molora-sd"),
         "growth": ("lora", "mode-4x4", "mode-64x4"),
         "tasks": ("lora", "mode-grouped", "more", "more-mixed"),
@@ -148,12 +147,12 @@ SMOLLM2 = Setting(
         "rivals": ("lora", "poly", "mhr", "arrow"),
         "xlora": ("lora", "xlora"),  # it takes 7 GB by itself
     },
-    every={"step": 1, "forward": 2, "decode": 1},  # no ratio has closer bars than those of decoding
+    seconds={"start": 14, "step": 1.6, "forward": 0.6, "decode": 2.5},
 )
 
 LLAMA = Setting(
     title="Llama-shaped (width 576, 4 layers, vocabulary 2,048), fp32, all linears, batch 4×128, one thread",
-    about="Poly mixes skills of rank 8 for every example; the mixtures and LoRA multiply every token by rank 64.",
+    about="Poly mixes skills of rank 8 once for every example; the mixtures and LoRA multiply every token by rank 64.",
     model="llama",
     config={
         "hidden_size": 576,
@@ -178,25 +177,18 @@ LLAMA = Setting(
         **{name: _RIVALS[name] for name in ("frozen", "poly", "mhr", "xlora", "arrow")},
         "molora-8x8": Contender("MoLORA 8×8", "molora", {"r": 8, "num_experts": 8}),
         "mode": Contender("MoDE of rank 8", "mode", {"r": 8}, solve="num_experts"),
-        "mode-torch": Contender(
-            "MoDE of rank 8, gates by PyTorch's operations", "mode", {"r": 8, "compiled": False}, solve="num_experts"
-        ),
-        "mode-untiled": Contender(
-            "MoDE of rank 8, products by PyTorch's operations", "mode", {"r": 8, "tiled": False}, solve="num_experts"
-        ),
         "mode-grouped": Contender("MoDE, rank 16 in groups of 4", "mode", {"r": 16, "group_size": 4}, "num_experts"),
         **_OURS,
         "more-mixed": replace(_OURS["more-mixed"], label="MoRE, a batch of 4 tasks"),  # one for every row
         **_RELATIVES,
     },
     groups={
-        "main": ("lora", "molora-8x8", "mode", "poly"),  # the closest bars again
-        "xlora": ("lora", "molora-8x8", "mode", "mode-torch", "mode-untiled", "xlora"),
+        "main": ("lora", "molora-8x8", "mode", "poly"),  # Poly has no bar, but is the nearest rival
         "family": ("lora", "mode-grouped", "molora-sd", "more", "more-mixed", "lora-rank"),
-        "rivals": ("lora", "frozen", "mhr", "arrow", "more-merged"),
+        "rivals": ("lora", "frozen", "mhr", "arrow", "more-merged", "xlora"),
         "relatives": ("lora", "moelora", "mtl-lora", "smora", "poly-ours", "task-mode"),
     },
-    every={"step": 1, "forward": 2, "decode": 4},  # X-LoRA decodes seven tokens a second
+    seconds={"start": 5, "step": 0.4, "forward": 0.2, "decode": 0.5},
 )
 
 TINY = Setting(
@@ -242,13 +234,13 @@ SETTINGS = {"smollm2": SMOLLM2, "llama": LLAMA, "tiny": TINY}
 
 
 def resolved(setting: Setting, out: Path, only: Sequence[str]) -> dict[str, Contender]:
-    """The contenders with the sizes that the budget gives them; those in `only`."""
+    """The contenders in `only`, with the sizes that the budget gives them."""
     from dyads.models.budget import count, solve
 
     model, targets = base_name(setting, out), list(setting.targets)
 
     def plain(c: Contender) -> dict[str, Any]:
-        hidden = ("merged", "compiled", "tiled", "autocast_adapter_dtype", "experts", "n_skills", "n_splits")
+        hidden = ("merged", "autocast_adapter_dtype", "experts", "n_skills", "n_splits")
         return {**{k: v for k, v in c.options.items() if k not in hidden}, "target_modules": targets}
 
     chosen = setting.contenders[setting.budget]
@@ -265,12 +257,12 @@ def resolved(setting: Setting, out: Path, only: Sequence[str]) -> dict[str, Cont
         elif contender.solve in ("r", "num_experts"):
             free: Any = contender.solve
             options[free], _ = solve(model, contender.builder, plain(contender), free=free, parameters=budget)
-        found[name] = Contender(**{**asdict(contender), "options": options, "questions": contender.questions})
+        found[name] = Contender(**{**asdict(contender), "options": options, "metrics": contender.metrics})
     return found
 
 
 def base_name(setting: Setting, out: Path) -> str:
-    """The base model as dyads names it: a model made of a config gets a folder that holds only that."""
+    """The base model's name for dyads; a model made from a config gets a folder that holds only the config."""
     if setting.model != "llama":
         return setting.model
     from transformers import LlamaConfig
@@ -285,7 +277,7 @@ def base_name(setting: Setting, out: Path) -> str:
 
 
 def build_base(setting: Setting, out: Path) -> Any:
-    """The frozen base model; one that is made of a config has the same weights every time."""
+    """The frozen base model; one made from a config has the same weights every time."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -306,7 +298,7 @@ def build_base(setting: Setting, out: Path) -> Any:
 
 
 def build(setting: Setting, contender: Contender, out: Path) -> Any:
-    """The contender's model, made as its user would make it; its up-projections are small random numbers, not 0."""
+    """The contender's model, made as its user would make it, but with small random up-projections instead of zeros."""
     import torch
     from peft import get_peft_model
 
@@ -334,9 +326,6 @@ def build(setting: Setting, contender: Contender, out: Path) -> Any:
         from dyads.methods import build_config
 
         merged, autocast = options.pop("merged", False), options.pop("autocast_adapter_dtype", True)
-        for option, variable in (("compiled", "DYADS_KERNEL"), ("tiled", "DYADS_TILES")):
-            if not options.pop(option, True):
-                os.environ[variable] = "0"  # read when they are first needed in this process, which is its own
         config = build_config(contender.builder, {**options, **common})
         model = get_peft_model(base, config, autocast_adapter_dtype=autocast)
         if merged:
@@ -347,7 +336,8 @@ def build(setting: Setting, contender: Contender, out: Path) -> Any:
 
 
 def _start(model: Any) -> None:
-    """Small random up-projections: with zeros, as they start, half of the gradients and Arrow's routing are nothing."""
+    """Set up-projections to small random numbers: at their usual start, 0, half of the gradients and Arrow's routing
+    are 0 too."""
     import torch
 
     with torch.no_grad():
@@ -357,7 +347,7 @@ def _start(model: Any) -> None:
 
 
 def _saved_experts(base: Any, common: dict[str, Any], r: int, experts: int, folder: str) -> list[str]:
-    """LoRA adapters on disk, where X-LoRA and Arrow want their experts."""
+    """Folders of saved LoRA adapters, from which X-LoRA and Arrow load their experts."""
     from peft import LoraConfig, get_peft_model
 
     paths = []

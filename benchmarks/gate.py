@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is what will be measured also right? Checked before any number is printed.
+"""Correctness gate: outputs and gradients of every measured method of dyads, compared before anything is measured.
 
-For every contender of ours, against the double sum in float64, outputs and gradients: the operators, over shapes with
-ones and primes; one adapted layer at the setting's own width and dtype; and a whole small model, also without gradients
-and when it generates. Then MoDE with one expert against PEFT's LoRA.
+The reference is the double sum over rank-one terms (`dyadic_sum`) in float64. Compared with it are the operators, over
+shapes with ones and primes; one adapted layer at the setting's own width and dtype; and a whole small model, also
+without gradients and in `generate`. MoDE with one expert is compared with PEFT's LoRA.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -21,51 +20,49 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dyads.tuner  # noqa: F401  # PEFT has to know the methods
 from benchmarks.contenders import TASKS, Contender
 from dyads.methods import Core, build_config, methods
-from dyads.ops import dyadic, dyadic_sum, fused, untiled, without_kernel
+from dyads.ops import dyadic, dyadic_sum, fused
 from dyads.tuner.layer import DyadsLayer
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2}
 """Largest difference, as a share of the largest entry: bf16 keeps 8 bits, and a gradient passes several roundings."""
 
 OPERATORS: dict[str, Callable[..., Tensor]] = {"dyadic": dyadic, "fused": fused}
-"""All have one signature: the plain one, and what layers may call instead."""
+"""Operators of one signature: the plain one, and the one that layers call."""
 
 SHAPES = [(1, 1, 3, 2), (2, 7, 12, 5), (3, 2, 1, 1)]
 
 
 class GateError(Exception):
-    """A result differs from what defines it."""
+    """A result differs from its reference."""
 
 
 def check(contenders: dict[str, Contender], *, dtype: str, width: int, say: Callable[[str], None]) -> None:
-    """GateError at the first difference. `contenders` with their resolved sizes; others than ours are skipped."""
+    """GateError at the first difference. `contenders` have their resolved sizes; those of PEFT are skipped."""
     family = {method.key for method in methods()}
     ours = {name: c for name, c in contenders.items() if c.builder in family}
     seen: set[str] = set()
     for name, contender in ours.items():
         options = dict(contender.options)
         merged, in_fp32 = options.pop("merged", False), options.pop("autocast_adapter_dtype", True)
-        compiled, tiled = options.pop("compiled", True), options.pop("tiled", True)
         here = getattr(torch, dtype), width
-        with nullcontext() if compiled else without_kernel(), nullcontext() if tiled else untiled():
-            if merged:
-                _merged(f"{name}, merged", contender.builder, options, *here)
-            for tokens in (1, 80):  # fast paths may depend on how large a product is
-                _layer(f"{name}, one layer", contender.builder, options, *here, tokens, in_fp32)
-            if (key := f"{contender.builder} {compiled} {tiled} {sorted(options.items())}") in seen:
-                continue
-            seen.add(key)
-            for shape in SHAPES:
-                _operator(name, contender.builder, options, *shape)
-            _model(f"{name}, whole model", contender.builder, options)
+        if merged:
+            _merged(f"{name}, merged", contender.builder, options, *here)
+        for tokens in (1, 80):  # the operator may choose its path by the size of a product
+            _layer(f"{name}, one layer", contender.builder, options, *here, tokens, in_fp32)
+        if (key := f"{contender.builder} {sorted(options.items())}") in seen:
+            continue
+        seen.add(key)
+        for shape in SHAPES:
+            _operator(name, contender.builder, options, *shape)
+        _model(f"{name}, whole model", contender.builder, options)
         say(f"{name}: operator, layer and model agree with the double sum, outputs and gradients")
     _one_expert_is_lora()
     say("MoDE with one expert agrees with PEFT's LoRA")
 
 
 def _agree(what: str, ours: Iterable[Tensor], wanted: Iterable[Tensor | None], dtype: torch.dtype) -> None:
-    """A tensor may differ by a share of its own size, or of a hundredth of the largest one's: a gradient that is small
-    because large numbers cancel out has their rounding."""
+    """Compare tensor by tensor: a difference may be a share of the tensor's largest entry, or of a hundredth of the
+    largest entry of all, as a gradient that is small because large numbers cancel has their rounding."""
     pairs = [
         (mine.detach().double(), (torch.zeros_like(mine) if theirs is None else theirs.detach()).double())
         for mine, theirs in zip(ours, wanted, strict=True)
@@ -112,21 +109,34 @@ def _gradients(output: Tensor, weight: Tensor, leaves: list[Tensor]) -> list[Ten
     return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
 
 
+def _weights(layer: DyadsLayer) -> tuple[nn.Parameter, nn.Parameter]:
+    """A (p d) and B of a layer."""
+    return layer.dyads_A["default"], layer.dyads_B["default"]
+
+
+def _rows(B: Tensor) -> Tensor:
+    """B of a layer as the operators take it (q o)."""
+    return B
+
+
+def _core(layer: DyadsLayer) -> Core:
+    return layer.core("default")
+
+
 class _ByTheSum(nn.Module):
-    """An adapted layer written out: the base layer plus the double sum, in float64."""
+    """Reference of an adapted layer: the base layer plus the double sum, in float64."""
 
     def __init__(self, layer: DyadsLayer) -> None:
         super().__init__()
         self.base = copy.deepcopy(layer.get_base_layer()).double()
-        self.A = nn.Parameter(layer.dyads_A["default"].detach().double())
-        self.B = nn.Parameter(layer.dyads_B["default"].detach().double())
-        self.core: Any = copy.deepcopy(layer.dyads_core["default"]).double()
+        self.A, self.B = (nn.Parameter(weight.detach().double()) for weight in _weights(layer))
+        self.core: Any = copy.deepcopy(_core(layer)).double()
         self.scale = layer.scaling["default"]
         self.task: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         g = self.core.route(x @ self.A.T, x, self.task)
-        out: Tensor = self.base(x) + dyadic_sum(x, self.A, self.B, self.core.matrix(g), scale=self.scale)
+        out: Tensor = self.base(x) + dyadic_sum(x, self.A, _rows(self.B), self.core.matrix(g), scale=self.scale)
         return out
 
     def leaves(self) -> list[Tensor]:
@@ -134,7 +144,7 @@ class _ByTheSum(nn.Module):
 
 
 def _leaves(layer: DyadsLayer) -> list[Tensor]:
-    return [layer.dyads_A["default"], layer.dyads_B["default"], *layer.dyads_core["default"].parameters()]
+    return [*_weights(layer), *_core(layer).parameters()]
 
 
 class _One(nn.Module):
@@ -148,19 +158,19 @@ class _One(nn.Module):
 
 
 def _start(layers: Iterable[DyadsLayer]) -> None:
-    """Up-projections that matter, and routers that choose: as they start, too much would agree."""
+    """Draw all parameters at random: at their usual start, B = 0 and even gates would hide differences."""
     for layer in layers:
-        A, B = layer.dyads_A["default"], layer.dyads_B["default"]
+        A, B = _weights(layer)
         nn.init.normal_(A, std=A.shape[-1] ** -0.5)
-        nn.init.normal_(B, std=B.shape[0] ** -0.5)
-        for parameter in layer.dyads_core["default"].parameters():
+        nn.init.normal_(B, std=_rows(B).shape[0] ** -0.5)
+        for parameter in _core(layer).parameters():
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
 
 def _one(
     method: str, options: dict[str, Any], dtype: torch.dtype, width: int, in_fp32: bool = True
 ) -> tuple[Any, DyadsLayer, _ByTheSum]:
-    """A model of one layer, that layer, and the same written out."""
+    """A model of one layer, that layer, and its reference."""
     torch.manual_seed(4)
     config = build_config(method, {**options, "target_modules": ["lin"]})
     model = get_peft_model(_One(width).to(dtype), config, autocast_adapter_dtype=in_fp32)
@@ -170,7 +180,7 @@ def _one(
 
 
 def _merged(what: str, method: str, options: dict[str, Any], dtype: torch.dtype, width: int) -> None:
-    """What is left of the layer when a task's update is in its weights."""
+    """Compare the layer that remains after a task's update was merged into its weights."""
     model, _, slow = _one(method, options, dtype, width)
     x = torch.randn(2, 5, width).to(dtype)
     slow.task = torch.zeros(2, dtype=torch.long)
@@ -181,7 +191,7 @@ def _merged(what: str, method: str, options: dict[str, Any], dtype: torch.dtype,
 def _layer(
     what: str, method: str, options: dict[str, Any], dtype: torch.dtype, width: int, tokens: int, in_fp32: bool
 ) -> None:
-    """As it is measured: base in the setting's dtype, adapter in fp32 or the same."""
+    """Compare one layer as it is measured: base in the setting's dtype, adapter in fp32 or the same."""
     model, layer, slow = _one(method, options, dtype, width, in_fp32)
     x = torch.randn(2, tokens, width).to(dtype).requires_grad_()
     x64 = x.detach().double().requires_grad_()
@@ -212,10 +222,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def _model(what: str, method: str, options: dict[str, Any]) -> None:
-    """Logits and gradients of a model: what layers share or fuse among each other is seen only here.
-
-    Twice: in the first pass layers find out who sees the same input, in the second they are computed at once.
-    """
+    """Compare logits, gradients and generated tokens of a whole model."""
     model = get_peft_model(_tiny_llama(), build_config(method, {**options, "target_modules": TARGETS})).double()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, DyadsLayer)}
     _start(layers.values())
@@ -229,10 +236,9 @@ def _model(what: str, method: str, options: dict[str, Any]) -> None:
     slow = plain(input_ids=ids).logits
     weight = torch.randn(slow.shape).double()
     theirs = _gradients(slow, weight, [leaf for layer in written.values() for leaf in layer.leaves()])
-    for _ in range(2):
-        fast = model(input_ids=ids, task=task).logits
-        mine = _gradients(fast, weight, [leaf for layer in layers.values() for leaf in _leaves(layer)])
-        _agree(what, [fast, *mine], [slow, *theirs], torch.float64)
+    fast = model(input_ids=ids, task=task).logits
+    mine = _gradients(fast, weight, [leaf for layer in layers.values() for leaf in _leaves(layer)])
+    _agree(what, [fast, *mine], [slow, *theirs], torch.float64)
     with torch.no_grad():
         _agree(f"{what} without gradients", [model(input_ids=ids, task=task).logits], [slow], torch.float64)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
@@ -251,14 +257,15 @@ def _one_expert_is_lora() -> None:
             _start([layer])
             twin = lora.get_submodule(name)
             A, B = twin.lora_A["default"].weight, twin.lora_B["default"].weight
+            ours_A, ours_B = _weights(layer)
             with torch.no_grad():
-                A.copy_(layer.dyads_A["default"])
-                B.copy_(layer.dyads_B["default"].T)
-            mine += [layer.dyads_A["default"], layer.dyads_B["default"]]
+                A.copy_(ours_A)
+                B.copy_(_rows(ours_B).T)
+            mine += [ours_A, ours_B]
             theirs += [A, B]
     ids = torch.randint(3, 31, (3, 4), generator=torch.Generator().manual_seed(6))
     fast, slow = ours(input_ids=ids).logits, lora(input_ids=ids).logits
     weight = torch.randn(fast.shape).double()
-    wanted = [g.T if i % 2 else g for i, g in enumerate(_gradients(slow, weight, theirs))]
+    wanted = [_rows(g.T) if i % 2 else g for i, g in enumerate(_gradients(slow, weight, theirs))]
     what = "MoDE with one expert against PEFT's LoRA"
     _agree(what, [fast, *_gradients(fast, weight, mine)], [slow, *wanted], torch.float64)

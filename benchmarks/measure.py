@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does one contender cost? A process that builds it, warms up, and measures a question whenever it is asked.
+"""Worker process of one contender: builds it, warms up, and measures one metric per request.
 
-`python -m benchmarks.measure JOB` reads questions from standard input, one a line, and answers each with one line of
-JSON. Between questions it blocks and uses no processor. Its first line says what does not change from round to round.
+`python -m benchmarks.measure JOB` reads names of metrics from standard input, one a line, and writes one line of JSON
+for each. Between requests it blocks and uses no processor. The first line that it writes holds the facts that do not
+change from round to round: parameters, bytes kept for backward, peak memory.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Bench:
         self.routed = self._tasks()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         # The Trainer's default on every side; its states have the dtype of the parameters.
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True) if "step" in contender.questions else None
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True) if "step" in contender.metrics else None
 
     def _tasks(self) -> dict[str, Tensor]:
         if self.contender.tasks == "none" or self.contender.options.get("merged"):
@@ -44,7 +45,7 @@ class Bench:
         return {"task_ids" if self.contender.builder == "peft-poly" else "task": tasks}
 
     def loss(self) -> Tensor:
-        """The same loss code for all: the model's own."""
+        """The model's own loss, for every contender alike."""
         loss: Tensor = self.model(**self.inputs, labels=self.inputs["input_ids"], use_cache=False, **self.routed).loss
         return loss
 
@@ -82,7 +83,7 @@ class Bench:
     def saved_bytes(self) -> int:
         """Bytes that one forward pass keeps for backward, storages counted once, parameters not at all."""
         own = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        kept: dict[int, Any] = {}  # holds the storages: an address must not be used twice meanwhile
+        kept: dict[int, Any] = {}  # holds the storages, so that no address is used twice meanwhile
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
@@ -98,9 +99,9 @@ class Bench:
         return total
 
     def warm_up(self) -> dict[str, Any]:
-        """Run every question once or twice, the result thrown away; returns what is measured only once."""
+        """Run every metric once or twice, untimed; returns the facts, which are measured only once."""
         facts: dict[str, Any] = {"label": self.contender.label, "options": self.contender.options}
-        trains = "step" in self.contender.questions
+        trains = "step" in self.contender.metrics
         facts["parameters"] = sum(p.numel() for p in self.trained) if trains else 0
         if trains:
             self.step()
@@ -110,19 +111,19 @@ class Bench:
         facts["peak"] = peak_bytes()
         if trains:
             facts["saved"] = self.saved_bytes()
-        if "forward" in self.contender.questions:
+        if "forward" in self.contender.metrics:
             self.forward()
-        if "decode" in self.contender.questions:
+        if "decode" in self.contender.metrics:
             self.decode()
         return facts
 
-    def ask(self, question: str) -> float:
+    def measured(self, metric: str) -> float:
         """One measurement."""
-        return {"step": self.step, "forward": self.forward, "decode": self.decode}[question]()
+        return {"step": self.step, "forward": self.forward, "decode": self.decode}[metric]()
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had; of this program alone, where the system says so."""
+    """Peak resident memory of this process; of this program alone, where the system reports it."""
     status = Path("/proc/self/status")
     if status.is_file():  # ru_maxrss may still hold the size of the process that started this one
         for line in status.read_text().splitlines():
@@ -133,10 +134,10 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    """Serve questions until standard input ends."""
+    """Measure until standard input ends."""
     job = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print is no answer
+    os.dup2(2, 1)  # prints of libraries go to the log
 
     def answer(**line: Any) -> None:
         print(json.dumps(line), file=answers, flush=True)
@@ -145,11 +146,11 @@ def main() -> None:
     if job.get("attention"):
         setting = Setting(**{**vars(setting), "attention": job["attention"]})
     torch.set_num_threads(setting.threads)
-    contender = Contender(**{**job["contender"], "questions": tuple(job["contender"]["questions"])})
+    contender = Contender(**{**job["contender"], "metrics": tuple(job["contender"]["metrics"])})
     bench = Bench(setting, contender, Path(job["out"]))
     answer(facts=bench.warm_up())
     for line in sys.stdin:
-        answer(value=bench.ask(line.strip()))
+        answer(value=bench.measured(line.strip()))
 
 
 if __name__ == "__main__":

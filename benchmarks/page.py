@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How are results read? As tables on the terminal, and as the page docs/benchmarks.md.
+"""Page: results as tables on the terminal, and as docs/benchmarks.md.
 
-A result is a JSON file of one group: {part, group, facts, rounds, errors, environment}. `facts[name]` is what does not
-change, `rounds[i][question][name]` what was measured in a round. Ratios are taken within a round.
+A result is a JSON file of one group: {part, group, settings, facts, rounds, errors, environment}. `facts[name]` holds
+what does not change, `rounds[i][metric][name]` what was measured in a round. Ratios are taken within a round. All
+results of a page come from one commit and one machine; others are refused.
 """
 
 from __future__ import annotations
@@ -17,44 +18,88 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bars import BARS, TRIED, Bar
+from benchmarks.bars import BARS, Bar
 from benchmarks.contenders import SETTINGS, Setting
 from benchmarks.counted import BATCH, LENGTH, REFERENCE, WIDTH
+from benchmarks.environment import machine
+from benchmarks.plan import Job
 from benchmarks.profile import KINDS, NEW_TOKENS, PROFILED
 from benchmarks.training import LABELS as TRAINING_LABELS
 
 MEGA = 1e6
-QUESTIONS = ("step", "forward", "decode", "saved")
+NOT_SETTLED = "not settled"
+WIDEST = 0.25
+"""Quartiles of a ratio that lie further apart than this share of it leave it open: it is printed as not settled."""
+FEWEST = 3
+"""A ratio of timings from fewer rounds is not settled either."""
 HEADS = {"step": "step", "forward": "forward", "decode": "decoding, tokens/s", "saved": "kept for backward"}
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles over rounds."""
+    """Median and quartiles over rounds; of a fact, which does not change, the value alone."""
 
     median: float
     low: float
     high: float
     n: int
+    is_ratio: bool = False
+    is_fact: bool = False
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
+    def of(cls, values: Sequence[float], *, is_ratio: bool = False) -> Spread:
         """Of at least one value."""
         if len(values) == 1:
-            return cls(values[0], values[0], values[0], 1)
+            return cls(values[0], values[0], values[0], 1, is_ratio)
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, low, high, len(values))
+        return cls(median, low, high, len(values), is_ratio)
+
+    @classmethod
+    def of_fact(cls, value: float) -> Spread:
+        """Of a value that is the same in every round."""
+        return cls(value, value, value, 1, is_fact=True)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a ratio may be quoted: it has enough rounds, and its quartiles lie close together."""
+        if not self.is_ratio or self.is_fact:
+            return True
+        return self.n >= FEWEST and self.high - self.low <= WIDEST * self.median
 
     def text(self, between: str = " ", digits: int = 2) -> str:
-        """0.97 (0.95–0.99); the median alone where it was measured once."""
+        """0.97 (0.95–0.99); the value alone where there is only one; `not settled` in the place of an open ratio."""
+        if not self.is_settled:
+            return NOT_SETTLED
         if self.n == 1:
             return f"{self.median:.{digits}f}"
         return f"{self.median:.{digits}f}{between}({self.low:.{digits}f}–{self.high:.{digits}f})"
 
 
+class MixedError(Exception):
+    """Results come from more than one commit or machine."""
+
+
 def load(folder: Path) -> list[dict[str, Any]]:
     """All groups that were measured into a folder."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def source_of(result: dict[str, Any]) -> str:
+    """Commit and machine of a result, in words."""
+    return f"commit {result['environment']['commit']} on {machine(result['environment'])}"
+
+
+def check_one_source(results: list[dict[str, Any]]) -> None:
+    """MixedError where results come from more than one commit or machine."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        found.setdefault(source_of(result), []).append(f"{result['part']}-{result['group']}.json")
+    if len(found) > 1:
+        said = "; ".join(f"{', '.join(files)}: {source}" for source, files in found.items())
+        raise MixedError(
+            f"results of different commits or machines do not go into one table: {said}. Measure again with --resume,"
+            " or delete the files that are not wanted"
+        )
 
 
 def of_part(results: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
@@ -64,27 +109,34 @@ def of_part(results: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
     return sorted(groups, key=lambda r: order.index(r["group"]) if r["group"] in order else len(order))
 
 
-def spread(
-    results: list[dict[str, Any]], part: str, question: str, top: str, bottom: str | None = None
-) -> Spread | None:
+def spread(results: list[dict[str, Any]], part: str, metric: str, top: str, bottom: str | None = None) -> Spread | None:
     """The value of a contender, or its ratio to another in the same rounds; None where it was not measured."""
     for group in of_part(results, part):
         sides = [name for name in (top, bottom) if name is not None]
-        if all(question in group["facts"].get(name, {}) for name in sides):
-            values = [group["facts"][name][question] for name in sides]
-            return Spread.of([values[0] if bottom is None else values[0] / values[1]])
-        rounds = [r[question] for r in group["rounds"] if all(name in r.get(question, {}) for name in sides)]
+        if all(metric in group["facts"].get(name, {}) for name in sides):
+            values = [group["facts"][name][metric] for name in sides]
+            return Spread.of_fact(values[0] if bottom is None else values[0] / values[1])
+        rounds = [r[metric] for r in group["rounds"] if all(name in r.get(metric, {}) for name in sides)]
         if rounds:
-            return Spread.of([r[top] if bottom is None else r[top] / r[bottom] for r in rounds])
+            values = [r[top] if bottom is None else r[top] / r[bottom] for r in rounds]
+            return Spread.of(values, is_ratio=bottom is not None and top != bottom)
     return None
 
 
+def limit(bar: Bar, results: list[dict[str, Any]]) -> float:
+    """The limit of a bar on the processor that the results come from."""
+    return bar.limit_on(results[0]["environment"]["cpu"]) if results else bar.limit
+
+
 def verdict(bar: Bar, results: list[dict[str, Any]]) -> tuple[Spread | None, str]:
-    """(what was measured, met / not met / not measured)."""
-    found = spread(results, bar.part, bar.question, bar.top, bar.bottom)
+    """(what was measured, met / not met / not settled / not measured)."""
+    found = spread(results, bar.part, bar.metric, bar.top, bar.bottom)
     if found is None:
         return None, "not measured"
-    met = found.median <= bar.limit if bar.at_most else found.median >= bar.limit
+    if not found.is_settled:
+        return found, NOT_SETTLED
+    bound = limit(bar, results)
+    met = found.median <= bound if bar.at_most else found.median >= bound
     return found, "met" if met else "not met"
 
 
@@ -93,9 +145,9 @@ def bars(results: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
     rows = []
     for bar in BARS:
         found, said = verdict(bar, results)
-        limit = f"{'≤' if bar.at_most else '≥'} {bar.limit:g}"
-        whole = bar.bottom is None and bar.limit == 0
-        rows.append((bar.what, limit, found.text(digits=0 if whole else 2) if found else "–", said))
+        digits = 0 if bar.bottom is None and bar.limit == 0 else 3 if bar.part == "counted" else 2
+        bound = f"{'≤' if bar.at_most else '≥'} {limit(bar, results):g}"
+        rows.append((bar.what, bound, found.text(digits=digits) if found else "–", said))
     return rows
 
 
@@ -109,12 +161,12 @@ def contenders(results: list[dict[str, Any]], part: str, between: str = " ") -> 
         if group is None:
             continue
         if name in group["errors"] and name not in group["facts"]:
-            rows.append((contender.label, "–", *["failed"] * len(QUESTIONS), "–"))
+            rows.append((contender.label, "–", *["failed"] * len(HEADS), "–"))
             continue
         facts = group["facts"][name]
         cells = []
-        for question in QUESTIONS:
-            found = spread([group], part, question, name, setting.reference)
+        for metric in HEADS:
+            found = spread([group], part, metric, name, setting.reference)
             cells.append(found.text(between) if found else "–")
         above = "–" if frozen is None else f"{(facts['peak'] - frozen) / MEGA:,.0f}"
         rows.append((contender.label, f"{facts['parameters']:,}", *cells, above))
@@ -122,11 +174,11 @@ def contenders(results: list[dict[str, Any]], part: str, between: str = " ") -> 
 
 
 def absolute(results: list[dict[str, Any]], part: str) -> str:
-    """What 1.00 stands for."""
+    """The values that 1.00 stands for."""
     setting = SETTINGS[part]
     said = []
-    for question, unit, digits in (("step", "s a step", 3), ("forward", "s a forward pass", 3)):
-        if found := spread(results, part, question, setting.reference):
+    for metric, unit, digits in (("step", "s a step", 3), ("forward", "s a forward pass", 3)):
+        if found := spread(results, part, metric, setting.reference):
             said.append(f"{found.median:.{digits}f} {unit}")
     if found := spread(results, part, "decode", setting.reference):
         said.append(f"{found.median:.0f} tokens/s")
@@ -135,22 +187,12 @@ def absolute(results: list[dict[str, Any]], part: str) -> str:
     return f"1.00 is {setting.contenders[setting.reference].label}: {', '.join(said)}."
 
 
-def asked(results: list[dict[str, Any]], part: str) -> str:
-    """How often every question was asked: rounds of steps 14, of forward passes 7, …; from – to where groups differ."""
-    said = []
-    for question, name in (("step", "steps"), ("forward", "forward passes"), ("decode", "decoding")):
-        times = sorted({sum(question in r for r in group["rounds"]) for group in of_part(results, part)})
-        said.append(f"of {name} {'–'.join(str(n) for n in dict.fromkeys((times[0], times[-1])))}")
-    return f"rounds {', '.join(said)}"
-
-
-def tried(results: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(the bars, what was tried) for all that is not met and that there is something to say about."""
-    said: dict[str, list[str]] = {}
-    for bar in BARS:
-        if verdict(bar, results)[1] == "not met" and (text := TRIED.get((bar.question, bar.bottom or ""))):
-            said.setdefault(text, []).append(bar.what)
-    return [("; ".join(bars), text) for text, bars in said.items()]
+def rounds_of(results: list[dict[str, Any]], part: str) -> str:
+    """Rounds of the groups of a setting: 12 (main, growth), 3 (family)."""
+    groups: dict[int, list[str]] = {}
+    for group in of_part(results, part):
+        groups.setdefault(len(group["rounds"]), []).append(group["group"])
+    return "rounds: " + ", ".join(f"{n} ({', '.join(names)})" for n, names in groups.items())
 
 
 def training(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -169,17 +211,17 @@ def training(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def scoring(results: list[dict[str, Any]]) -> str:
-    """The comparison in a sentence or two."""
+    """The comparison in words."""
     for group in of_part(results, "scoring"):
         ours, plain = (spread([group], "scoring", "examples", side) for side in ("dyads", "plain"))
         ratio = spread([group], "scoring", "examples", "dyads", "plain")
         if ours and plain and ratio:
             facts = group["facts"]["dyads"]
             return (
-                f"{facts['asked']} prompts of all tasks, at most {facts['new_tokens']} new tokens each: dyads"
-                f" {ours.text()} examples/s, a plain loop of `generate` in file order {plain.text()}, ratio"
-                f" {ratio.text()}. Answers that differ: {facts['differing_fp32']} of {facts['compared_fp32']} in fp32,"
-                f" {facts['differing']} of {facts['asked']} in the run's own precision."
+                f"{facts['examples']} prompts of all tasks, at most {facts['new_tokens']} new tokens each: dyads"
+                f" {ours.text()} examples/s, a loop of `generate` in file order {plain.text()}, ratio {ratio.text()}."
+                f" Predictions that differ: {facts['differing_fp32']} of {facts['compared_fp32']} in fp32,"
+                f" {facts['differing']} of {facts['examples']} in the run's own precision."
             )
     return ""
 
@@ -187,20 +229,22 @@ def scoring(results: list[dict[str, Any]]) -> str:
 def profiles(results: list[dict[str, Any]]) -> dict[str, list[tuple[str, ...]]]:
     """By profile: (side, time, ratio, floor, ratio of the floor, milliseconds by kind of work …) of every side.
 
-    The floor is what the frozen model took in the same round, plus the products alone.
+    The floor is the frozen model's time in the same round, plus that of the products alone.
     """
     tables: dict[str, list[tuple[str, ...]]] = {}
     for group in of_part(results, "profile"):
-        asked = PROFILED[group["group"]]
-        rounds, reference = [r[asked.question] for r in group["rounds"]], asked.contenders[0]
+        profiled = PROFILED[group["group"]]
+        rounds, reference = [r[profiled.metric] for r in group["rounds"]], profiled.contenders[0]
         if not rounds:
             continue
         rows: list[tuple[str, ...]] = []
         for name, facts in group["facts"].items():
             alone = facts.get("products")
             step = Spread.of([r[name] * 1e3 for r in rounds])
-            ratio = Spread.of([r[name] / r[reference] for r in rounds])
-            floors = None if alone is None else Spread.of([(r["frozen"] + alone) / r[reference] for r in rounds])
+            is_ratio = name != reference
+            ratio = Spread.of([r[name] / r[reference] for r in rounds], is_ratio=is_ratio)
+            floor = [] if alone is None else [(r["frozen"] + alone) / r[reference] for r in rounds]
+            floors = Spread.of(floor, is_ratio=True) if floor else None
             rows.append(
                 (
                     facts["label"],
@@ -215,9 +259,9 @@ def profiles(results: list[dict[str, Any]]) -> dict[str, list[tuple[str, ...]]]:
     return tables
 
 
-def profiled(name: str) -> str:
-    """What a profile is of, in words."""
-    work = "decoding" if PROFILED[name].question == "decode" else "a training step"
+def title_of_profile(name: str) -> str:
+    """The work that is profiled, and its setting."""
+    work = "decoding" if PROFILED[name].metric == "decode" else "a training step"
     return f"{work}, {PROFILED[name].setting}"
 
 
@@ -228,9 +272,9 @@ def counted_rows(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
         for name, facts in ((n, f) for n, f in group["facts"].items() if not n.endswith("-bf16")):
             cells = [facts["label"], f"{facts['parameters']:,}"]
             for dtype in ("", "-bf16"):
-                for question, unit, digits in (("launches", 1, 0), ("bytes", 1e9, 2), ("compiled", 1, 0)):
-                    found = spread([group], "counted", question, name + dtype)
-                    ratio = spread([group], "counted", question, name + dtype, REFERENCE + dtype)
+                for metric, unit, digits in (("launches", 1, 0), ("bytes", 1e9, 2), ("compiled", 1, 0)):
+                    found = spread([group], "counted", metric, name + dtype)
+                    ratio = spread([group], "counted", metric, name + dtype, REFERENCE + dtype)
                     cells.append(f"{found.median / unit:.{digits}f} ({ratio.median:.2f})" if found and ratio else "–")
             rows.append(tuple(cells))
     return rows
@@ -250,12 +294,22 @@ COUNTED_HEADS = (
     "parameters",
     *(f"{what}, {dtype}" for dtype in ("fp32", "bf16") for what in ("launches", "GB moved", "compiled calls")),
 )
+HOW = (
+    f"Every contender runs in a process of its own, started anew after every {Setting.lives} rounds, because a process"
+    " may be a few percent faster or slower than another of its kind for as long as it lives. glibc keeps freed memory"
+    " in all of them (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`). In a round, every metric is measured once"
+    " for every contender of a group, one after the other, in an order that rotates; warm-up is not measured. Ratios"
+    " are taken within a round. Tables show the median over rounds and, in brackets, the quartiles. A ratio whose"
+    f" quartiles are wider than a quarter of it, or that has fewer than {FEWEST} rounds, is printed as *{NOT_SETTLED}*."
+    " Before anything was measured, outputs and gradients of the operator, of adapted layers and of whole models of"
+    " dyads were compared with a double sum over rank-one terms. `python -m benchmarks --help` shows how to run a part."
+)
 PROFILE_HEADS = ("side", "ms", "÷ the first", "its products alone, ms", "floor ÷ the first", *KINDS)
 CONTENDER_HEADS = ("contender", "parameters", *HEADS.values(), "peak above frozen, MB")
 
 
 def failures(results: list[dict[str, Any]], part: str) -> list[str]:
-    """What did not run, and why."""
+    """Contenders that failed, with their reasons."""
     said = {}
     for group in of_part(results, part):
         for name, reason in group["errors"].items():
@@ -264,8 +318,18 @@ def failures(results: list[dict[str, Any]], part: str) -> list[str]:
     return [f"{label} failed: {reason}" for label, reason in said.items()]
 
 
+def plan_to_terminal(jobs: Sequence[Job], console: Console) -> None:
+    """Print the groups that will be measured, with their rounds and estimated time."""
+    table = Table("part", "group", "rounds", "has a bar", "minutes", title="plan, as two quiet cores would take it")
+    for job in jobs:
+        table.add_row(job.part, job.group, str(job.rounds), "yes" if job.has_bar else "", f"{job.seconds / 60:.1f}")
+    with_bars, total = sum(job.seconds for job in jobs if job.has_bar), sum(job.seconds for job in jobs)
+    table.caption = f"{total / 60:.0f} minutes, {with_bars / 60:.0f} of them for groups with a bar, which come first"
+    console.print(table)
+
+
 def to_terminal(results: list[dict[str, Any]], console: Console) -> None:
-    """Print every table that there is something for."""
+    """Print every table that has results."""
     for part in SETTINGS:
         if not of_part(results, part):
             continue
@@ -279,14 +343,16 @@ def to_terminal(results: list[dict[str, Any]], console: Console) -> None:
         for line in failures(results, part):
             console.print(line, markup=False)
     if rows := counted_rows(results):
-        table = Table(*COUNTED_HEADS, title="one layer, counted and not timed; in brackets ÷ PEFT LoRA")
+        title = "one layer, counted and not timed; in brackets ÷ PEFT LoRA; compiled calls are on the page"
+        short = ("launches, fp32", "GB", "launches, bf16", "GB")
+        table = Table("contender", "param.", *short, title=title, padding=(0, 1, 0, 0))
         for row in rows:
-            table.add_row(*row)
+            table.add_row(row[0], row[1], *row[2:4], *row[5:7])
         console.print(table)
         for line in failures(results, "counted"):
             console.print(line, markup=False)
     for name, rows in profiles(results).items():
-        table = Table(*PROFILE_HEADS[:5], title=f"where the time goes: {profiled(name)}")
+        table = Table(*PROFILE_HEADS[:5], title=f"where the time goes: {title_of_profile(name)}")
         for row in rows:
             table.add_row(*row[:5])
         console.print(table)
@@ -311,31 +377,20 @@ def to_terminal(results: list[dict[str, Any]], console: Console) -> None:
 
 
 def to_markdown(results: list[dict[str, Any]]) -> str:
-    """The page."""
-    environments = [r["environment"] for r in results]
-    dates = sorted({e["date"][:10] for e in environments})
+    """The page; MixedError where the results come from more than one commit or machine."""
+    check_one_source(results)
+    dates = sorted({result["environment"]["date"][:10] for result in results})
     when = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-    measured = f"Measured {when} on {'; and on '.join(dict.fromkeys(map(_machine, environments)))}."
     lines = [
         "# Benchmarks",
         "",
-        "*Which adapter costs what? Made by `python -m benchmarks --write-docs` (or `make bench`); do not edit.*",
+        "*What each adapter costs. Written by `python -m benchmarks --write-docs` (or `make bench`); do not edit.*",
         "",
-        measured,
+        f"Every table was measured {when} at {source_of(results[0])}.",
         "",
-        _computed(results),
+        HOW,
         "",
-        f"Every contender runs in a process of its own, started anew after every {Setting.lives} rounds, as it may be",
-        "faster or slower than another of its kind for as long as it lives. For all alike, glibc is told to keep",
-        "what is freed (`MALLOC_TRIM_THRESHOLD_`, `MALLOC_MMAP_THRESHOLD_`). When a question's turn comes, it goes",
-        "once to all contenders of a group that have it, one after the other, in an order that rotates: a step is",
-        "asked in every round, what takes longer in some only in every second or fourth. Ratios are taken within a",
-        "round. Shown are the median over rounds and, in brackets, the quartiles. Warm-up is not counted. Before",
-        "anything was measured, the operator, adapted layers and whole models of our methods were compared with the",
-        "plain double sum, outputs and gradients.",
-        "`python -m benchmarks --help` says how to run a part of it.",
-        "",
-        "## What it must reach",
+        "## Bars",
         "",
         *_markdown(("what", "bar", "measured", "verdict"), bars(results)),
     ]
@@ -344,7 +399,7 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
             continue
         attention = {r["settings"].get("attention") or setting.attention for r in of_part(results, part)}
         about = (
-            f"{setting.about} {absolute(results, part)} Attention: {', '.join(attention)}; {asked(results, part)}."
+            f"{setting.about} {absolute(results, part)} Attention: {', '.join(attention)}; {rounds_of(results, part)}."
             f" Decoding is greedy: {setting.batch} prompts of {setting.prompt} tokens, {setting.new_tokens} new each."
         )
         lines += [
@@ -363,24 +418,30 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         (rounds,) = (len(group["rounds"]) for group in of_part(results, "profile") if group["group"] == name)
         setting = SETTINGS[PROFILED[name].setting]
         sides = f"{setting.title}. All sides in one process, {rounds} rounds."
-        if PROFILED[name].question == "decode":
+        if PROFILED[name].metric == "decode":
             about = (
-                f"{sides} What is timed is answering {setting.batch} prompts of {setting.prompt} tokens with"
-                f" {NEW_TOKENS} tokens each. The floor of an adapter is the frozen model plus the two products of every"
-                " adapted layer timed alone: no gates, sums, casts or Python."
+                f"{sides} Timed: {NEW_TOKENS} new tokens for each of {setting.batch} prompts of {setting.prompt}"
+                " tokens. The floor of an adapter is the frozen model plus the two products of every adapted layer"
+                " timed alone: no gates, sums, casts or Python."
             )
         else:
             about = (
                 f"{sides} The floor of an adapter is the step of the frozen model, with gradients down to its first"
                 " adapted layers, plus the matrix products of every adapted layer timed alone, two forward and four"
-                " backward: no gates, sums, casts, optimizer or Python. All of these by PyTorch: products by a unit for"
-                " bf16 may lie below it."
+                " backward: no gates, sums, casts, optimizer or Python."
             )
         about += (
-            " Right of it, the milliseconds by kind of work, as the profiler sees them: compiled gates count as"
-            " softmax, and its own cost for every operation is in the last column."
+            " Right of it stand the milliseconds by kind of work, as the profiler sees them; its own cost for every"
+            " operation is in the last column."
         )
-        lines += ["", f"## Where the time goes: {profiled(name)}", "", about, "", *_markdown(PROFILE_HEADS, table)]
+        lines += [
+            "",
+            f"## Where the time goes: {title_of_profile(name)}",
+            "",
+            about,
+            "",
+            *_markdown(PROFILE_HEADS, table),
+        ]
     if rows := training(results):
         facts = of_part(results, "training")[0]["settings"]
         families = {f["family"] for f in of_part(results, "training")[0]["facts"].values()}
@@ -402,38 +463,7 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
     if said := scoring(results):
         lines += ["", "## Scoring", "", said]
     lines += [text for part in ("profile", "scoring") for line in failures(results, part) for text in ("", line)]
-    if texts := tried(results):
-        lines += ["", "## What was tried where a bar is not met"]
-        lines += [line for what, text in texts for line in ("", f"*{what}.* {text}")]
     return "\n".join(lines) + "\n"
-
-
-def _machine(environment: dict[str, Any]) -> str:
-    """Processor and versions: groups that differ in them are not to be compared."""
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    cpu, cores = environment["cpu"], environment["cores"]
-    return f"{cpu} ({cores} cores), Python {environment['python']}, {versions}"
-
-
-def _computed(results: list[dict[str, Any]]) -> str:
-    """What computed dyads' softmax gates and its products in fp32, and in which groups it was something else."""
-    gates: dict[Any, str] = {None: "by PyTorch's operations"}
-    tiles = {True: "by the processor's unit for bf16, to the accuracy of fp32", False: "by PyTorch", None: "by PyTorch"}
-    for result in results:
-        compiler = result["environment"].get("compiler")
-        gates.setdefault(compiler, f"by code that {compiler} compiled")
-    by_gates, by_tiles = _by(results, "compiler", gates), _by(results, "tiles", tiles)
-    return (
-        f"Where a row does not say otherwise, softmax gates of dyads were computed {by_gates}; the products of the"
-        f" layers that it adapts, where they are in fp32 on a CPU, {by_tiles}."
-    )
-
-
-def _by(results: list[dict[str, Any]], fact: str, said: dict[Any, str]) -> str:
-    groups: dict[str, list[str]] = {}
-    for result in results:
-        groups.setdefault(said[result["environment"].get(fact)], []).append(f"{result['part']} {result['group']}")
-    return "; ".join(f"{what} ({', '.join(where)})" if len(groups) > 1 else what for what, where in groups.items())
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:

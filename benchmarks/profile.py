@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where does the time of a training step, or of decoding, go, and how short could it be?
+"""Profile: the time of a training step or of decoding by kind of work, beside a floor that no adapter can be below.
 
 The *floor* of an adapter is the step of the frozen model, with gradients down to the first adapted layers, plus the
-matrix products that an adapter of these shapes cannot do without: two forward, four backward, timed alone. What lies
-above it is gates, sums, casts, copies, the optimizer and Python. Decoding has the forward products only.
+matrix products of an adapter of these shapes: two forward, four backward, timed alone. Above it lie gates, sums,
+casts, copies, the optimizer and Python. Decoding has the forward products only.
 
-`python -m benchmarks.profile JOB` measures the contenders of a setting interleaved in one process, and answers with one
-line of JSON.
+`python -m benchmarks.profile JOB` measures the contenders of a setting interleaved in one process, and writes one line
+of JSON.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contenders import SETTINGS, Contender, Setting, resolved
 from benchmarks.measure import Bench
+from benchmarks.rounds import Worker, WorkerError
 
 
 @dataclass(frozen=True)
 class Profiled:
-    """Contenders of a setting that are profiled at one question, step or decode; ratios are taken to the first."""
+    """Contenders of a setting that are profiled at one metric, step or decode; ratios are taken to the first."""
 
     setting: str
-    question: str
+    metric: str
     contenders: tuple[str, ...]
 
 
@@ -51,11 +52,7 @@ KINDS = ("matrix products", "attention", "softmax", "copies and casts", "element
 
 
 def kind_of(operation: str) -> str:
-    """The kind of work that a name of the profiler stands for."""
-    if operation == "dyads::gates":
-        return "softmax"
-    if operation in ("dyads::tiles", "dyads::few"):
-        return "matrix products"
+    """The kind of work of an operation that the profiler names."""
     name = operation.removeprefix("aten::")
     if name == operation:
         return "Python and autograd"
@@ -71,7 +68,7 @@ def kind_of(operation: str) -> str:
 def split(step: Callable[[], float], repeats: int = 2) -> dict[str, float]:
     """Milliseconds of a step by kind of work, as the profiler sees them (it slows small operations down).
 
-    What no operation accounts for is Python's, and the profiler's own.
+    Time outside all operations counts as Python's; the profiler's own is in it.
     """
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         begin = time.perf_counter()
@@ -136,7 +133,7 @@ def shapes(bench: Bench) -> Counter[tuple[int, int, int, int, bool]]:
 
 
 def products(bench: Bench, tokens: int, dtype: torch.dtype, *, backward: bool = True) -> float | None:
-    """Seconds of the products of every adapted layer, each timed alone; None for what has other products.
+    """Seconds of the products of every adapted layer, each timed alone; None for a model without such layers.
 
     They are two forward and four backward, or three where the input wants no gradient.
     """
@@ -189,7 +186,7 @@ def measure(name: str, rounds: int, out: Path) -> dict[str, Any]:
     setting = replace(SETTINGS[profiled.setting], new_tokens=NEW_TOKENS)
     found: dict[str, Contender] = resolved(setting, out, profiled.contenders)
     benches = {n: Bench(setting, contender, out) for n, contender in found.items()}
-    decodes = profiled.question == "decode"
+    decodes = profiled.metric == "decode"
     steps: dict[str, Callable[[], float]] = {n: _answer(b) if decodes else b.step for n, b in benches.items()}
     steps["frozen"] = (
         _answer(Bench(setting, setting.contenders["frozen"], out)) if decodes else FrozenStep(setting, out)
@@ -200,7 +197,7 @@ def measure(name: str, rounds: int, out: Path) -> dict[str, Any]:
     results = []
     for number in range(rounds):
         order = list(steps) if number % 2 else list(steps)[::-1]
-        results.append({profiled.question: {n: steps[n]() for n in order}})
+        results.append({profiled.metric: {n: steps[n]() for n in order}})
     facts: dict[str, dict[str, Any]] = {
         n: {"split": split(step), "label": _label(setting, n, decodes)} for n, step in steps.items()
     }
@@ -208,6 +205,20 @@ def measure(name: str, rounds: int, out: Path) -> dict[str, Any]:
         tokens, dtype = setting.batch * setting.width, getattr(torch, setting.dtype)
         facts[n]["products"] = products_of_decoding(bench) if decodes else products(bench, tokens, dtype)
     return {"facts": facts, "rounds": results, "errors": {}}
+
+
+def measure_apart(name: str, rounds: int, out: Path, logs: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """`measure` in a process of its own; {facts, rounds, errors}."""
+    threads = SETTINGS[PROFILED[name].setting].threads
+    job = {"name": name, "rounds": rounds, "out": str(out)}
+    worker = Worker("benchmarks.profile", job, threads, logs / f"profile-{name}.log")
+    try:
+        return worker.read()
+    except WorkerError as failed:
+        say(f"profile of {name} failed: {failed}")
+        return {"facts": {}, "rounds": [], "errors": {name: str(failed)}}
+    finally:
+        worker.close()
 
 
 def _answer(bench: Bench) -> Callable[[], float]:
@@ -221,7 +232,7 @@ def _label(setting: Setting, name: str, decodes: bool) -> str:
 
 
 def main() -> None:
-    """Serve one job."""
+    """Measure one profile."""
     job = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How are contenders measured side by side? Each in its own process, interleaved, over several rounds.
+"""Rounds: contenders measured side by side, each in its own process, taking turns.
 
 A process may be a few percent faster or slower than another of the same kind for as long as it lives, so all are
-started anew after every few rounds. In a round every question goes to all contenders of a group, one after the other,
-in an order that rotates; only one of them works at a time, and each does a thing once: one step, then the next one's
-step. Ratios are taken within a round, so that what the machine does meanwhile hits both sides, and the shorter a round,
-the more alike it hits them.
+started anew after every few rounds. In a round every metric is measured once for every contender of a group, one after
+the other, in an order that rotates; only one process works at a time. Ratios are taken within a round, so that both
+sides see the machine in about the same state.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from typing import Any
 from benchmarks.contenders import Contender, Setting
 
 ROOT = Path(__file__).resolve().parent.parent
+METRICS = ("step", "forward", "decode")
 
 
 class WorkerError(Exception):
@@ -34,13 +34,12 @@ KEEP_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(2**34),
     "MALLOC_TOP_PAD_": str(2**26),
 }
-"""glibc is told to keep what was freed, for all alike. Otherwise a step of SmolLM2 gives a gigabyte back and asks for
-it again, a quarter of a million page faults, and what is measured is in part the system's memory (LOG.md)."""
+"""Settings with which glibc keeps freed memory, for every contender alike. Without them a step of SmolLM2 returns a
+gigabyte to the system and takes it again, a quarter of a million page faults that are measured too (LOG.md)."""
 
 
 def child_environment(threads: int) -> dict[str, str]:
-    """Fixed threads, memory that is kept, no network, and this checkout first on the path; how threads wait is left as
-    users have it."""
+    """Environment of a worker: fixed threads, freed memory kept, no network, this checkout first on the path."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     fixed = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     return {
@@ -83,14 +82,14 @@ class Worker:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def ask(self, question: str) -> dict[str, Any]:
+    def request(self, line: str) -> dict[str, Any]:
         """The answer to a line."""
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(question + "\n")
+            self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            pass  # read() tells why
+            pass  # read() raises with the reason
         return self.read()
 
     def close(self) -> None:
@@ -134,7 +133,7 @@ def measure_group(
                     continue
                 job = {"setting": setting_name, "contender": asdict(contender), "out": str(out), "attention": attention}
                 workers[name] = Worker("benchmarks.measure", job, setting.threads, logs / f"{name}.log")
-                try:  # one after the other: nobody warms up while another one loads
+                try:  # one after the other, so that none warms up while another loads
                     facts.setdefault(name, workers[name].read()["facts"])
                     say(f"{name} is ready ({facts[name]['parameters']:,} trainable parameters)")
                 except WorkerError as failed:
@@ -156,20 +155,28 @@ def _round(
     workers: dict[str, Worker],
     drop: Callable[[str, WorkerError], None],
 ) -> dict[str, dict[str, float]]:
-    """{question: {contender: what it answered}}; who fails is dropped, and asked no more."""
+    """{metric: {contender: value}}. A contender that fails is dropped."""
     answers: dict[str, dict[str, float]] = {}
-    for question, every in setting.every.items():
-        for name in rotated(list(workers), number // every) if number % every == 0 else ():
-            if name not in workers or question not in contenders[name].questions:
+    for metric in METRICS:
+        for name in rotated(list(workers), number):
+            if name not in workers or metric not in metrics_of(name, setting, contenders):
                 continue
             try:
-                answers.setdefault(question, {})[name] = workers[name].ask(question)["value"]
+                answers.setdefault(metric, {})[name] = workers[name].request(metric)["value"]
             except WorkerError as failed:
                 drop(name, failed)
     return answers
 
 
+def metrics_of(name: str, setting: Setting, contenders: dict[str, Contender]) -> tuple[str, ...]:
+    """Metrics of a contender in its group; of the reference only those that another contender has."""
+    if name != setting.reference or len(contenders) == 1:
+        return contenders[name].metrics
+    compared = {metric for other in contenders if other != name for metric in contenders[other].metrics}
+    return tuple(metric for metric in contenders[name].metrics if metric in compared)
+
+
 def rotated(names: Sequence[str], by: int) -> list[str]:
-    """The names, another one first in every round."""
+    """The names in order, beginning with another one in every round."""
     by = by % len(names) if names else 0
     return [*names[by:], *names[:by]]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many examples a second are scored, beside a plain loop of `generate` in file order?
+"""Scoring: examples per second of `dyads evaluate`, beside a loop of `generate` in file order.
 
-Both sides have the same model, prompts, limits and batch size, in one process, taking turns. Their answers are
+Both sides have the same model, prompts, limits and batch size, in one process, taking turns. Their predictions are
 compared: in fp32 all must be equal; in bf16 a batch's width may change a rounding, so those that differ are counted.
 
-`python -m benchmarks.scoring JOB` answers every line it reads with one line of JSON.
+`python -m benchmarks.scoring JOB` writes one line of JSON for every side that it reads.
 """
 
 from __future__ import annotations
@@ -14,16 +14,55 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.rounds import Worker, WorkerError, rotated
+
 LABELS = {"dyads": "dyads", "plain": "a plain loop of generate"}
 
 
+def job(*, quick: bool, run: Path | None, out: Path) -> dict[str, Any]:
+    """What the worker process needs to know."""
+    return {
+        "model": "packaged:smollm2-135m",
+        "dtype": "bfloat16",
+        "steps": 2 if quick else 40,
+        "run": str(run.absolute()) if run else None,
+        "limit": 1 if quick else 8,
+        "exact_limit": 1 if quick else 2,
+        "batch_size": 4 if quick else 32,
+        "new_tokens": 4 if quick else None,
+        "threads": 1 if quick else 2,
+        "out": str(out),
+        "quick": quick,
+    }
+
+
+def measure(job: dict[str, Any], rounds: int, logs: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """{facts, rounds, errors} of both sides, which take turns in one process."""
+    worker = Worker("benchmarks.scoring", job, job["threads"], logs / "scoring.log")
+    try:
+        facts = worker.read()["facts"]
+        results = []
+        for number in range(rounds):
+            results.append(
+                {"examples": {side: worker.request(side)["value"] for side in rotated(list(LABELS), number)}}
+            )
+            say(f"round {number + 1} of {rounds}")
+    except WorkerError as failed:
+        say(f"scoring failed: {failed}")
+        return {"facts": {}, "rounds": [], "errors": {"dyads": str(failed)}}
+    finally:
+        worker.close()
+    return {"facts": {"dyads": facts}, "rounds": results, "errors": {}}
+
+
 def trained_run(job: dict[str, Any]) -> Path:
-    """The run that is scored: the one given, else the demo's MoDE after a few steps, trained once."""
+    """Folder of the scored run: the given one, else the demo's MoDE trained for a few steps, once."""
     from dyads.recipe.spec import Recipe
     from dyads.training.train import train
 
@@ -69,7 +108,7 @@ def in_dtype(folder: Path, dtype: str, out: Path) -> Path:
 
 
 class Scoring:
-    """A run's answerer and the examples it is asked."""
+    """A run's answerer and the examples that it scores."""
 
     def __init__(self, folder: Path, limit: int, batch_size: int, new_tokens: int | None, threads: int) -> None:
         from dyads.data.tokens import PromptTokenizer
@@ -84,19 +123,19 @@ class Scoring:
         self.answerer: Any = Answerer(run)
         torch.set_num_threads(threads)
         tasks = load_suite(recipe.tasks).tasks
-        asked = [(t.name, t.test[i]) for t in tasks for i in self.spec.pick(len(t.test))]
-        self.tasks, self.examples = [name for name, _ in asked], [example for _, example in asked]
+        scored = [(t.name, t.test[i]) for t in tasks for i in self.spec.pick(len(t.test))]
+        self.tasks, self.examples = [name for name, _ in scored], [example for _, example in scored]
         self.new_tokens = new_tokens or max(task.max_new_tokens for task in tasks)
         self.prompt_tokens = recipe.train.max_prompt_tokens
         self.prompt_tokenizer = PromptTokenizer(self.answerer.tokenizer, max_prompt_tokens=self.prompt_tokens)
 
     def dyads(self) -> list[str]:
-        """As `dyads evaluate` asks."""
+        """Predictions as `dyads evaluate` makes them."""
         return list(self.answerer.answers(self.examples, self.tasks, self.spec, self.new_tokens, self.prompt_tokens))
 
     @torch.inference_mode()
     def plain(self) -> list[str]:
-        """Batches in file order, each until its last answer has ended."""
+        """Predictions in batches of file order, each generated until its longest has ended."""
         from dyads.data.batches import Collator
 
         tokenizer, model = self.answerer.tokenizer, self.answerer.model
@@ -127,7 +166,7 @@ class Scoring:
 
 
 def main() -> None:
-    """Train the run if there is none, compare answers in fp32, then serve rounds in the run's own precision."""
+    """Train the run if there is none, compare predictions in fp32, then time rounds in the run's own precision."""
     job = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -143,7 +182,7 @@ def main() -> None:
     _, ours = warm(scoring, "dyads")
     _, theirs = warm(scoring, "plain")
     facts = {
-        "asked": len(scoring.examples),
+        "examples": len(scoring.examples),
         "new_tokens": scoring.new_tokens,
         "differing": sum(a != b for a, b in zip(ours, theirs, strict=True)),
         "compared_fp32": compared,

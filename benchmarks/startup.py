@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long does it take until `dyads --help` has answered, and what does `import dyads` load?"""
+"""Start-up: seconds of `dyads --help` and `import dyads`, and the heavy modules that they load."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many examples a second does a whole training run take, beside TRL's SFTTrainer with PEFT LoRA?
+"""Training: examples per second of a whole run, beside TRL's SFTTrainer with PEFT LoRA.
 
 Both sides read the same texts, each of them once, in batches of the same size, into adapters of the same size on the
 same frozen weights, with the prompt masked. Each side keeps its own defaults for the rest: dyads sorts by length and
-gives the LM head label positions only; TRL shuffles and computes as its version does.
+applies the LM head to label positions only; TRL shuffles and computes as its version does.
 
-`python -m benchmarks.training JOB` runs one side once and answers with one line of JSON.
+`python -m benchmarks.training JOB` runs one side once and writes one line of JSON.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from benchmarks.rounds import Worker, WorkerError, rotated
 
 SNI = Path("../shared/data/sni")
 
@@ -30,8 +33,52 @@ LABELS = {
     "trl-default": "TRL, LoRA, all defaults",
 }
 LORA_R = 66
-"""The size of MoDE 16×4 on q, k, v and o of SmolLM2: 7.60 against 7.65 million parameters."""
+"""Rank at which LoRA has the size of MoDE 16×4 on q, k, v and o of SmolLM2: 7.60 against 7.65 million parameters."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+def job(*, quick: bool, sni: Path, attention: str) -> dict[str, Any]:
+    """What a worker process needs to know beside its side."""
+    return {
+        "model": "packaged:smollm2-135m",
+        "dtype": "bfloat16",
+        "examples": 8 if quick else 64,
+        "batch_size": 4 if quick else 16,
+        "accumulation": 2,
+        "max_prompt_tokens": 64 if quick else 384,
+        "threads": 1 if quick else 2,
+        "sni": str(sni),
+        "attention": attention,  # of the dyads side; eager, as in the shipped recipes
+        "quick": quick,
+    }
+
+
+def measure(job: dict[str, Any], rounds: int, logs: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """{facts, rounds, errors} of all sides, each run in a process of its own in every round."""
+    facts: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+    results = []
+    for number in range(rounds):
+        values: dict[str, dict[str, float]] = {"examples": {}, "seconds": {}, "train_seconds": {}}
+        for side in rotated(list(LABELS), number):
+            if side in errors:
+                continue
+            worker = Worker("benchmarks.training", {**job, "side": side}, job["threads"], logs / f"{side}.log")
+            try:
+                answer = worker.read()
+            except WorkerError as failed:
+                errors[side] = str(failed)
+                say(f"{side} failed: {failed}")
+                continue
+            finally:
+                worker.close()
+            facts[side] = {k: answer[k] for k in ("parameters", "tokens", "family")}
+            for metric in ("seconds", "train_seconds"):
+                values[metric][side] = answer[metric]
+            values["examples"][side] = answer["examples"] / answer["seconds"]
+            say(f"{side}: {values['examples'][side]:.2f} examples/s")
+        results.append(values)
+    return {"facts": facts, "rounds": results, "errors": errors}
 
 
 def recipe_of(side: str, job: dict[str, Any]) -> Any:
