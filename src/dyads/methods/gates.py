@@ -20,7 +20,6 @@ __all__ = [
     "combine_groups",
     "per_token",
     "score_cosine",
-    "score_linear",
     "score_task",
     "select_one",
     "select_prefix",
@@ -30,11 +29,6 @@ __all__ = [
     "softmax_expert_gradients",
     "softmax_group_gradients",
 ]
-
-
-def score_linear(seen: Tensor, W: Tensor) -> Tensor:
-    """W seen: (… f), (s f) → (… s), in the dtype of what is seen."""
-    return F.linear(seen, W.to(seen.dtype))
 
 
 def score_cosine(seen: Tensor, keys: Tensor) -> Tensor:
@@ -58,31 +52,35 @@ def score_task(embeddings: Tensor, W: Tensor) -> Tensor:
 
 def select_softmax(scores: Tensor) -> Tensor:
     """Softmax over the last axis; computed in fp32 where the scores are half precision, returned in their dtype."""
-    if scores.stride(-1) == 1:
-        if scores.dtype in (torch.float16, torch.bfloat16):
-            return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
-        return scores.softmax(-1)
+    if scores.stride(-1) == 1 and scores.dtype in (torch.float16, torch.bfloat16):
+        return scores.softmax(-1, dtype=torch.float32).to(scores.dtype)
     # Along an axis that is not the last in memory PyTorch's kernels compute in fp32 by themselves.
-    return _as_it_lies(scores, Tensor.softmax)
+    return _in_memory_order(Tensor.softmax, scores)
 
 
-def _as_it_lies(t: Tensor, along: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """along(t, last axis), done in the order in which t lies in memory: the same numbers, laid out as t is.
+def _in_memory_order(along: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """along(*tensors, last axis), with the axes permuted to the order in which the first tensor lies in memory.
 
-    The fused operator lays tokens innermost. For a softmax PyTorch would first copy that, and what a sum gives would be
-    laid out otherwise, at six times the cost (LOG.md, 2026-11-22).
+    The values do not change, and the result is laid out as the first tensor is. The operator keeps the tokens of rank
+    space innermost in memory; a softmax over an axis of such a tensor would first copy it, and a sum would lay its
+    result out otherwise, at six times the cost (LOG.md, 2026-11-22).
     """
-    order = sorted(range(t.ndim), key=t.stride, reverse=True)
-    back = sorted(range(t.ndim), key=order.__getitem__)
-    return along(t.permute(order), order.index(t.ndim - 1)).permute(back)
+    first = tensors[0]
+    order = sorted(range(first.ndim), key=first.stride, reverse=True)
+    back = sorted(range(first.ndim), key=order.__getitem__)
+    return along(*(t.permute(order) for t in tensors), order.index(first.ndim - 1)).permute(back)
 
 
-def _sum(t: Tensor, *, keepdim: bool = False) -> Tensor:
-    """Sum over the last axis; where that is not the innermost one in memory, without changing the layout."""
-    if t.stride(-1) != 1:
-        t = _as_it_lies(t, lambda laid, axis: laid.sum(axis, keepdim=True))
-        return t if keepdim else t.squeeze(-1)
-    return t.sum(-1, keepdim=keepdim)
+def _sum(t: Tensor) -> Tensor:
+    """Sum over the last axis, which does not change the order of the others in memory."""
+    if t.stride(-1) == 1:
+        return t.sum(-1)
+    return _in_memory_order(lambda t, axis: t.sum(axis, keepdim=True), t).squeeze(-1)
+
+
+def _softmax_gradient(dg: Tensor, g: Tensor) -> Tensor:
+    """ds = g ∘ (dg − Σ g ∘ dg) for g = softmax(s) over the last axis; sums are formed in fp32 or wider."""
+    return _in_memory_order(lambda g, dg, axis: torch._softmax_backward_data(dg, g, axis, g.dtype), g, dg)
 
 
 def select_sigmoid(scores: Tensor) -> Tensor:
@@ -159,29 +157,28 @@ def combine_experts(h: Tensor, g: Tensor) -> Tensor:
 
 
 def softmax_group_gradients(h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of u = combine_groups(h, softmax(s)) for h and s, from g = softmax(s) and that for u; in fp32 or wider.
+    """Gradients of u = combine_groups(h, softmax(s)) for h and s, given g = softmax(s) and du.
 
-        t = du ∘ g      dh = Σ_i t      ds = Σ_j h ∘ t − g Σ_j h ∘ dh
+        dh_kj = Σ_i g_ki du_kji      dg_ki = Σ_j h_kj du_kji      ds = softmax gradient of dg
 
-    with i over the experts and j over the ranks of a group: Σ_j h ∘ t is g ∘ dg, and Σ_j h ∘ dh its sum over i.
+    with k over the groups, j over the ranks of a group and i over the experts: h (… K·S), g (… K n), du (… K·S·n).
     """
-    wide = torch.promote_types(g.dtype, torch.float32)
-    h, g, (groups, experts) = h.to(wide), g.to(wide), g.shape[-2:]
-    h = h.reshape(*h.shape[:-1], groups, h.shape[-1] // groups, 1)  # (… K s 1)
-    t = du.to(wide).view(*h.shape[:-1], experts) * g.unsqueeze(-2)  # (… K s n)
-    dh = _sum(t, keepdim=True)
-    if h.shape[-2] == 1:
-        ds = torch.addcmul(t, g.unsqueeze(-2), dh, value=-1).mul_(h).squeeze(-2)
-    else:
-        ds = torch.addcmul(_sum((t * h).transpose(-1, -2)), g, _sum((h * dh).squeeze(-1), keepdim=True), value=-1)
-    return dh.flatten(-3), ds.flatten(-2)
+    groups, experts = g.shape[-2:]
+    h = h.view(*h.shape[:-1], groups, -1, 1)  # (… K S 1)
+    du = du.view(*du.shape[:-1], groups, -1, experts)  # (… K S n)
+    dh = _sum(du * g.unsqueeze(-2))
+    dg = du * h
+    dg = dg.squeeze(-2) if h.shape[-2] == 1 else _sum(dg.transpose(-1, -2))
+    return dh.flatten(-2), _softmax_gradient(dg, g).flatten(-2)
 
 
 def softmax_expert_gradients(h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for combine_experts(h, softmax(s)), with j over the ranks of an expert: dh is t = du ∘ g itself."""
-    wide = torch.promote_types(g.dtype, torch.float32)
-    h, g, experts = h.to(wide), g.to(wide), g.shape[-1]
-    h = h.reshape(*h.shape[:-1], experts, h.shape[-1] // experts)
-    t = du.to(wide).view(h.shape) * g.unsqueeze(-1)
-    c = _sum(t * h)
-    return t.flatten(-2), torch.addcmul(c, g, _sum(c, keepdim=True), value=-1)
+    """Gradients of u = combine_experts(h, softmax(s)) for h and s, given g = softmax(s) and du.
+
+        dh_ij = g_i du_ij      dg_i = Σ_j h_ij du_ij      ds = softmax gradient of dg
+
+    with i over the experts and j over the ranks of an expert: h and du (… n·r), g (… n).
+    """
+    experts = g.shape[-1]
+    h, du = (t.view(*t.shape[:-1], experts, -1) for t in (h, du))  # (… n r)
+    return (du * g.unsqueeze(-1)).flatten(-2), _softmax_gradient(_sum(du * h), g)

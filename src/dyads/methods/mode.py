@@ -26,7 +26,6 @@ from torch import Tensor
 from dyads.methods.base import register
 from dyads.methods.gates import combine_groups, softmax_group_gradients
 from dyads.methods.stages import StagedConfig, StagedCore, Stages
-from dyads.ops.kernel import Choice
 
 __all__ = ["MoDE", "MoDEConfig"]
 
@@ -65,7 +64,7 @@ class MoDE(StagedCore):
     """K groups of ranks, each with its own choice among the experts; gates (… K n)."""
 
     gate_axes = 2
-    keeps_gates = True
+    closed_form = True
 
     def __init__(
         self,
@@ -81,10 +80,6 @@ class MoDE(StagedCore):
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return combine_groups(h, g)
-
-    def choice(self) -> Choice:
-        groups, experts = self.gate_shape
-        return Choice.of(groups, experts, self.p // groups, temperature=self.stages.temperature)
 
     def softmax_gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         return softmax_group_gradients(h, g, du)

@@ -22,7 +22,6 @@ from dyads.methods.base import Core, register
 from dyads.methods.gates import combine_experts, softmax_expert_gradients
 from dyads.methods.mode import MoDE
 from dyads.methods.stages import StagedConfig, StagedCore, Stages
-from dyads.ops.kernel import Choice
 
 __all__ = ["MoLoRA", "MoLoRAConfig"]
 
@@ -59,7 +58,7 @@ class MoLoRAConfig(StagedConfig):
 class MoLoRA(StagedCore):
     """One choice among the experts, each with its own A and B; gates (… n). Rows go expert by expert."""
 
-    keeps_gates = True
+    closed_form = True
 
     def __init__(
         self, d: int, r: int, num_experts: int, router_std: float | None = 0.02, stages: Stages | None = None
@@ -69,9 +68,6 @@ class MoLoRA(StagedCore):
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return combine_experts(h, g)
-
-    def choice(self) -> Choice:
-        return Choice.of(1, self.num_experts, self.p // self.num_experts, own=True, temperature=self.stages.temperature)
 
     def softmax_gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         return softmax_expert_gradients(h, g, du)

@@ -165,6 +165,7 @@ class MoRE(Core):
     """Embeddings of the tasks and a gate on them; gates (b 1… r), a scaled prefix of ones."""
 
     looks_at = frozenset({"task"})
+    linear_scores = True
 
     embedding: nn.Parameter
     """Of the tasks (T task_dim), where there are any, and where they are not another layer's."""
@@ -283,7 +284,7 @@ class MoRE(Core):
             return scores.gt(0).sum(-1)
         return scores.argmax(-1) + 1
 
-    def of_task(self, task: Tensor | None) -> Tensor:
+    def task_scores(self, task: Tensor | None) -> Tensor:
         """The gates of the given tasks (b) → (b r), with the linear scaling in them."""
         assert task is not None, "the layer resolves the task before it routes"
         scores = self.scores(task)
@@ -298,9 +299,9 @@ class MoRE(Core):
                 g = g * (g.gt(0).sum(-1, keepdim=True) / self.scaled_tasks)
         return g * (_numbers(g) / self.p).square() if self.linear_scaling == "ranks" else g
 
-    def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
-        assert of_task is not None
-        return per_token(of_task.to(h.dtype), h)  # (b 1… r)
+    def select(self, h: Tensor, scores: Tensor | None, task_scores: Tensor | None) -> Tensor:
+        assert task_scores is not None
+        return per_token(task_scores.to(h.dtype), h)  # (b 1… r)
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return h * g

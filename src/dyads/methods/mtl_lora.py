@@ -51,6 +51,7 @@ class MTLLoRA(Core):
     """Gates (b 1… r·r + n): Λ_t row by row (r numbers where it is diagonal), then ω_t."""
 
     looks_at = frozenset({"task"})
+    linear_scores = True
 
     def __init__(self, r: int, num_experts: int, num_tasks: int, temperature: float, diagonal: bool) -> None:
         super().__init__()
@@ -64,15 +65,15 @@ class MTLLoRA(Core):
             self.transform.copy_(torch.ones(self.p) if self.diagonal else torch.eye(self.p))
         nn.init.kaiming_uniform_(self.weights, a=5**0.5)
 
-    def of_task(self, task: Tensor | None) -> Tensor:
+    def task_scores(self, task: Tensor | None) -> Tensor:
         assert task is not None, "the layer resolves the task before it routes"
         wide = torch.promote_types(self.weights.dtype, torch.float32)
         shares = (self.weights[task].to(wide) / self.temperature).softmax(-1)
         return torch.cat([self.transform[task].to(wide).flatten(1), shares], dim=-1)
 
-    def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
-        assert of_task is not None
-        return per_token(of_task.to(h.dtype), h)
+    def select(self, h: Tensor, scores: Tensor | None, task_scores: Tensor | None) -> Tensor:
+        assert task_scores is not None
+        return per_token(task_scores.to(h.dtype), h)
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         L, shares = g[..., : -self.num_experts], g[..., -self.num_experts :]

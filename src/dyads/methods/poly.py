@@ -62,11 +62,12 @@ class Poly(Core):
     """A share of every skill for every task and part; gates (b 1… S n)."""
 
     gate_axes = 2
+    linear_scores = True
 
     def __init__(self, r: int, num_experts: int, num_tasks: int, num_splits: int = 1) -> None:
         super().__init__()
         self.p = self.q = num_splits * num_experts * r
-        self.heads, self.rank = num_splits, r
+        self.feature_blocks, self.rank = num_splits, r
         # With one skill every share is 1 whatever Z is.
         self.looks_at = frozenset({"task"} if num_experts > 1 else ())
         self.shape = (num_splits, num_experts)
@@ -77,7 +78,7 @@ class Poly(Core):
         if self.looks_at:
             nn.init.uniform_(self.logits, -1e-3, 1e-3)
 
-    def of_task(self, task: Tensor | None) -> Tensor | None:
+    def task_scores(self, task: Tensor | None) -> Tensor | None:
         if not self.looks_at:
             return None
         assert task is not None, "the layer resolves the task before it routes"
@@ -85,10 +86,10 @@ class Poly(Core):
         shares = self.logits[task].to(wide).sigmoid().view(-1, *self.shape)
         return shares / (shares.sum(-1, keepdim=True) + 1e-12)
 
-    def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
-        if of_task is None:
+    def select(self, h: Tensor, scores: Tensor | None, task_scores: Tensor | None) -> Tensor:
+        if task_scores is None:
             return h.new_ones(self.shape)
-        return per_token(of_task.to(h.dtype), h)
+        return per_token(task_scores.to(h.dtype), h)
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         shares = g.unsqueeze(-1)  # (… S n 1)

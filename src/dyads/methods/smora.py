@@ -63,6 +63,7 @@ class SMoRAConfig(DyadsConfig):
 class SMoRA(Core):
     """A sigmoid score per rank, of which the largest are kept; gates (… r), zero but for k of them."""
 
+    linear_scores = True
     bias_steps: Tensor
     """β / bias_rate, whole numbers (r)."""
     chosen: Tensor
@@ -85,10 +86,10 @@ class SMoRA(Core):
             nn.init.zeros_(self.bias_steps)
             nn.init.zeros_(self.chosen)
 
-    def router_rows(self) -> Tensor | None:
+    def router_weight(self) -> Tensor | None:
         return self.router if self.p > 1 else None
 
-    def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
+    def select(self, h: Tensor, scores: Tensor | None, task_scores: Tensor | None) -> Tensor:
         if scores is None:
             return h.new_ones(1)
         counts = self._counts()

@@ -24,7 +24,6 @@ from dyads.methods.gates import (
     balance,
     per_token,
     score_cosine,
-    score_linear,
     score_task,
     select_one,
     select_sigmoid,
@@ -39,11 +38,15 @@ SCORES: dict[str, frozenset[str]] = {
     "h": frozenset({"h"}),
     "task": frozenset({"task"}),
     "x+task": frozenset({"x", "task"}),
+    "h+task": frozenset({"h", "task"}),
     "cosine": frozenset({"x"}),
     "uniform": frozenset(),
     "random": frozenset(),
 }
 """Every score, with what it looks at."""
+
+ROUTED = ("x", "h", "x+task", "h+task")
+"""Scores of a linear router, R x or R h, to which scores of the task may be added."""
 
 SELECTS = ("softmax", "sigmoid", "top_k", "straight_through")
 
@@ -73,8 +76,8 @@ class StagedConfig(TaskConditioned):
     score: str = field(
         default="x",
         metadata={
-            "help": "What the router sees: x (the token), h (A x), task (the task's embedding), x+task, cosine (between"
-            " token and keys), uniform (no router), random (fixed random gates)."
+            "help": "What the router sees: x (the token), h (A x, a smaller router), task (the task's embedding),"
+            " x+task, h+task, cosine (between token and keys), uniform (no router), random (fixed random gates)."
         },
     )
     select: str = field(
@@ -147,7 +150,7 @@ class StagedConfig(TaskConditioned):
         )
         if self.load_balance > 0:
             self.require(
-                SCORES[self.score] not in (frozenset(), frozenset({"h"})),
+                bool(SCORES[self.score]) and "h" not in SCORES[self.score],
                 "load_balance",
                 f"needs a router that sees the layer's input or the task, not score: {self.score}",
             )
@@ -159,7 +162,7 @@ class StagedConfig(TaskConditioned):
 
     @property
     def _near_task(self) -> str:
-        return "choose score: task or score: x+task, or leave it out"
+        return "choose score: task, x+task or h+task, or leave it out"
 
     def _check_top_k(self) -> None:
         if self.select != "top_k":
@@ -209,8 +212,7 @@ class StagedCore(Core):
     With one expert there is nothing to choose: no router is made, and every gate is 1.
     """
 
-    splits = True  # `score` is W x unless __init__ says otherwise
-    parts_of_choice = Core.parts_of_choice | {"_scores", "softmax_gradients"}
+    linear_scores = True  # except for score: cosine, see __init__
 
     embedding: nn.Parameter
     """Of the tasks (T task_dim), where the score sees them."""
@@ -228,8 +230,10 @@ class StagedCore(Core):
             return
         self.looks_at = SCORES[stages.score]
         rows = math.prod(gate_shape)
-        if stages.score in ("x", "h", "x+task", "cosine"):
-            self.router = nn.Parameter(torch.empty(rows, inner if stages.score == "h" else d))
+        if "h" in self.looks_at:
+            self.router_input = "h"
+        if self.looks_at & {"x", "h"}:
+            self.router = nn.Parameter(torch.empty(rows, inner if self.router_input == "h" else d))
         if "task" in self.looks_at:
             self.embedding = nn.Parameter(torch.empty(stages.num_tasks, stages.task_dim))
             self.task_router = nn.Parameter(torch.empty(rows, stages.task_dim))
@@ -241,11 +245,10 @@ class StagedCore(Core):
             self.log_scale = nn.Parameter(torch.empty(1))
         self.compares_samples = stages.contrastive > 0
         self.has_auxiliary_loss = stages.load_balance > 0 or stages.contrastive > 0
-        # These only ever take back what the class says, since a subclass may have taken it back before.
-        if stages.score in ("h", "cosine"):
-            self.splits = False
-        if stages.score != "x" or stages.select != "softmax":
-            self.keeps_gates = False
+        if stages.score == "cosine":
+            self.linear_scores = False
+        if stages.score not in ROUTED or stages.select != "softmax":
+            self.closed_form = False
 
     def reset_parameters(self) -> None:
         """Embeddings ~ N(0, 1), so that to a router a task looks like a token of unit variance; scores ~ N(0, 1)."""
@@ -264,10 +267,10 @@ class StagedCore(Core):
         if hasattr(self, "log_scale"):
             nn.init.zeros_(self.log_scale)
 
-    def router_rows(self) -> Tensor | None:
-        return self.router if self.num_experts > 1 and self.stages.score in ("x", "x+task") else None
+    def router_weight(self) -> Tensor | None:
+        return self.router if self.num_experts > 1 and self.stages.score in ROUTED else None
 
-    def of_task(self, task: Tensor | None) -> Tensor | None:
+    def task_scores(self, task: Tensor | None) -> Tensor | None:
         if "task" not in self.looks_at:
             return None
         assert task is not None, "the layer resolves the task before it routes"
@@ -276,19 +279,17 @@ class StagedCore(Core):
     def score(self, h: Tensor, x: Tensor) -> Tensor | None:
         if self.num_experts == 1:
             return None
-        if self.stages.score == "h":
-            return score_linear(h, self.router)
         if self.stages.score == "cosine":
             cosine = score_cosine(x, self.router)
             return cosine * self.log_scale.exp() if self.stages.learn_temperature else cosine
         return super().score(h, x)
 
-    def select(self, h: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
+    def select(self, h: Tensor, scores: Tensor | None, task_scores: Tensor | None) -> Tensor:
         if self.num_experts == 1:
             return h.new_ones(self.gate_shape)
         if self.stages.score == "uniform":
             return h.new_full(self.gate_shape, 1 / self.num_experts)
-        scores = self._scores(h, scores, of_task)
+        scores = self._scores(h, scores, task_scores)
         stages = self.stages
         if stages.select == "softmax":
             g = select_softmax(scores)
@@ -301,13 +302,13 @@ class StagedCore(Core):
             g = select_top_k(scores, stages.top_k, renormalise=stages.renormalise)
         return g.to(h.dtype)
 
-    def _scores(self, like: Tensor, scores: Tensor | None, of_task: Tensor | None) -> Tensor:
+    def _scores(self, like: Tensor, scores: Tensor | None, task_scores: Tensor | None) -> Tensor:
         """Scores of tokens, of tasks, of both, or the fixed ones, over the temperature: (… *gate_shape)."""
         if self.stages.score == "random":
             scores = self.fixed_scores.to(torch.promote_types(self.fixed_scores.dtype, torch.float32))
-        if of_task is not None:
-            of_task = per_token(of_task, like)
-            scores = of_task if scores is None else scores + of_task
+        if task_scores is not None:
+            task_scores = per_token(task_scores, like)
+            scores = task_scores if scores is None else scores + task_scores
         assert scores is not None
         if self.stages.temperature != 1.0:
             scores = scores / self.stages.temperature
@@ -336,7 +337,7 @@ class StagedCore(Core):
         return contrastive_loss(h, self.embedding, task, self.stages.contrastive_temperature)
 
     def similarity(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        tasks = torch.zeros(x.shape[:1], dtype=torch.long, device=x.device)  # of no account here
+        tasks = torch.zeros(x.shape[:1], dtype=torch.long, device=x.device)  # not used by the mean of a sample
         return similarity(self._samples(x, tasks, mask)[0], self.embedding)
 
     def _samples(self, x: Tensor, task: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -344,7 +345,7 @@ class StagedCore(Core):
         return (score_task(h, self.projection) if hasattr(self, "projection") else h), task
 
     def _balance(self, x: Tensor, task: Tensor | None, mask: Tensor | None) -> Tensor:
-        scores = self._scores(x, self.score(x, x), self.of_task(task))
+        scores = self._scores(x, self.score(x, x), self.task_scores(task))
         scores = scores.expand(*x.shape[:-1], *self.gate_shape).reshape(-1, *self.gate_shape)
         weight = mask.reshape(-1) if mask is not None and mask.numel() == len(scores) else None
         return balance(scores, self.stages.top_k or 1, weight)

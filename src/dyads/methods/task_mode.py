@@ -27,12 +27,18 @@ __all__ = ["TaskMoDEConfig"]
 class TaskMoDEConfig(MoDEConfig):
     """MoDEConfig with another default. Name the tasks, or say how many there are."""
 
-    score: str = field(default="x+task", metadata={"help": "What the routers see: x+task, or task alone."})
+    score: str = field(
+        default="x+task", metadata={"help": "What the routers see: x+task, h+task (smaller routers), or task alone."}
+    )
 
     contrastive: float = field(
         default=0.1, metadata={"help": "Weight of MoRE's contrastive loss on the embeddings. 0: none."}
     )
 
     def __post_init__(self) -> None:
-        self.require(self.score in ("x+task", "task"), "score", "must be x+task or task: others are method mode")
+        self.require(
+            self.score in ("x+task", "h+task", "task"),
+            "score",
+            "must be x+task, h+task or task: others are method mode",
+        )
         super().__post_init__()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does an adapter learn the name of one more task, and which task that it knows is most like the new one?
+"""Adding a task to a trained adapter, and the similarity of new samples to its known tasks.
 
 What a task-conditioned method keeps per task (embeddings, scores, matrices) has the tasks as its first axis. A new task
-is one more row at its end, in every layer; everything else stays as it is, and so do the outputs of the other tasks, to
-the bit.
+is one more row at its end, in every layer; everything else stays as it is, and the outputs
+of the other tasks stay bit-identical.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _replace(layer: DyadsLayer, adapter: str, core: Core, start: str | int, coun
         setattr(module, leaf, new)
         if fresh.shape != value.shape:
             grown.append(new)
-    layer.dyads_core[adapter] = core
+    layer.lora_core[adapter] = core
     return grown
 
 
@@ -147,9 +147,9 @@ def _base(model: nn.Module) -> nn.Module:
 
 
 def _layers(model: nn.Module, adapter: str) -> list[DyadsLayer]:
-    layers = [m for m in model.modules() if isinstance(m, DyadsLayer) and adapter in m.dyads_A]
+    layers = [m for m in model.modules() if isinstance(m, DyadsLayer) and adapter in m.lora_A]
     if not layers:
-        there = sorted({name for m in model.modules() if isinstance(m, DyadsLayer) for name in m.dyads_A})
+        there = sorted({name for m in model.modules() if isinstance(m, DyadsLayer) for name in m.lora_A})
         raise RoutingError(
             f"{type(model).__name__} has no dyads adapter '{adapter}'" + did_you_mean(adapter, there) * bool(there)
         )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does a method get into a model? A PEFT tuner that serves every method of the family.
+"""PEFT tuner of every method: puts adapted layers into a model, merges them and takes them out.
 
 Private names of PEFT relied on here (checked with PEFT 0.21): `_create_and_replace`, `_replace_module`,
-`_unload_and_optionally_merge`, `_remove_adapter_name_from_key`, `_enable_peft_forward_hooks`.
+`_unload_and_optionally_merge`, `_get_adapter_state_dict`, `_remap_adapter_state_dict_for_load`,
+`_remove_adapter_name_from_key`, `_enable_peft_forward_hooks`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from dyads.tuner.routing import Routing, TaskLike, find_routing
 
 __all__ = ["DyadsModel"]
 
+_OLD_NAMES = re.compile(r"\.dyads_(A|B|core)(\.|$)")
+
 
 class DyadsModel(BaseTuner):  # type: ignore[misc]
     """The tuner behind `get_peft_model(model, MoDEConfig(…))`. Users meet it as `peft_model.base_model`."""
 
-    prefix = "dyads_"
+    prefix = "lora_"
     tuner_layer_cls = DyadsLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -40,17 +43,18 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         if found is None:
             found = Routing()
             found.attach(model)
-        # In __dict__, since BaseTuner.__getattr__ would ask the wrapped model for a missing attribute.
+        # In __dict__, since BaseTuner.__getattr__ looks a missing attribute up in the wrapped model.
         self.__dict__["routing"] = found
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; then the layers of the adapter take from the first what they share."""
+        """As PEFT's; then the core is verified once, and the layers share what their method shares."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        cores = [
-            m.core(adapter_name) for m in model.modules() if isinstance(m, DyadsLayer) and adapter_name in m.dyads_A
-        ]
-        for core in cores[1:]:
-            core.share_with(cores[0])
+        layers = [m for m in model.modules() if isinstance(m, DyadsLayer) and adapter_name in m.lora_A]
+        if layers:
+            first = layers[0].core(adapter_name)
+            first.check_declarations(layers[0].in_features, len(self.routing.names.get(adapter_name, ())))
+        for layer in layers[1:]:
+            layer.core(adapter_name).share_with(first)
 
     def _create_and_replace(
         self,
@@ -72,8 +76,8 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # an adapter that is added later trains when it is made active
         if isinstance(parent, nn.TransformerEncoderLayer):
-            # In evaluation it would read the weights itself and pass the adapter by, unless a module has a hook.
-            layer.register_forward_pre_hook(_no_fast_path)
+            # In evaluation its fast path reads the weights directly and skips the adapter, unless a module has a hook.
+            layer.register_forward_pre_hook(_disable_fast_path)
         self._replace_module(parent, target_name, layer, target)
 
     def _layers(self) -> Iterator[DyadsLayer]:
@@ -89,12 +93,12 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
     def gates_of_tasks(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """By layer, the gates that every task has there (T …), in the order of the tasks' ids.
 
-        Empty for an adapter whose gates look at anything but the task. What a row holds is the method's business: for
-        MoRE the scaled prefix of ones, for MOELoRA the weights of the experts.
+        Empty for an adapter whose gates depend on anything but the task. A row holds the method's gates: for MoRE the
+        scaled prefix of ones, for MOELoRA the weights of the experts.
         """
         found = {}
         for name, module in self.model.named_modules():
-            if isinstance(module, DyadsLayer) and adapter_name in module.dyads_A:
+            if isinstance(module, DyadsLayer) and adapter_name in module.lora_A:
                 gates = module.gates_of_tasks(adapter_name)
                 if gates is not None:
                     found[name] = gates
@@ -104,7 +108,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         # Before the first layer is touched: a refusal must not leave half a model merged.
         for layer in self._layers():
             for name in adapter_names or layer.active_adapters:
-                if name in layer.dyads_A:
+                if name in layer.lora_A:
                     layer.check_merge(name)
 
     def merge_adapter(
@@ -162,8 +166,8 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        # PEFT has taken out of state_dict every key in which another adapter's name stands between dots, and so loses
-        # this adapter's `gate.weight` where another is called 'gate'. What belongs to it is known without names.
+        # PEFT drops from state_dict every key that has another adapter's name between dots, and so loses this adapter's
+        # `gate.weight` where another adapter is called 'gate'. The layers know their own keys without names.
         wanted = [
             f"{name}.{part}.{adapter_name}".removeprefix("_fsdp_wrapped_module.")
             for name, module in model.named_modules()
@@ -175,13 +179,28 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         return {key: state_dict.get(key, whole[key]) for key in own}
 
     @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: DyadsConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        old = next((key for key in state_dict if _OLD_NAMES.search(key)), None)
+        if old is not None:
+            raise ConfigError(
+                f"the adapter was saved by a pre-release of dyads, whose files name A and B otherwise ('{old}'):"
+                " train it again with this version"
+            )
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        return remapped
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT looks for the adapter's name in the last two places; a core may nest deeper: dyads_core.NAME.gate.weight
+        # PEFT looks for the adapter's name in the last two places; a core may nest deeper: lora_core.NAME.gate.weight
         pattern = rf"(\.{cls.prefix}[A-Za-z]+)\.{re.escape(adapter_name)}(?=\.|$)"
         if re.search(pattern, key):
             return re.sub(pattern, r"\1", key)
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
 
 
-def _no_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Do nothing; that it is there is what counts."""
+def _disable_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """No-op hook: its presence disables the fast path of nn.TransformerEncoderLayer."""

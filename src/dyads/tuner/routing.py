@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dyads.errors import RoutingError, did_you_mean
 from dyads.methods.base import Core
-from dyads.ops import Held, Siblings, Together
+from dyads.ops import CachedOperator
 
 __all__ = ["Routing", "RoutingState", "TaskLike", "auxiliary_loss", "use_task"]
 
@@ -209,11 +209,8 @@ class Routing:
         self.state: RoutingState | None = None
         self.ambient: RoutingState | None = None
         """What holds where no `task=` is given: set inside `using`, for instance while generating."""
-        self.held: dict[int, dict[str, Held]] | None = None
-        """The operators by layer and adapter, while weights do not change (`frozen_weights`)."""
-        self.together: dict[str, Together] = {}
-        """What layers with the same input share meanwhile, by adapter."""
-        self._siblings: dict[str, Siblings[Any, Tensor]] = {}
+        self.cache: dict[int, dict[str, CachedOperator]] | None = None
+        """Operators by layer and adapter, inside `frozen_weights`."""
         self.call: TrainingCall | None = None
         """The call of the model in training that is under way."""
         self.untaken: Tensor | None = None
@@ -223,7 +220,7 @@ class Routing:
 
     def __getstate__(self) -> dict[str, Any]:
         # What a forward pass left over belongs to its graph, which can be neither copied nor stored.
-        return {**self.__dict__, "call": None, "untaken": None, "held": None, "together": {}, "_siblings": {}}
+        return {**self.__dict__, "call": None, "untaken": None, "cache": None}
 
     @contextmanager
     def using(self, task: TaskLike | None) -> Iterator[None]:
@@ -241,32 +238,17 @@ class Routing:
 
         For the many small forward passes of decoding; it holds without gradients only.
         """
-        before = self.held
-        self.held = {} if before is None else before
+        before = self.cache
+        self.cache = {} if before is None else before
         try:
             yield
         finally:
-            self.held = before
-            if before is None:
-                self.together = {}
+            self.cache = before
 
     def forget_weights(self) -> None:
-        """What is held was made from weights that are no more."""
-        if self.held is not None:
-            self.held.clear()
-        self.together = {}
-
-    @property
-    def is_under_way(self) -> bool:
-        """Whether a forward pass of the whole model is."""
-        return bool(self._outer)
-
-    def siblings(self, adapter: str) -> Siblings[Any, Tensor]:
-        """Which layers of an adapter see the same input, while weights may change."""
-        found = self._siblings.get(adapter)
-        if found is None:
-            found = self._siblings[adapter] = Siblings()
-        return found
+        """Empty the cache, after a change of weights."""
+        if self.cache is not None:
+            self.cache.clear()
 
     def ids(self, adapter: str, x: Tensor) -> Tensor:
         """The task of every row (first axis) of a layer's input, on its device; a single row for a vector.
@@ -403,8 +385,6 @@ class _LeaveForward:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         routing, call = self.routing, self.routing.call
         routing.state, routing.call = routing._outer.pop()
-        for siblings in routing._siblings.values() if not routing._outer else ():
-            siblings.settle(failed=output is None)
         if call is None or not call.losses or output is None:  # None: an error ended it
             return None
         with_loss = _add_loss(output, call)
