@@ -123,7 +123,7 @@ def _write(adapter: SavedAdapter, folder: Path, out: Path, task: str | None, tri
         G = layer.matrix(number)
         U, V = factors(G)
         downs[layer.module] = V @ layer.A.to(G.dtype)
-        ups[layer.module] = scale * (layer.B.to(G.dtype).T @ U)
+        ups[layer.module] = scale * (layer.B.to(G.dtype) @ U)
     ranks = {module: max(1, len(down)) for module, down in downs.items()}  # PEFT knows no LoRA of rank 0
     largest = max(ranks.values())
     # PEFT takes the keys for regular expressions of a name's end, so these say that they are whole.

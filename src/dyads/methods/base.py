@@ -252,8 +252,8 @@ class Core(nn.Module):
     closed_form: bool = False
     """Whether `gradients` is the derivative of mix(h; select(scores + task_scores))."""
     feature_blocks: int = 1
-    """Blocks that the layer's features are cut into. With more than one, every inner direction reads one block and every
-    outer direction writes one; A (p d/blocks) and B (o/blocks q) are stored without the zeros (`block_diagonal`)."""
+    """Blocks that the layer's features are cut into. With more than one, every inner direction reads one block and
+    every outer direction writes one; A (p d/blocks) and B (o/blocks q) are stored without zeros (`block_diagonal`)."""
     has_auxiliary_loss: bool = False
     """Whether `auxiliary_loss` returns a loss."""
     compares_samples: bool = False
@@ -279,7 +279,7 @@ class Core(nn.Module):
         return None if R is None else F.linear(seen, R.to(seen.dtype))
 
     def task_scores(self, task: Tensor | None) -> Tensor | None:
-        """What the gates take from the task ids (b), with b as its first axis; None for a core that ignores the task."""
+        """What the gates take from the task ids (b): (b …); None for a core that ignores the task."""
         return None
 
     def select(self, h: Tensor, scores: Tensor | None, task_scores: Tensor | None) -> Tensor:
@@ -305,8 +305,8 @@ class Core(nn.Module):
     def auxiliary_loss(self, x: Tensor, task: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """This layer's term of the training loss, weighted already: a scalar, or None.
 
-        x is the layer's input (b t d), or (n d) where the layer sees rows; task (b) holds the ids of the samples, one for
-        every row of the first axis of x; mask (b t) is nonzero for real tokens. A mask of another size than x has
+        x is the layer's input (b t d), or (n d) where the layer sees rows; task (b) holds the ids of the samples, one
+        for every row of the first axis of x; mask (b t) is nonzero for real tokens. A mask of another size than x has
         tokens does not apply, and all tokens count.
         """
         return None
@@ -320,8 +320,8 @@ class Core(nn.Module):
         """Columns of the stored A, or rows of the stored B, for a layer with so many features in, or out."""
         if features % self.feature_blocks:
             raise ConfigError(
-                f"a layer with {features} features cannot be cut into {self.feature_blocks} equal blocks: choose another"
-                " number of blocks, or leave the layer out with exclude_modules"
+                f"a layer with {features} features cannot be cut into {self.feature_blocks} equal blocks: choose"
+                " another number of blocks, or leave the layer out with exclude_modules"
             )
         return features // self.feature_blocks
 
@@ -389,8 +389,8 @@ class Core(nn.Module):
         found = [dh, *[ds.reshape(w.shape) for w in wanted[1:]]]
         if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(found, wanted, strict=True)):
             raise ConfigError(
-                f"{type(self).__name__} declares closed_form, but its gradients are not the derivative of its select and"
-                " mix: set closed_form = False, or override gradients too"
+                f"{type(self).__name__} declares closed_form, but its gradients are not the derivative of its select"
+                " and mix: set closed_form = False, or override gradients too"
             )
 
 

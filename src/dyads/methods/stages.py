@@ -227,6 +227,7 @@ class StagedCore(Core):
         self.gate_shape, self.router_std = gate_shape, router_std
         self.num_experts = gate_shape[-1]
         if self.num_experts == 1:
+            self.closed_form = False
             return
         self.looks_at = SCORES[stages.score]
         rows = math.prod(gate_shape)

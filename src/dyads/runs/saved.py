@@ -23,12 +23,13 @@ import dyads.tuner  # noqa: F401  # PEFT has to know the methods
 from dyads.errors import RunError
 from dyads.methods import Core, DyadsConfig
 from dyads.runs.folder import RunFolder
+from dyads.tuner.model import check_file_names
 
 __all__ = ["SavedAdapter", "SavedLayer"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
-_PART = re.compile(r"(?P<module>.+)\.(?P<part>dyads_[A-Za-z]+|lora_[A-Za-z_]+)(\.(?P<inner>.+))?")
+_PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[A-Za-z_]+)(\.(?P<inner>.+))?")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class SavedLayer:
     A: Tensor | None = None
     """Inner directions (p d)."""
     B: Tensor | None = None
-    """Outer directions (q o)."""
+    """Outer directions (o q)."""
     core: Core | None = None
 
     @torch.no_grad()
@@ -88,6 +89,7 @@ class SavedAdapter:
         method = config.key if isinstance(config, DyadsConfig) else str(getattr(config.peft_type, "value", ""))
         if not isinstance(config, DyadsConfig) and method != "LORA":
             raise _foreign(folder, method)
+        check_file_names(state)
         parts: dict[str, dict[str, dict[str, Tensor]]] = {}
         others: dict[str, Tensor] = {}
         for key, value in state.items():
@@ -155,28 +157,29 @@ def _foreign(folder: Path, peft_type: str) -> RunError:
 
 
 def _layers(folder: Path, config: DyadsConfig, parts: dict[str, dict[str, dict[str, Tensor]]]) -> Iterator[SavedLayer]:
-    # Where a core cuts a layer's features into parts, rows are stored at the width of one part.
-    heads = getattr(config, "num_splits", 1)
+    # Where a core cuts a layer's features into blocks, A is stored at the width of one block.
+    blocks = getattr(config, "num_splits", 1)
     cores: dict[str, Core] = {}
-    states = {name: part.get("dyads_core", {}) for name, part in parts.items()}
+    states = {name: part.get("lora_core", {}) for name, part in parts.items()}
     name = ""
     try:
         for name, part in parts.items():
-            if part.keys() - {"dyads_core"} != {"dyads_A", "dyads_B"}:
+            if part.keys() - {"lora_core"} != {"lora_A", "lora_B"}:
                 raise ValueError(f"it has {', '.join(sorted(part))}")
-            cores[name] = config.core(part["dyads_A"][""].shape[1] * heads).eval()
+            cores[name] = config.core(part["lora_A"]["weight"].shape[1] * blocks).eval()
         # What layers share is saved with one of them, the one that lacks nothing.
-        whole = [cores[name] for name in cores if states[name].keys() == cores[name].state_dict().keys()]
+        complete = [cores[name] for name in cores if states[name].keys() == cores[name].state_dict().keys()]
         for name, core in cores.items():
-            A, B = parts[name]["dyads_A"][""], parts[name]["dyads_B"][""]
-            if whole:
-                core.share_with(whole[0])
+            A, B = parts[name]["lora_A"]["weight"], parts[name]["lora_B"]["weight"]
+            if complete:
+                core.share_with(complete[0])
             core.load_state_dict(states[name], assign=True)
-            if (len(A), len(B), heads) != (core.p, core.q, core.heads):
-                raise ValueError(f"A and B have {len(A)} and {len(B)} rows, the method {core.p} and {core.q}")
+            p, q = len(A), B.shape[1]
+            if (p, q, blocks) != (core.p, core.q, core.feature_blocks):
+                raise ValueError(f"A and B have {p} and {q} directions, the method {core.p} and {core.q}")
             trained = A.numel() + B.numel() + sum(p.numel() for p in core.parameters())
-            A, B = core.whole(A), core.whole(B)
-            yield SavedLayer(name, A.shape[1], B.shape[1], trained, A, B, core)
+            A, B = core.block_diagonal(A), core.block_diagonal(B.t()).t()
+            yield SavedLayer(name, A.shape[1], B.shape[0], trained, A, B, core)
     except (KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(

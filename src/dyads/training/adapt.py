@@ -119,7 +119,7 @@ class ExtendedAdapter:
         for row in rows:
             row.requires_grad_(True)
         place = torch.tensor([len(self.task_names) - 1], device=rows[0].device) if rows else torch.tensor([0])
-        read = [core.of_task(place) for core in cores] if rows else []
+        read = [core.task_scores(place) for core in cores] if rows else []
         for row in rows:
             row.requires_grad_(False)
         return any(gates is not None and gates.requires_grad for gates in read)

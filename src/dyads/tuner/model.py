@@ -9,7 +9,7 @@ Private names of PEFT relied on here (checked with PEFT 0.21): `_create_and_repl
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from dyads.methods.base import DyadsConfig
 from dyads.tuner.layer import DyadsLayer
 from dyads.tuner.routing import Routing, TaskLike, find_routing
 
-__all__ = ["DyadsModel"]
+__all__ = ["DyadsModel", "check_file_names"]
 
 _OLD_NAMES = re.compile(r"\.dyads_(A|B|core)(\.|$)")
 
@@ -182,12 +182,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: DyadsConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        old = next((key for key in state_dict if _OLD_NAMES.search(key)), None)
-        if old is not None:
-            raise ConfigError(
-                f"the adapter was saved by a pre-release of dyads, whose files name A and B otherwise ('{old}'):"
-                " train it again with this version"
-            )
+        check_file_names(state_dict)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -200,6 +195,16 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         if re.search(pattern, key):
             return re.sub(pattern, r"\1", key)
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+def check_file_names(keys: Iterable[str]) -> None:
+    """ConfigError for the names of an adapter file that a pre-release of dyads wrote."""
+    old = next((key for key in keys if _OLD_NAMES.search(key)), None)
+    if old is not None:
+        raise ConfigError(
+            f"the adapter was saved by a pre-release of dyads, whose files name A and B otherwise ('{old}'): train it"
+            " again with this version"
+        )
 
 
 def _disable_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
