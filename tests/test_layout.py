@@ -125,15 +125,13 @@ def test_importing_the_package_and_asking_for_help_stays_light() -> None:
 )
 def test_peft_knows_the_methods_in_whatever_order_things_are_imported(first: str) -> None:
     known = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as k; print(*sorted(t for t in k if 'DYADS' in t))"
-    everyone = "HYDRALORA MODE MOELORA MOLORA MORE MTL_LORA POLY SMORA TASK_MODE"
-    assert run(f"{first}\n{known}").split() == [f"DYADS_{key}" for key in everyone.split()]
+    assert run(f"{first}\n{known}").split() == sorted(f"DYADS_{m.key.upper()}" for m in methods())
 
 
 def test_public_names() -> None:
-    configs = {name for name in dyads.__all__ if name.endswith("Config")}
-    assert configs == {method.config.__name__ for method in methods()}
-    assert set(dyads.__all__) - configs == {"__version__", "add_task", "auxiliary_loss", "use_task"}
-    for name in dyads.__all__:
+    assert set(dyads.__all__) == {"__version__", "add_task", "auxiliary_loss", "use_task"}
+    assert {name for name in dir(dyads) if name not in dyads.__all__} == {m.config.__name__ for m in methods()}
+    for name in dir(dyads):
         assert getattr(dyads, name) is not None
     with pytest.raises(AttributeError, match="module 'dyads' has no attribute 'MoDConfig'"):
         _ = dyads.MoDConfig  # type: ignore[attr-defined]

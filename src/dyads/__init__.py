@@ -5,8 +5,8 @@
 >>> from peft import get_peft_model
 >>> model = get_peft_model(model, MoDEConfig(r=4, num_experts=16))  # doctest: +SKIP
 
-Importing dyads is light: torch and PEFT are loaded when a name that needs them is first used. Where PEFT is there
-already, or is imported later, it learns about the methods by itself, so that `PeftModel.from_pretrained` finds them.
+Importing dyads is light: torch and PEFT are imported when a name that needs them is first used. The methods are
+registered with PEFT as soon as both are imported, in either order, so that `PeftModel.from_pretrained` finds them.
 """
 
 from __future__ import annotations
@@ -19,64 +19,37 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_ROOMS = {
-    "HydraLoRAConfig": "dyads.methods",
-    "MOELoRAConfig": "dyads.methods",
-    "MTLLoRAConfig": "dyads.methods",
-    "MoDEConfig": "dyads.methods",
-    "MoLoRAConfig": "dyads.methods",
-    "MoREConfig": "dyads.methods",
-    "PolyConfig": "dyads.methods",
-    "SMoRAConfig": "dyads.methods",
-    "TaskMoDEConfig": "dyads.methods",
-    "add_task": "dyads.tuner",
-    "auxiliary_loss": "dyads.tuner",
-    "use_task": "dyads.tuner",
-}
-
-__all__ = [
-    "HydraLoRAConfig",
-    "MOELoRAConfig",
-    "MTLLoRAConfig",
-    "MoDEConfig",
-    "MoLoRAConfig",
-    "MoREConfig",
-    "PolyConfig",
-    "SMoRAConfig",
-    "TaskMoDEConfig",
-    "__version__",
-    "add_task",
-    "auxiliary_loss",
-    "use_task",
-]
+__all__ = ["__version__", "add_task", "auxiliary_loss", "use_task"]
+"""The public functions. The configs of all registered methods are public names too: `dyads.MoDEConfig` and so on."""
 
 if TYPE_CHECKING:
-    from dyads.methods import (
-        HydraLoRAConfig,
-        MoDEConfig,
-        MOELoRAConfig,
-        MoLoRAConfig,
-        MoREConfig,
-        MTLLoRAConfig,
-        PolyConfig,
-        SMoRAConfig,
-        TaskMoDEConfig,
-    )
+    from dyads.methods import HydraLoRAConfig as HydraLoRAConfig
+    from dyads.methods import MoDEConfig as MoDEConfig
+    from dyads.methods import MOELoRAConfig as MOELoRAConfig
+    from dyads.methods import MoLoRAConfig as MoLoRAConfig
+    from dyads.methods import MoREConfig as MoREConfig
+    from dyads.methods import MTLLoRAConfig as MTLLoRAConfig
+    from dyads.methods import PolyConfig as PolyConfig
+    from dyads.methods import SMoRAConfig as SMoRAConfig
+    from dyads.methods import TaskMoDEConfig as TaskMoDEConfig
     from dyads.tuner import add_task, auxiliary_loss, use_task
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _ROOMS:
-        raise AttributeError(f"module 'dyads' has no attribute '{name}'")
-    importlib.import_module("dyads.tuner")
-    return getattr(importlib.import_module(_ROOMS[name]), name)
+    if name in __all__ or name.endswith("Config"):
+        for room in ("dyads.tuner", "dyads.methods"):  # the tuner first: it registers the methods with PEFT
+            found = getattr(importlib.import_module(room), name, None)
+            if found is not None:
+                return found
+    raise AttributeError(f"module 'dyads' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    configs = {entry.config.__name__ for entry in importlib.import_module("dyads.methods").methods()}
+    return sorted({*__all__, *configs})
 
 
-class _TellPeft(importlib.abc.MetaPathFinder):
+class _RegisterWithPeft(importlib.abc.MetaPathFinder):
     """Registers our methods right after someone imports PEFT, without importing it for those who never do."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
@@ -101,4 +74,4 @@ if "peft" in sys.modules:
 else:
     import importlib.util
 
-    sys.meta_path.insert(0, _TellPeft())
+    sys.meta_path.insert(0, _RegisterWithPeft())

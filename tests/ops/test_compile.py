@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dyads.ops.compile import compile_c
 
 from dyads.ops import cache_folder
-from dyads.ops.compile import compile_c
 
 of_compile: Any = import_module("dyads.ops.compile")
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from dyads.ops.tiles import Right, Tiles, tiles_for, times
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyads.methods import MoDEConfig, MoLoRAConfig, MoREConfig
 from dyads.ops import Adapted, dyadic, fused, fused_all, untiled
-from dyads.ops.tiles import Right, Tiles, tiles_for, times
 
 of_tiles: Any = import_module("dyads.ops.tiles")
 

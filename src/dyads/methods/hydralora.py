@@ -14,8 +14,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dyads.methods.base import DyadsConfig, register
+from dyads.methods.config import DyadsConfig
 from dyads.methods.mode import MoDE
+from dyads.methods.registry import register
 
 __all__ = ["HydraLoRAConfig"]
 

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dyads.methods.base import register
 from dyads.methods.gates import combine_groups, softmax_group_gradients
+from dyads.methods.registry import register
 from dyads.methods.stages import StagedConfig, StagedCore, Stages
 
 __all__ = ["MoDE", "MoDEConfig"]

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dyads.methods.base import TaskConditioned, register
+from dyads.methods.config import TaskConditioned
 from dyads.methods.molora import MoLoRA
+from dyads.methods.registry import register
 from dyads.methods.stages import Stages
 
 __all__ = ["MOELoRAConfig"]

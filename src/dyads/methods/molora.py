@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from dyads.methods.base import Core, register
+from dyads.methods.core import Core
 from dyads.methods.gates import combine_experts, softmax_expert_gradients
 from dyads.methods.mode import MoDE
+from dyads.methods.registry import register
 from dyads.methods.stages import StagedConfig, StagedCore, Stages
 
 __all__ = ["MoLoRA", "MoLoRAConfig"]

@@ -31,9 +31,11 @@ import torch
 from torch import Tensor, nn
 
 from dyads.errors import did_you_mean
-from dyads.methods.base import Core, TaskConditioned, register
+from dyads.methods.config import TaskConditioned
 from dyads.methods.contrastive import POOLS, contrastive_loss, pool, similarity
+from dyads.methods.core import Core
 from dyads.methods.gates import per_token, score_task, select_prefix
+from dyads.methods.registry import register
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -20,8 +20,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dyads.methods.base import Core, TaskConditioned, register
+from dyads.methods.config import TaskConditioned
+from dyads.methods.core import Core
 from dyads.methods.gates import combine_groups, per_token
+from dyads.methods.registry import register
 
 __all__ = ["MTLLoRA", "MTLLoRAConfig"]
 

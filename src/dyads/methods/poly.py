@@ -23,8 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from dyads.errors import ConfigError
-from dyads.methods.base import Core, TaskConditioned, register
+from dyads.methods.config import TaskConditioned
+from dyads.methods.core import Core
 from dyads.methods.gates import per_token
+from dyads.methods.registry import register
 
 __all__ = ["Poly", "PolyConfig"]
 

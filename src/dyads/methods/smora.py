@@ -22,7 +22,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dyads.methods.base import Core, DyadsConfig, register
+from dyads.methods.config import DyadsConfig
+from dyads.methods.core import Core
+from dyads.methods.registry import register
 
 __all__ = ["SMoRA", "SMoRAConfig"]
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from dyads.errors import did_you_mean
-from dyads.methods.base import Core, TaskConditioned
+from dyads.methods.config import TaskConditioned
 from dyads.methods.contrastive import contrastive_loss, pool, similarity
+from dyads.methods.core import Core
 from dyads.methods.gates import (
     balance,
     per_token,

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from dyads.methods.base import register
 from dyads.methods.mode import MoDEConfig
+from dyads.methods.registry import register
 
 __all__ = ["TaskMoDEConfig"]
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from dyads.data.batches import Collator, PairCollator, TaskDataset
 from dyads.errors import ConfigError, RunError
-from dyads.methods.base import Core
+from dyads.methods.core import Core
 from dyads.models.heads import Head, TaskHeads, attach, heads_of
 from dyads.models.heads import read as read_heads
 from dyads.recipe.recipe_errors import validated

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dyads.errors import ConfigError, RoutingError, did_you_mean
-from dyads.methods.base import Core, DyadsConfig, TaskConditioned
+from dyads.methods.config import DyadsConfig, TaskConditioned
+from dyads.methods.core import Core
 from dyads.tuner.layer import DyadsLayer
 from dyads.tuner.routing import TaskLike, TrainingCall
 

@@ -18,7 +18,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from dyads.errors import ConfigError, MergeError
-from dyads.methods.base import Core, DyadsConfig
+from dyads.methods.config import DyadsConfig
+from dyads.methods.core import Core
 from dyads.ops import CachedOperator, Frozen, autocast_dtype, fused
 from dyads.tuner.routing import Routing
 

@@ -18,7 +18,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
 from dyads.errors import ConfigError
-from dyads.methods.base import DyadsConfig
+from dyads.methods.config import DyadsConfig
 from dyads.tuner.layer import DyadsLayer
 from dyads.tuner.routing import Routing, TaskLike, find_routing
 

@@ -14,7 +14,8 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from dyads.methods.base import PEFT_TYPE_PREFIX, methods
+from dyads.methods.config import PEFT_TYPE_PREFIX
+from dyads.methods.registry import methods
 from dyads.tuner.model import DyadsModel
 
 __all__ = ["register_methods"]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dyads.errors import RoutingError, did_you_mean
-from dyads.methods.base import Core
+from dyads.methods.core import Core
 from dyads.ops import CachedOperator
 
 __all__ = ["Routing", "RoutingState", "TaskLike", "auxiliary_loss", "use_task"]

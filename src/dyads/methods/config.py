@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config of a method: the fields that all methods share, as a PEFT config."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from peft import PeftConfig
+
+from dyads.errors import ConfigError
+from dyads.methods.core import Core
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["PEFT_TYPE_PREFIX", "DyadsConfig", "PeftTypeName", "TaskConditioned"]
+
+# Peft types are prefixed, so that a method that PEFT itself ships one day cannot collide with an adapter of ours.
+PEFT_TYPE_PREFIX = "DYADS_"
+
+
+class PeftTypeName(str):
+    """Name of a PEFT method outside of PEFT's enum, with the `.value` that PEFT and transformers read from a type."""
+
+    __slots__ = ()
+
+    @property
+    def value(self) -> str:
+        return str(self)
+
+
+_IMPORT_NOTE = """
+## Loading
+
+This adapter's method comes with [dyads](https://pypi.org/project/dyads/). Import it before PEFT loads the adapter:
+
+```python
+import dyads  # registers the method with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
+```
+"""
+
+
+@dataclasses.dataclass
+class DyadsConfig(PeftConfig):  # type: ignore[misc]
+    """The fields every method has. Names are PEFT's wherever PEFT has one."""
+
+    r: int = dataclasses.field(default=8, metadata={"help": "The rank."})
+    lora_alpha: float | None = dataclasses.field(
+        default=None, metadata={"help": "The update is scaled by lora_alpha / r. Not set: the scale is 1."}
+    )
+    lora_dropout: float = dataclasses.field(
+        default=0.0, metadata={"help": "Dropout on the input of A, in [0, 1). Routers always see the whole input."}
+    )
+    target_modules: list[str] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Names, a regular expression, or 'all-linear'. Not set: as PEFT's LoRA."}
+    )
+    exclude_modules: list[str] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Names or a regular expression of modules to leave alone."}
+    )
+    layers_to_transform: list[int] | int | None = dataclasses.field(
+        default=None, metadata={"help": "Indices of the layers to adapt. Not set: all."}
+    )
+    layers_pattern: list[str] | str | None = dataclasses.field(
+        default=None, metadata={"help": "Name of the list of layers, where it is not a common one."}
+    )
+    modules_to_save: list[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Modules to train and save whole beside the adapter, for instance a head."}
+    )
+    init_weights: bool = dataclasses.field(
+        default=True, metadata={"help": "True: B = 0, a fresh adapter changes nothing. False: random B, for tests."}
+    )
+    init_std: float | None = dataclasses.field(
+        default=None, metadata={"help": "Standard deviation of A at the start. Not set: Kaiming-uniform, as LoRA."}
+    )
+
+    key: ClassVar[str]
+    """The method's name in recipes and on the command line; set by `register`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type: Any = PeftTypeName(PEFT_TYPE_PREFIX + self.key.upper())
+        self.require_whole("r")
+        for name in ("lora_alpha", "lora_dropout", "init_std"):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            self.require(number or (value is None and name != "lora_dropout"), name, "must be a number")
+        self.require(
+            self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", "must be above 0 (leave it out for scale 1)"
+        )
+        self.require(0 <= self.lora_dropout < 1, "lora_dropout", "must be at least 0 and below 1")
+        self.require(
+            self.init_std is None or self.init_std > 0, "init_std", "must be above 0 (leave it out for LoRA's)"
+        )
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                self.require(
+                    getattr(self, name) is None,
+                    name,
+                    "cannot be used with a regular expression in target_modules: put the layers into the expression,"
+                    " or give target_modules as a list of names",
+                )
+        self.require(
+            not self.layers_pattern or self.layers_to_transform is not None,
+            "layers_pattern",
+            "only says where layers_to_transform counts: set layers_to_transform too",
+        )
+
+    def require(self, holds: bool, name: str, reason: str) -> None:
+        """Refuse the value of a field, with the value and the reason."""
+        if not holds:
+            raise ConfigError(f"{self.key}: {name} {reason}, got {getattr(self, name)!r}")
+
+    def require_whole(self, name: str) -> None:
+        """Refuse a field that is no whole number of at least 1."""
+        value = getattr(self, name)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        self.require(whole, name, "must be a whole number, 1 or more")
+
+    @property
+    def scaling(self) -> float:
+        """lora_alpha / r, or 1 where lora_alpha is not set (the MoDE paper has no scale)."""
+        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
+
+    @property
+    def task_names(self) -> tuple[str, ...] | None:
+        """Names of the tasks the gates know, in the order of their ids; None for a method that looks at no task."""
+        return None
+
+    @classmethod
+    def learns_tasks(cls, options: dict[str, Any]) -> bool:
+        """Whether a recipe with these options wants the names of its tasks, where it gives none itself."""
+        return {"tasks", "num_tasks"} <= cls.__dataclass_fields__.keys()
+
+    def core(self, d: int) -> Core:
+        """The method's core for a layer with d input features."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; also tells the reader of the model card to import dyads first."""
+        super().save_pretrained(save_directory, **kwargs)
+        for card in (Path(save_directory) / "README.md", Path(save_directory).parent / "README.md"):
+            # PEFT puts an adapter that is not called 'default' one folder below its card.
+            if card.is_file() and "import dyads" not in card.read_text(encoding="utf-8"):
+                with card.open("a", encoding="utf-8") as f:
+                    f.write(_IMPORT_NOTE)
+                break
+
+
+@dataclasses.dataclass
+class TaskConditioned(DyadsConfig):
+    """The fields of a method whose gates look at the task. Name the tasks, or say how many there are."""
+
+    tasks: list[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Names of the tasks, in the order of their ids."}
+    )
+    num_tasks: int | None = dataclasses.field(
+        default=None, metadata={"help": "Number of tasks, where they have no names."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(not isinstance(self.tasks, str), "tasks", "must be a list of names, such as ['rte', 'cola']")
+        if self.tasks is not None:
+            self.tasks = [str(name) for name in self.tasks]
+            twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
+            self.require(not twice, "tasks", f"must differ from one another ({', '.join(twice)} is there twice)")
+            self.require(len(self.tasks) > 0, "tasks", "must name at least one task")
+            if self.num_tasks not in (None, len(self.tasks)):
+                raise ConfigError(
+                    f"{self.key}: num_tasks = {self.num_tasks}, but tasks names {len(self.tasks)}: leave num_tasks out"
+                )
+            self.num_tasks = len(self.tasks)
+        if self.num_tasks is not None:
+            self.require_whole("num_tasks")
+        elif self.needs_tasks:
+            raise ConfigError(
+                f"{self.key}: tell it the tasks, either by name (tasks=['rte', …]) or by number (num_tasks=8)"
+            )
+
+    @property
+    def needs_tasks(self) -> bool:
+        """Whether the gates look at the task. Where they do not, tasks may be told all the same, and change nothing."""
+        return True
+
+    def with_tasks(self, names: Sequence[str]) -> Self:
+        """This config for these tasks, the first of which are those that it has."""
+        larger = copy.copy(self)
+        larger.tasks, larger.num_tasks = list(names), len(names)
+        return larger
+
+    @property
+    def task_names(self) -> tuple[str, ...] | None:
+        if not self.needs_tasks:
+            return None
+        return tuple(self.tasks) if self.tasks else tuple(str(i) for i in range(self.num_tasks or 0))

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Core of a method: what it computes inside one adapted layer."""
+
+from __future__ import annotations
+
+import copy
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dyads.errors import ConfigError
+
+__all__ = ["Core"]
+
+
+class Core(nn.Module):
+    """A method inside one adapted layer: its routers, gates and embeddings, and the two functions of the formula.
+
+        delta(x) = scale · B mix(h; g)        g = route(h, x, task)        h = A x
+
+    A core needs `p`, `q`, `looks_at`, `route` and `mix`; autograd then trains every parameter that they read. Faster
+    paths are opt-in: a core whose gates are `select(h, R x, task_scores(task))` writes these three parts instead of
+    `route` and declares `linear_scores`; one with the derivative of its gates declares `closed_form`. Both declarations
+    are verified when an adapter is created (`check_declarations`).
+    """
+
+    p: int
+    """Inner directions: rows of A."""
+    q: int
+    """Outer directions: columns of B."""
+    looks_at: frozenset[str] = frozenset()
+    """What the gates depend on, from {"x", "h", "task"}. Merging is exact where it is empty, or is {"task"} and a task
+    is named."""
+    gate_axes: ClassVar[int] = 1
+    """How many trailing axes of the gates belong to one token."""
+    linear_scores: bool = False
+    """Whether route(h, x, task) = select(h, scores, task_scores(task)) with scores = R x, R h or None."""
+    router_input: str = "x"
+    """What R = router_weight() multiplies: "x" or "h"."""
+    closed_form: bool = False
+    """Whether `gradients` is the derivative of mix(h; select(scores + task_scores))."""
+    feature_blocks: int = 1
+    """Blocks that the layer's features are cut into. With more than one, every inner direction reads one block and
+    every outer direction writes one; A (p d/blocks) and B (o/blocks q) are stored without zeros (`block_diagonal`)."""
+    has_auxiliary_loss: bool = False
+    """Whether `auxiliary_loss` returns a loss."""
+    compares_samples: bool = False
+    """Whether task embeddings are trained to resemble their samples, which gives `similarity` a meaning."""
+
+    def route(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
+        """Gates from h (… p), the layer's input x (… d) and the task ids (b). Gates of a token depend on that token
+        and its task alone, and must be the same when gradient checkpointing runs the layer again."""
+        return self.select(h, self.score(h, x), self.task_scores(task))
+
+    def mix(self, h: Tensor, g: Tensor) -> Tensor:
+        """Outer coefficients (… q) from the inner ones h (… p) and the gates. Linear in h."""
+        raise NotImplementedError
+
+    def router_weight(self) -> Tensor | None:
+        """R (s d), or (s p) with router_input "h"; None for a core without a router."""
+        return None
+
+    def score(self, h: Tensor, x: Tensor) -> Tensor | None:
+        """Scores of the tokens (… s): R x or R h; None without a router."""
+        R = self.router_weight()
+        seen = h if self.router_input == "h" else x
+        return None if R is None else F.linear(seen, R.to(seen.dtype))
+
+    def task_scores(self, task: Tensor | None) -> Tensor | None:
+        """What the gates take from the task ids (b): (b …); None for a core that ignores the task."""
+        return None
+
+    def select(self, h: Tensor, scores: Tensor | None, task_scores: Tensor | None) -> Tensor:
+        """Gates from h = A x (… p), the scores of the tokens (… s) and `task_scores`.
+
+        With `linear_scores` it may run again in backward and reads no parameter, as gradients reach its arguments only.
+        """
+        raise NotImplementedError
+
+    def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of u = mix(h; g) for h (… p) and for the sum of scores and `task_scores` (… s), given du (… q)."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values of routers, gates and embeddings."""
+
+    def share_with(self, first: Core) -> None:
+        """Replace what all layers of an adapter share by that of its first layer's core.
+
+        Shared parameters stay part of the first core alone, so they are counted, saved and trained once.
+        """
+
+    def auxiliary_loss(self, x: Tensor, task: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """This layer's term of the training loss, weighted already: a scalar, or None.
+
+        x is the layer's input (b t d), or (n d) where the layer sees rows; task (b) holds the ids of the samples, one
+        for every row of the first axis of x; mask (b t) is nonzero for real tokens. A mask of another size than x has
+        tokens does not apply, and all tokens count.
+        """
+        return None
+
+    def similarity(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Similarity of the samples of this layer's input to every task: (b T), from -1 to 1. x and mask are those of
+        `auxiliary_loss`."""
+        raise NotImplementedError
+
+    def stored_width(self, features: int) -> int:
+        """Columns of the stored A, or rows of the stored B, for a layer with so many features in, or out."""
+        if features % self.feature_blocks:
+            raise ConfigError(
+                f"a layer with {features} features cannot be cut into {self.feature_blocks} equal blocks: choose"
+                " another number of blocks, or leave the layer out with exclude_modules"
+            )
+        return features // self.feature_blocks
+
+    def block_diagonal(self, A: Tensor) -> Tensor:
+        """A (p d) of the formula from the stored A (p d/blocks): the first p/blocks rows read the first block of the
+        features, and so on, with zeros elsewhere. B is stored the same way, transposed. With one block, A itself.
+        """
+        if self.feature_blocks == 1:
+            return A
+        blocks = A.view(self.feature_blocks, -1, A.shape[-1]).unbind(0)
+        placed: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+        return placed
+
+    def matrix(self, g: Tensor) -> Tensor:
+        """G = mix(I; g), shape (… q p): the method written out for these gates, since mix is linear in h."""
+        identity = torch.eye(self.p, dtype=g.dtype, device=g.device)
+        rows = self.mix(identity, g.unsqueeze(-1 - self.gate_axes))
+        return rows.transpose(-1, -2)
+
+    def check_declarations(self, d: int, num_tasks: int) -> None:
+        """ConfigError where `linear_scores` or `closed_form` is declared and does not hold, for a layer of d features.
+
+        A parameter that `select` or `mix` reads would silently not train; the wrong derivative would silently train
+        towards something else. Both are tried on two random samples, without changing the global random state.
+        """
+        if not self.linear_scores:
+            return
+        name, probe = type(self).__name__, copy.deepcopy(self).eval()
+        generator = torch.Generator().manual_seed(0)
+        h, x, du = (torch.randn(2, n, generator=generator, dtype=torch.float32) for n in (self.p, d, self.q))
+        device = next((t.device for t in (*self.parameters(), *self.buffers())), h.device)
+        h, x, du = h.to(device), x.to(device), du.to(device)
+        task = torch.tensor([0, num_tasks - 1], device=device) if num_tasks else None
+        probe = probe.float()
+        with torch.no_grad():
+            scores, task_scores = Core.score(probe, h, x), probe.task_scores(task)
+        with torch.enable_grad():
+            g = probe.select(h, scores, task_scores)
+            u = probe.mix(h, g)
+        if u.requires_grad:
+            raise ConfigError(
+                f"{name} declares linear_scores, but its select or mix reads a parameter, which would get no gradient:"
+                " set linear_scores = False, or read the parameter in router_weight or task_scores"
+            )
+        if device.type == "meta":
+            return
+        with torch.no_grad():
+            if not torch.allclose(u, probe.mix(h, probe.route(h, x, task)), rtol=1e-4, atol=1e-5):
+                raise ConfigError(
+                    f"{name} declares linear_scores, but its route differs from select(h, R {self.router_input},"
+                    " task_scores(task)): set linear_scores = False"
+                )
+        if self.closed_form:
+            self._check_gradients(probe, h, scores, task_scores, du)
+
+    def _check_gradients(
+        self, probe: Core, h: Tensor, scores: Tensor | None, task_scores: Tensor | None, du: Tensor
+    ) -> None:
+        with torch.enable_grad():
+            leaves = [h.requires_grad_(), *(t.requires_grad_() for t in (scores, task_scores) if t is not None)]
+            g = probe.select(h, scores, task_scores)
+            wanted = torch.autograd.grad(probe.mix(h, g), leaves, du)
+        with torch.no_grad():
+            dh, ds = probe.gradients(h, g.detach(), du)
+        found = [dh, *[ds.reshape(w.shape) for w in wanted[1:]]]
+        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(found, wanted, strict=True)):
+            raise ConfigError(
+                f"{type(self).__name__} declares closed_form, but its gradients are not the derivative of its select"
+                " and mix: set closed_form = False, or override gradients too"
+            )

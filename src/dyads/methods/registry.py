@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registry of methods: a method is one file in this folder that registers a config.
+
+    @register("toy", "one line for `dyads methods`")
+    @dataclass
+    class ToyConfig(DyadsConfig):      # fields, and core(d), which builds the Core of a layer with d inputs
+        ...
+
+Nothing else lists the methods: the package's public names, PEFT, recipes, the command line and the tests of the
+contract read the registry.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+from peft import PeftConfig
+
+from dyads.errors import ConfigError, did_you_mean
+
+__all__ = ["Method", "build_config", "method", "method_names", "methods", "register"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A line of the registry."""
+
+    key: str
+    config: type[Any]
+    summary: str
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def register(key: str, summary: str) -> Callable[[type[Any]], type[Any]]:
+    """Enter a config into the registry under the name that recipes and the command line use."""
+
+    def enter(config: type[Any]) -> type[Any]:
+        config.key = key
+        _METHODS[key] = Method(key, config, summary)
+        return config
+
+    return enter
+
+
+def methods() -> tuple[Method, ...]:
+    """The methods of the family, by the names of their files: a new method is one new file in this folder."""
+    package = sys.modules[__name__.rpartition(".")[0]]
+    for module in iter_modules(package.__path__):
+        import_module(f"{package.__name__}.{module.name}")
+    return tuple(_METHODS.values())
+
+
+def method(key: str) -> Method:
+    """The method of that name; ConfigError with the nearest names when there is none."""
+    known = {entry.key: entry for entry in methods()}
+    if key not in known:
+        raise ConfigError(f"unknown method '{key}'{did_you_mean(key, method_names())}")
+    return known[key]
+
+
+def method_names() -> tuple[str, ...]:
+    """Every method that can be trained: the family's, and PEFT's own LoRA as the baseline."""
+    return ("lora", *(entry.key for entry in methods()))
+
+
+def build_config(name: str, options: dict[str, Any], task_names: tuple[str, ...] | None = None) -> PeftConfig:
+    """The PEFT config of a method from the options of a recipe.
+
+    Unknown options are refused with the nearest names. A task-conditioned method that is not told `tasks` learns the
+    given task names, unless `num_tasks` says that there are more or fewer.
+    """
+    if name == "lora":
+        from peft import LoraConfig
+
+        config_class: type[Any] = LoraConfig
+        options = dict(options)
+    else:
+        config_class = method(name).config
+        options = dict(options)
+    fields = {f.name for f in dataclasses.fields(config_class) if f.init and f.name != "peft_type"}
+    for key in options:
+        if key not in fields:
+            near = did_you_mean(key, sorted(fields - set(PeftConfig.__dataclass_fields__)))
+            raise ConfigError(f"unknown option '{key}' of method '{name}'{near}")
+    if name == "lora" and "lora_alpha" not in options:
+        # PEFT's default alpha is 8 whatever the rank; ours is scale 1, and a fair baseline has the same.
+        options["lora_alpha"] = options.get("r", 8)
+    if (
+        task_names
+        and name != "lora"
+        and "tasks" not in options
+        and options.get("num_tasks", len(task_names)) == len(task_names)
+        and config_class.learns_tasks(options)
+    ):
+        options["tasks"] = list(task_names)
+    try:
+        return config_class(**options)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"method '{name}': {error}") from error
