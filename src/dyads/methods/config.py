@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PEFT_TYPE_PREFIX", "DyadsConfig", "PeftTypeName", "TaskConditioned"]
 
-# Peft types are prefixed, so that a method that PEFT itself ships one day cannot collide with an adapter of ours.
+# Prefixed, so that a method that PEFT itself ships one day cannot collide with one of ours.
 PEFT_TYPE_PREFIX = "DYADS_"
 
 
@@ -56,7 +56,7 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
         default=None, metadata={"help": "The update is scaled by lora_alpha / r. Not set: the scale is 1."}
     )
     lora_dropout: float = dataclasses.field(
-        default=0.0, metadata={"help": "Dropout on the input of A, in [0, 1). Routers always see the whole input."}
+        default=0.0, metadata={"help": "Dropout on the input of A, in [0, 1). Routers read the input without dropout."}
     )
     target_modules: list[str] | str | None = dataclasses.field(
         default=None, metadata={"help": "Names, a regular expression, or 'all-linear'. Not set: as PEFT's LoRA."}
@@ -134,12 +134,12 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
 
     @property
     def task_names(self) -> tuple[str, ...] | None:
-        """Names of the tasks the gates know, in the order of their ids; None for a method that looks at no task."""
+        """Names of the tasks the gates know, in the order of their ids; None for a method that ignores the task."""
         return None
 
     @classmethod
     def learns_tasks(cls, options: dict[str, Any]) -> bool:
-        """Whether a recipe with these options wants the names of its tasks, where it gives none itself."""
+        """Whether `build_config` fills in the recipe's task names for these options, where `tasks` is missing."""
         return {"tasks", "num_tasks"} <= cls.__dataclass_fields__.keys()
 
     def core(self, d: int) -> Core:
@@ -147,10 +147,10 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; also tells the reader of the model card to import dyads first."""
+        """As PEFT's; the model card also says that dyads must be imported first."""
         super().save_pretrained(save_directory, **kwargs)
         for card in (Path(save_directory) / "README.md", Path(save_directory).parent / "README.md"):
-            # PEFT puts an adapter that is not called 'default' one folder below its card.
+            # PEFT saves an adapter that is not called 'default' one folder below its card.
             if card.is_file() and "import dyads" not in card.read_text(encoding="utf-8"):
                 with card.open("a", encoding="utf-8") as f:
                     f.write(_IMPORT_NOTE)
@@ -185,16 +185,16 @@ class TaskConditioned(DyadsConfig):
             self.require_whole("num_tasks")
         elif self.needs_tasks:
             raise ConfigError(
-                f"{self.key}: tell it the tasks, either by name (tasks=['rte', …]) or by number (num_tasks=8)"
+                f"{self.key}: tasks are missing: give their names (tasks=['rte', …]) or their number (num_tasks=8)"
             )
 
     @property
     def needs_tasks(self) -> bool:
-        """Whether the gates look at the task. Where they do not, tasks may be told all the same, and change nothing."""
+        """Whether the gates depend on the task. Where they do not, `tasks` is accepted and has no effect."""
         return True
 
     def with_tasks(self, names: Sequence[str]) -> Self:
-        """This config for these tasks, the first of which are those that it has."""
+        """A copy of this config for these tasks; the first of them are its present ones."""
         larger = copy.copy(self)
         larger.tasks, larger.num_tasks = list(names), len(names)
         return larger

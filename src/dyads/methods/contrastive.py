@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How are embeddings of tasks made to look like their samples? MoRE's contrastive loss (arXiv 2505.22694).
+"""MoRE's contrastive loss, which pulls task embeddings towards their samples (arXiv 2505.22694).
 
     L = mean over samples s of −log softmax_k(cos(h_s, e_k) / τ)[t_s]
 
-h_s stands for what an adapted layer sees of sample s, t_s is the sample's task, and e_k are the embeddings of all tasks
-in that layer. Batches may mix tasks. With one task there is nothing to tell apart, and L is 0.
+h_s is one vector for sample s, pooled from an adapted layer's input; t_s is the sample's task, and e_k are the
+embeddings of all tasks in that layer. Batches may mix tasks. With one task L is 0.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which pieces of routing do several methods need?
+"""Pieces of gates that several methods use.
 
-A gate has three stages: *score* (what the router sees, and how), *select* (from scores to weights) and *combine* (which
-coefficients a weight multiplies). Each function here is one stage of one kind, and `balance` is a loss on two of them.
+A gate has three stages: *score* (from the router's input to scores), *select* (from scores to weights) and *combine*
+(which coefficients a weight multiplies). Each function here is one stage of one kind; `balance` is a loss on scores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 
 
 def score_cosine(seen: Tensor, keys: Tensor) -> Tensor:
-    """Cosine between what is seen and every key: (… f), (s f) → (… s), in fp32 or wider; 0 for a zero row."""
+    """Cosine between the router's input and every key: (… f), (s f) → (… s), in fp32 or wider; 0 for a zero row."""
     wide = torch.promote_types(seen.dtype, torch.float32)
     along = F.linear(seen, F.normalize(keys.to(wide), dim=-1).to(seen.dtype)).to(wide)
     length: Tensor = torch.linalg.vector_norm(seen, dim=-1, keepdim=True, dtype=wide)
@@ -42,7 +42,7 @@ def score_cosine(seen: Tensor, keys: Tensor) -> Tensor:
 def score_task(embeddings: Tensor, W: Tensor) -> Tensor:
     """W e_t of the samples' tasks: (b e), (s e) → (b s), in fp32 or wider.
 
-    Also inside autocast: training, evaluation and merging must choose the same where two are nearly tied.
+    Also inside autocast: training, evaluation and merging must choose the same expert where two are nearly tied.
     """
     wide = torch.promote_types(embeddings.dtype, torch.float32)
     kind = embeddings.device.type
@@ -84,14 +84,14 @@ def _softmax_gradient(dg: Tensor, g: Tensor) -> Tensor:
 
 
 def select_sigmoid(scores: Tensor) -> Tensor:
-    """Every gate on its own, in (0, 1): the gates of a token need not sum to anything."""
+    """Independent gates in (0, 1); their sum is not fixed."""
     return scores.sigmoid()
 
 
 def select_top_k(scores: Tensor, k: int, *, renormalise: bool = True) -> Tensor:
     """The k largest entries of the softmax, zeros elsewhere; renormalised they sum to 1, else to what they had.
 
-    Exactly k are kept, also of equal ones. Those left out get a gradient through the softmax; renormalised, none.
+    Exactly k are kept, also among ties. The dropped ones get a gradient through the softmax; renormalised, none.
     """
     kept = torch.zeros_like(scores).scatter(-1, scores.topk(k, dim=-1).indices, 1)
     p = select_softmax(scores) * kept

@@ -7,9 +7,9 @@ One shared A. The r ranks form K = r / group_size groups, and every group has it
 num_experts up-vectors per rank. group_size 1 is MoDE proper (one router per rank), group_size r is MoLORA-SD, and one
 expert is LoRA of rank r: then there is nothing to choose, no router is made, and the adapter merges exactly.
 
-Ours ↔ theirs: num_experts ↔ m, group_size ↔ p, d ↔ P, o ↔ Q. Rows of B are ordered rank by rank, then by expert.
+Ours ↔ theirs: num_experts ↔ m, group_size ↔ p, d ↔ P, o ↔ Q. Columns of B are ordered rank by rank, then by expert.
 We differ: lora_alpha / r scaling is ours (the paper has none: leave lora_alpha out to match). On average gates start
-at 1/m, so every expert sees 1/m of the signal; lora_alpha = r · num_experts undoes it, if you want that. The paper does
+at 1/m, so every expert gets 1/m of the signal; lora_alpha = r · num_experts undoes it. The paper does
 not say how routers start; ours draw N(0, 0.02²), as the public code of MoLORA does. All-equal routers would keep the
 experts of a rank equal for ever: the same gates on the same zero rows get the same gradients.
 

@@ -57,7 +57,10 @@ class MoLoRAConfig(StagedConfig):
 
 
 class MoLoRA(StagedCore):
-    """One choice among the experts, each with its own A and B; gates (… n). Rows go expert by expert."""
+    """One choice among the experts, each with its own A and B; gates (… n).
+
+    Rows of A and columns of B go expert by expert.
+    """
 
     closed_form = True
 

@@ -141,7 +141,7 @@ class MoREConfig(TaskConditioned):
     def with_tasks(self, names: Sequence[str]) -> Self:
         larger = super().with_tasks(names)
         if self.linear_scaling == "update" and self.scaled_tasks is None:
-            larger.scaled_tasks = self.num_tasks  # or the tasks there are would be scaled anew
+            larger.scaled_tasks = self.num_tasks  # else the scale of the present tasks would change
         return larger
 
     def core(self, d: int) -> MoRE:
@@ -252,10 +252,10 @@ class MoRE(Core):
         return scores
 
     def share_with(self, first: Core) -> None:
-        """With embedding: shared, the table of the first layer serves this one too."""
+        """With embedding: shared, this layer reads the table of the first one."""
         if self.embeds == "shared" and "embedding" in self._parameters and first is not self:
             del self.embedding
-            # Past nn.Module, which would make the first layer a part of this one.
+            # Not through nn.Module, which would register the first core as a submodule of this one.
             self.__dict__["_first"] = first
 
     def table(self) -> Tensor:
@@ -317,7 +317,7 @@ class MoRE(Core):
         return self.contrastive * contrastive_loss(h, self.table(), task, self.temperature)
 
     def similarity(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        tasks = torch.zeros(x.shape[:1], dtype=torch.long, device=x.device)  # of no account here
+        tasks = torch.zeros(x.shape[:1], dtype=torch.long, device=x.device)  # not used for the mean of a sample
         return similarity(self._samples(x, tasks, mask)[0], self.table())
 
     def _samples(self, x: Tensor, task: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

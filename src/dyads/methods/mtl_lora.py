@@ -9,7 +9,7 @@ are Λ_t and ω_t together; mix applies the one and then the other, and for a na
 one up-projection it is LoRA.
 
 Ours ↔ theirs: num_experts ↔ n (B_num), temperature ↔ τ (B_scale), num_tasks ↔ lambda_num, diagonal ↔ diagonal_format,
-transform ↔ lora_lambdas, weights ↔ lora_B_w. Rows of B are ordered rank by rank, then by up-projection.
+transform ↔ lora_lambdas, weights ↔ lora_B_w. Columns of B are ordered rank by rank, then by up-projection.
 We differ in nothing that we know of.
 """
 

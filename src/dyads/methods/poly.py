@@ -2,7 +2,7 @@
 """Poly – Polytropon (Ponti et al., EACL 2023, arXiv 2202.13914), and MHR, its multi-head routing (Caccia et al.,
 NeurIPS 2023, arXiv 2211.03831).
 
-    delta_t(x) = 1/r · (Σ_i α_ti B_i)ᵀ (Σ_i α_ti A_i) x        α_t = σ(Z_t) / Σ_i σ(Z_ti)
+    delta_t(x) = 1/r · (Σ_i α_ti B_i) (Σ_i α_ti A_i) x        α_t = σ(Z_t) / Σ_i σ(Z_ti)
 
 A task mixes the skills' A and their B, each by itself, and then multiplies: the coefficients of all skills melt into r
 numbers before they spread again. So `mix` is not a gate per coefficient, and G = α α^T ⊗ I is full; it still is linear
@@ -10,7 +10,7 @@ in h. For a named task it merges exactly.
 MHR cuts the layer's inputs and outputs into num_splits parts, and every part has a row of Z of its own.
 
 Ours ↔ theirs: num_experts ↔ n_skills, num_splits ↔ n_splits, num_tasks ↔ n_tasks, logits ↔ module_logits (Z).
-Rows of A and B are ordered part by part, then by skill, then by rank.
+Rows of A and columns of B are ordered part by part, then by skill, then by rank.
 We differ: PEFT draws α at random in training (a relaxed Bernoulli variable around σ(Z)); ours is σ(Z) always, as in the
 authors' later code, so a layer that is run again for gradient checkpointing gives the same. At inference both agree.
 """

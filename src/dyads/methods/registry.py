@@ -73,8 +73,8 @@ def method_names() -> tuple[str, ...]:
 def build_config(name: str, options: dict[str, Any], task_names: tuple[str, ...] | None = None) -> PeftConfig:
     """The PEFT config of a method from the options of a recipe.
 
-    Unknown options are refused with the nearest names. A task-conditioned method that is not told `tasks` learns the
-    given task names, unless `num_tasks` says that there are more or fewer.
+    Unknown options are refused with the nearest names. A task-conditioned method without `tasks` gets the given
+    task names, unless `num_tasks` differs from their number.
     """
     if name == "lora":
         from peft import LoraConfig

@@ -10,8 +10,8 @@ bias_rate, and every rank chosen more often goes down.
 Ours ↔ theirs: top_k ↔ k (activate_r), router ↔ lora_router, β ↔ lora_biases, bias_rate ↔ bias_update_rate.
 We differ: β moves once per step of the optimizer, by the choices of all forward passes since the last one, and not
 within the forward pass. So an accumulated batch counts like a whole one, and what gradient checkpointing runs again
-sees the β of its first run and counts once. β is kept as a whole number of steps, which half precision cannot round.
-All tokens count, padding too, as there; inside torch.compile none do, and β stays. Their router sees the dropped-out
+uses the β of its first run and counts once. β is kept as a whole number of steps, which half precision cannot round.
+All tokens count, padding too, as there; inside torch.compile none do, and β stays. Their router reads the dropped-out
 input, ours the whole one. Groups of ranks that share a gate (rank_partition) are left out, and no product is skipped.
 """
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How are the three stages of a gate chosen, each on its own?
+"""Gates whose three stages can be swapped one by one.
 
     scores = score(x, A x, e_t) / temperature        g = select(scores)        u = combine(A x; g)
 
-A method that chooses among experts is a core of this kind with a `combine` of its own; which score and which select it
-uses is a field of its config. The defaults, a linear score of the token and a softmax, are what the papers of MoLORA
+A method that chooses among experts is a `StagedCore` with a `combine` of its own; fields of its config name the score
+and the select. The defaults, a linear score of the token and a softmax, are what the papers of MoLORA
 and MoDE use; the others are ablations and extensions.
 """
 
@@ -44,7 +44,7 @@ SCORES: dict[str, frozenset[str]] = {
     "uniform": frozenset(),
     "random": frozenset(),
 }
-"""Every score, with what it looks at."""
+"""Every score, with what the gates then depend on (`Core.looks_at`)."""
 
 ROUTED = ("x", "h", "x+task", "h+task")
 """Scores of a linear router, R x or R h, to which scores of the task may be added."""
@@ -77,7 +77,7 @@ class StagedConfig(TaskConditioned):
     score: str = field(
         default="x",
         metadata={
-            "help": "What the router sees: x (the token), h (A x, a smaller router), task (the task's embedding),"
+            "help": "What the router reads: x (the token), h (A x, a smaller router), task (the task's embedding),"
             " x+task, h+task, cosine (between token and keys), uniform (no router), random (fixed random gates)."
         },
     )
@@ -99,7 +99,7 @@ class StagedConfig(TaskConditioned):
     contrastive: float = field(
         default=0.0,
         metadata={
-            "help": "Weight of MoRE's contrastive loss on the embeddings, where the score sees the task. 0: none."
+            "help": "Weight of MoRE's contrastive loss on the embeddings, where the score reads the task. 0: none."
         },
     )
     contrastive_temperature: float = field(
@@ -132,7 +132,7 @@ class StagedConfig(TaskConditioned):
             self.require(
                 "task" in SCORES[self.score],
                 "task_dim",
-                f"only counts where the score sees the task: {self._near_task}",
+                f"only counts where the score reads the task: {self._near_task}",
             )
         if self.score == "uniform":
             for name, default in (("select", "softmax"), ("temperature", 1.0)):
@@ -153,7 +153,7 @@ class StagedConfig(TaskConditioned):
             self.require(
                 bool(SCORES[self.score]) and "h" not in SCORES[self.score],
                 "load_balance",
-                f"needs a router that sees the layer's input or the task, not score: {self.score}",
+                f"needs a router that reads the layer's input or the task, not score: {self.score}",
             )
             self.require(
                 self.select != "sigmoid",
@@ -208,7 +208,7 @@ class StagedConfig(TaskConditioned):
 
 
 class StagedCore(Core):
-    """Choices among n experts, `gate_shape` says how many and of what: (n), or (groups n). Gates (… *gate_shape).
+    """Choices among n experts. `gate_shape` is (n), or (groups n); gates have the shape (… *gate_shape).
 
     With one expert there is nothing to choose: no router is made, and every gate is 1.
     """
@@ -216,13 +216,13 @@ class StagedCore(Core):
     linear_scores = True  # except for score: cosine, see __init__
 
     embedding: nn.Parameter
-    """Of the tasks (T task_dim), where the score sees them."""
+    """Of the tasks (T task_dim), where the score reads the task."""
     fixed_scores: Tensor
 
     def __init__(
         self, d: int, gate_shape: tuple[int, ...], *, router_std: float | None, stages: Stages | None, inner: int
     ) -> None:
-        """`inner` counts the rows of A, which score: h sees. `router_std` None is Kaiming-uniform, as nn.Linear."""
+        """`inner` counts the rows of A, which score: h reads. `router_std` None is Kaiming-uniform, as nn.Linear."""
         super().__init__()
         self.stages = stages = stages or Stages()
         self.gate_shape, self.router_std = gate_shape, router_std

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TaskMoDE – MoDE whose routers see the token and the task; the two methods that this library began with in one.
+"""TaskMoDE – MoDE whose routers read the token and the task: MoDE and MoRE in one method.
 
     delta_t(x) = Σ_k Σ_i R_ik(x, t) Σ_{j in group k} (a_j · x) b_ij        R_·k(x, t) = softmax_i(W_k x + V_k e_t)
 
@@ -22,13 +22,13 @@ from dyads.methods.registry import register
 __all__ = ["TaskMoDEConfig"]
 
 
-@register("task_mode", "MoDE whose routers see the token and the task's embedding")
+@register("task_mode", "MoDE whose routers read the token and the task's embedding")
 @dataclass
 class TaskMoDEConfig(MoDEConfig):
     """MoDEConfig with another default. Name the tasks, or say how many there are."""
 
     score: str = field(
-        default="x+task", metadata={"help": "What the routers see: x+task, h+task (smaller routers), or task alone."}
+        default="x+task", metadata={"help": "What the routers read: x+task, h+task (smaller routers), or task alone."}
     )
 
     contrastive: float = field(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do the methods live inside PEFT? Importing this package registers them."""
+"""The methods inside PEFT. Importing this package registers them."""
 
 from dyads.tuner.add_task import STARTS, add_task, similarity_to_tasks
 from dyads.tuner.layer import DyadsLayer

@@ -23,12 +23,12 @@ from dyads.tuner.routing import TaskLike, TrainingCall
 __all__ = ["STARTS", "add_task", "similarity_to_tasks"]
 
 STARTS = ("mean", "fresh")
-"""What a new task may start as, beside a task that the adapter knows: the mean of all, or newly drawn."""
+"""Starts of a new task beside the rows of known ones: their mean, or newly drawn."""
 
 
 @torch.no_grad()
 def add_task(model: nn.Module, name: str, start: str | int = "mean", adapter: str = "default") -> tuple[Tensor, ...]:
-    """Teach the adapter of a PEFT model a further task, `name`, and return what it now has per task.
+    """Add task `name` to the adapter of a PEFT model, and return its tensors with a row per task.
 
     start: the row of the new task in each layer is the `mean` over the tasks there are, `fresh` (drawn as at the start
     of a training), or that of a known task: its name, or its id, for one that is itself called so. Returned are the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does PEFT learn about our methods?
+"""Registration of the methods with PEFT.
 
 `peft.utils.register_peft_method` only takes names that PEFT's own enum lists, so the entries go straight into the three
 mappings that PEFT looks methods up in (checked with PEFT 0.21.2 and its save, load, merge and generate paths; peft_type
@@ -22,7 +22,7 @@ __all__ = ["register_methods"]
 
 
 def register_methods() -> None:
-    """Make every method known to PEFT. Calling it again changes nothing."""
+    """Register every method with PEFT; repeated calls change nothing."""
     for entry in methods():
         peft_type = PEFT_TYPE_PREFIX + entry.key.upper()
         PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = entry.config

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does a task reach the layers that ask for it?
+"""Routing state: the tasks of a forward pass on the way to the adapted layers, auxiliary losses on the way back.
 
-`task=` enters at the base model's call (or its `generate`), and stays in one `Routing` object that every adapted layer
-holds. Three things make that safe:
+`task=` is taken from the base model's call (or its `generate`) and kept in one `Routing` object that every adapted layer
+holds. Three rules make that safe:
 
-- a forward pass without `task=` never sees the task of an earlier one: the state ends with the forward pass;
+- the state ends with its forward pass, so a pass without `task=` never gets the task of an earlier one;
 - gradient checkpointing runs layers again in backward, when another forward pass may have come between: the function
-  that transformers hands its layers for checkpointing is wrapped, so that the second run sees the state of its first;
+  that transformers hands its layers for checkpointing is wrapped, so that the second run has the state of its first;
 - beam search and num_return_sequences repeat every sample k times in a row, and so are its tasks.
 
-The same object takes back the auxiliary losses of the layers. The model's is their mean over the layers; it is added to
-the loss that the model itself gives, or waits for `auxiliary_loss` where the model gives none.
+The same object collects the auxiliary losses of the layers. Their mean over the layers is added to the loss that the
+model returns, or is kept for `auxiliary_loss` where the model returns none.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class RoutingState:
 
 
 class TrainingCall:
-    """What one call of a model in training says about its tokens, and the auxiliary losses of its layers so far."""
+    """One call of a model in training: the masks of its tokens, and the auxiliary losses of its layers so far."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args) > 1:
@@ -135,10 +135,10 @@ class TrainingCall:
             self._decoder_tokens = next((t.numel() for t in given if isinstance(t, Tensor)), None)
 
     def mask(self, x: Tensor, of_decoder: bool) -> Tensor | None:
-        """The mask (b t) of the tokens that a layer sees, nonzero for real ones; None where nothing is known of them.
+        """The mask (b t) of a layer's tokens, nonzero for real ones; None where the call gives none.
 
-        In a decoder of an encoder-decoder the layers of cross-attention see tokens of both sides: told apart are they
-        by their number. Where both sides have equally many, all count as the decoder's.
+        In the decoder of an encoder-decoder, cross-attention has layers on the tokens of either side, which are
+        distinguished by their number. Where both sides have equally many, all count as the decoder's.
         """
         tokens = x.shape[:-1].numel()
         if of_decoder and tokens == self._decoder_tokens:
@@ -156,14 +156,14 @@ class TrainingCall:
         return torch.stack([loss.to(self.losses[0].device) for loss in self.losses]).mean()
 
     def share(self) -> Tensor | float:
-        """The part that this call has in a batch that is accumulated from several calls: 1, or its part of the labels.
+        """The share of this call in a batch that is accumulated from several calls: 1, or its share of the labels.
 
         Where the model's loss is divided by num_items_in_batch, the labels of the whole batch, the Trainer divides it
-        no further. All other losses are means over the call, and what the Trainer makes of those is right here too.
+        no further. All other losses are means over the call, which the Trainer averages.
         """
         if self._items is None or not isinstance(self._labels, Tensor):
             return 1.0
-        # Many models take that number and leave it unused, T5 for one. Those that use it hand it to `loss_function`.
+        # Many models accept that number without using it, T5 for one. Those that use it pass it to `loss_function`.
         code = getattr(inspect.unwrap(type(self._model).forward), "__code__", None)
         if code is None or "loss_function" not in code.co_names:
             return 1.0
@@ -180,12 +180,12 @@ def _as_mask(mask: Any) -> Tensor | None:
 
 
 def _can_be_read(tensor: Tensor) -> bool:
-    """Whether a value can be looked at without making an accelerator wait or breaking a compiled graph."""
+    """Whether reading a value neither makes an accelerator wait nor breaks a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _runs_again() -> bool:
-    """Whether this is run within backward, that is by gradient checkpointing."""
+    """Whether this runs within backward, that is in the second run of gradient checkpointing."""
     # torch.utils.checkpoint asks the same; checked with torch 2.6 to 2.13.
     return torch._C._current_graph_task_id() != -1
 
@@ -208,23 +208,23 @@ class Routing:
         """The task that an adapter is merged for, while it is."""
         self.state: RoutingState | None = None
         self.ambient: RoutingState | None = None
-        """What holds where no `task=` is given: set inside `using`, for instance while generating."""
+        """The state of forward passes without `task=`, inside `using`, for instance while generating."""
         self.cache: dict[int, dict[str, CachedOperator]] | None = None
         """Operators by layer and adapter, inside `frozen_weights`."""
         self.call: TrainingCall | None = None
-        """The call of the model in training that is under way."""
+        """The running call of a model in training."""
         self.untaken: Tensor | None = None
-        """The auxiliary loss of the last call, where the model gave no loss to add it to."""
+        """The auxiliary loss of the last call, where the model returned no loss to add it to."""
         self._outer: list[tuple[RoutingState | None, TrainingCall | None]] = []
         self._undo: list[Callable[[], None]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a forward pass left over belongs to its graph, which can be neither copied nor stored.
+        # Losses of a forward pass belong to its graph, which can be neither copied nor stored.
         return {**self.__dict__, "call": None, "untaken": None, "cache": None}
 
     @contextmanager
     def using(self, task: TaskLike | None) -> Iterator[None]:
-        """Within this context every forward pass that is given no task of its own has this one."""
+        """Within this context a forward pass without a task of its own has this one."""
         before = (self.state, self.ambient)
         self.state = self.ambient = None if task is None else RoutingState(task)
         try:
@@ -280,7 +280,7 @@ class Routing:
         return ids if repeats == 1 else ids.repeat_interleave(repeats)
 
     def check_merged(self, adapter: str) -> None:
-        """RoutingError where a forward pass asks for another task than the one that the adapter is merged for."""
+        """RoutingError where a forward pass has another task than the one that the adapter is merged for."""
         if self.state is None or adapter not in self.merged:
             return
         names, merged = self.names[adapter], self.merged[adapter]
@@ -295,9 +295,9 @@ class Routing:
             raise RoutingError(message)
 
     def collect(self, adapter: str, core: Core, x: Tensor, task: Tensor | None, of_decoder: bool) -> None:
-        """Take the auxiliary loss of a layer that sees x in training.
+        """Collect the auxiliary loss of a layer with input x, in training.
 
-        What gradient checkpointing runs again is computed again, as it must be, and not taken again.
+        The second run of gradient checkpointing computes it again, as it must, and does not collect it again.
         """
         again = not torch.compiler.is_compiling() and _runs_again()
         if self.call is None and not again:
@@ -317,7 +317,7 @@ class Routing:
             self.call.losses.append(loss)
 
     def attach(self, model: nn.Module) -> None:
-        """Let `model` take `task=` in its call and in `generate`, and keep its tasks through checkpointing."""
+        """Make `model` accept `task=` in its call and in `generate`, and keep its tasks through checkpointing."""
         enter = model.register_forward_pre_hook(_EnterForward(self), with_kwargs=True, prepend=True)
         leave = model.register_forward_hook(_LeaveForward(self), always_call=True, with_kwargs=True)
         self._undo = [enter.remove, leave.remove]
@@ -336,7 +336,7 @@ class Routing:
                 module.__dict__["_gradient_checkpointing_func"] = _Checkpoint(func, self)
 
     def detach(self, model: nn.Module) -> None:
-        """Take back everything that `attach` and checkpointing changed on the model."""
+        """Undo everything that `attach` and checkpointing changed on the model."""
         for undo in self._undo:
             undo()
         self._undo = []
@@ -346,7 +346,7 @@ class Routing:
                 module.__dict__["_gradient_checkpointing_func"] = func.func
 
 
-# Objects, not closures, stand on the model: so a deep copy of it has hooks that belong to the copy.
+# Objects and not closures are set on the model, so that a deep copy of it has hooks of its own.
 
 
 class _Remove:
@@ -393,7 +393,7 @@ class _LeaveForward:
         if routing.call is None:
             routing.untaken = call.loss()
         else:
-            routing.call.losses += call.losses  # a model that calls itself gives one loss for all
+            routing.call.losses += call.losses  # a nested call: the outer one returns the loss
         return None
 
 
@@ -414,7 +414,7 @@ def _sum(loss: Tensor, call: TrainingCall) -> Tensor:
 
 
 class _Checkpoint:
-    """A checkpointing function whose second run sees the routing state of its first."""
+    """A checkpointing function whose second run has the routing state of its first."""
 
     def __init__(self, func: Callable[..., Any], routing: Routing) -> None:
         self.func, self.routing = func, routing
@@ -455,7 +455,7 @@ class _Generate:
         if task is None or not self.routing.names:
             with self.routing.frozen_weights():
                 return self.inner(*args, **kwargs)
-        RoutingState(task).for_call(args, kwargs, repeated=False)  # a wrong number of tasks is told at once
+        RoutingState(task).for_call(args, kwargs, repeated=False)  # a wrong number of tasks is refused at once
         with self.routing.using(task), self.routing.frozen_weights():
             return self.inner(*args, **kwargs)
 
@@ -473,7 +473,7 @@ _BATCHED = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "pixel_
 
 @contextmanager
 def use_task(model: nn.Module, task: TaskLike | None) -> Iterator[None]:
-    """Within this context, forward passes of `model` or of its parts have this task where they are given none.
+    """Within this context, forward passes of `model` or of its parts without a task have this one.
 
     For code that cannot pass `task=` itself: a pipeline, an evaluation harness, a call of one submodule.
     """
@@ -489,8 +489,7 @@ def auxiliary_loss(model: nn.Module) -> Tensor | None:
 
     It is the mean over the adapted layers of the losses that their method adds, weighted already (MoRE's contrastive
     loss, a load-balancing loss). None in evaluation, for a method without one, when it was taken before, and where the
-    model itself gave a loss: then it is in there. The next forward pass drops it, so take it at once.
-
+    model itself returned a loss, which then contains it. The next forward pass drops it.
     """
     routing = find_routing(model)
     if routing is None:
