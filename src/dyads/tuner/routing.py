@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routing state: the tasks of a forward pass on the way to the adapted layers, auxiliary losses on the way back.
 
-`task=` is taken from the base model's call (or its `generate`) and kept in one `Routing` object that every adapted layer
-holds. Three rules make that safe:
+`task=` is taken from the call of the base model (or its `generate`) and kept in one `Routing` object that every adapted
+layer holds. Three rules make that safe:
 
 - the state ends with its forward pass, so a pass without `task=` never gets the task of an earlier one;
 - gradient checkpointing runs layers again in backward, when another forward pass may have come between: the function
