@@ -147,6 +147,8 @@ class Core(nn.Module):
         task = torch.tensor([0, num_tasks - 1], device=device) if num_tasks else None
         probe = probe.float()
         with torch.no_grad():
+            for parameter in probe.parameters():  # a term that starts at zero must count too
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
             scores, task_scores = Core.score(probe, h, x), probe.task_scores(task)
         with torch.enable_grad():
             g = probe.select(h, scores, task_scores)

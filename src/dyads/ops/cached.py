@@ -69,7 +69,7 @@ class CachedOperator:
 
         Every task is computed alone, so its row does not depend, not even by rounding, on the others in the batch.
         """
-        if task is None or task.device.type != "cpu":  # reading ids would make an accelerator wait
+        if task is None or task.device.type != "cpu" or not len(task):  # reading ids would make an accelerator wait
             return cast("Tensor | None", self.core.task_scores(task))
         ids: list[int] = task.tolist()
         for one in set(ids) - self._task_rows.keys():
