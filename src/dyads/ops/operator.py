@@ -285,7 +285,7 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
     """The gradients of (x, A, R, B, task_scores, out) by autograd through the plain operations, for double backward."""
     *saved, _, _, _, W = ctx.saved_tensors
     # Aliases, so that autograd stops here where one of these tensors was computed from another.
-    x, A, R, B, task_scores = (None if t is None else t.view_as(t) for t in saved)
+    x, A, R, B, task_scores = cast(Any, [None if t is None else t.view_as(t) for t in saved])
     core, dtype = ctx.core, x.dtype
     h = F.linear(x, A.to(dtype))
     scores = None if R is None else F.linear(h if core.router_input == "h" else x, R.to(dtype))
