@@ -8,11 +8,12 @@ A gate has three stages: *score* (from the router's input to scores), *select* (
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dyads.ops import without_autocast
 
 __all__ = [
     "balance",
@@ -45,8 +46,7 @@ def score_task(embeddings: Tensor, W: Tensor) -> Tensor:
     Also inside autocast: training, evaluation and merging must choose the same expert where two are nearly tied.
     """
     wide = torch.promote_types(embeddings.dtype, torch.float32)
-    kind = embeddings.device.type
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+    with without_autocast(embeddings.device.type):
         return F.linear(embeddings.to(wide), W.to(wide))
 
 

@@ -2,7 +2,7 @@
 """The operator, its slow oracle, and its cache for decoding."""
 
 from dyads.ops.cached import CachedOperator
-from dyads.ops.operator import Frozen, Gating, LinearGating, autocast_dtype, dyadic, fused, plain
+from dyads.ops.operator import Frozen, Gating, LinearGating, autocast_dtype, dyadic, fused, plain, without_autocast
 from dyads.ops.oracle import dyadic_sum
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "dyadic_sum",
     "fused",
     "plain",
+    "without_autocast",
 ]

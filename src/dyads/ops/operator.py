@@ -17,7 +17,7 @@ Both are below, one after the other. `CachedOperator` (cached.py) is `fused` for
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Protocol, cast
 
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["Frozen", "Gating", "LinearGating", "autocast_dtype", "dyadic", "fused", "plain"]
+__all__ = ["Frozen", "Gating", "LinearGating", "autocast_dtype", "dyadic", "fused", "plain", "without_autocast"]
 
 Frozen = tuple[Tensor, Tensor | None]
 """Weight (o d) and bias (o) of the frozen linear map; neither gets a gradient here."""
@@ -157,7 +157,7 @@ def fused(
         return _apply(x, A, B, core, task, scale, out, frozen)
     if frozen is not None:
         out = F.linear(x, *frozen)  # in the dtype of autocast
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         return _apply(x.to(dtype), A, B, core, task, scale, out, None)
 
 
@@ -181,6 +181,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast off, on devices that have it."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 def _apply(
@@ -224,7 +230,7 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*_differentiable_gradients(ctx, dy), None, None, None)  # gradients of gradients are wanted
         x, A, R, B, task_scores, z, joined, up, W = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             need_x, need_A, need_R, need_B, need_task, need_out, *_ = ctx.needs_input_grad
             core, scale, p = ctx.core, ctx.scale, A.shape[0]
             joined = join(A, R, core, x.dtype) if joined is None else joined
