@@ -166,8 +166,8 @@ def is_fusable(core: Any) -> bool:
     torch.compile (which fuses by itself), torch.func and forward-mode differentiation."""
     return (
         getattr(core, "linear_scores", False)
+        and not torch.compiler.is_compiling()  # before the context variable, which Dynamo cannot trace
         and not _PLAIN.get()
-        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
