@@ -308,8 +308,11 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
 
 
 def join(A: Tensor, R: Tensor | None, core: LinearGating, dtype: torch.dtype) -> Tensor:
-    """[A; R] (p + s d) in a dtype; A alone where there is no router, or one that reads h."""
-    return _cast(A if R is None or core.router_input == "h" else torch.cat([A, R]), dtype)
+    """[A; R] (p + s d) in a dtype; A alone where there is no router, or one that reads h. Not differentiable."""
+    if R is None or core.router_input == "h":
+        return _cast(A, dtype)
+    joined = A.new_empty(A.shape[0] + R.shape[0], A.shape[1], dtype=dtype)
+    return torch.cat([A.detach(), R.detach()], out=joined)  # joined and cast in one operation
 
 
 def inner_products(x: Tensor, joined: Tensor, R: Tensor | None, core: LinearGating) -> Tensor:
