@@ -11,13 +11,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from tiny import MLP, VARIANTS, Variant
+from tiny import MLP, PLACED, UNLIKE, VARIANTS, Variant
 
 pytest_plugins = ["made_runs"]
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda v: v.id)
 def variant(request: pytest.FixtureRequest) -> Variant:
+    return request.param
+
+
+@pytest.fixture(params=UNLIKE, ids=lambda v: v.id)
+def unlike(request: pytest.FixtureRequest) -> Variant:
+    """A few variants, for what a layer does whatever the method."""
+    return request.param
+
+
+@pytest.fixture(params=PLACED, ids=lambda p: f"{p[0].id}-{p[1]}")
+def placed(request: pytest.FixtureRequest) -> tuple[Variant, str]:
+    """Every variant, each in one kind of model."""
     return request.param
 
 

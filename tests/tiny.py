@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-import dyads.tuner
-from dyads.methods import DyadsConfig, methods
+from dyads.methods import Core, DyadsConfig, methods
+from dyads.tuner import DyadsLayer
 
 TASKS = ("rte", "cola", "sst2")
 
@@ -60,25 +61,32 @@ class Variant:
 
     @property
     def looks_at(self) -> frozenset[str]:
-        return self.config().core(3).looks_at
+        return self.config().core(4).looks_at
 
 
 VARIANTS = [
     *(Variant(m.key) for m in methods()),
     Variant("mode", (("group_size", 2),)),
-    Variant("mode", (("group_size", 4),)),
     Variant("mode", (("num_experts", 1),)),
-    Variant("mode", (("r", 1), ("num_experts", 5))),
+    Variant("mode", (("score", "h"),)),
+    Variant("mode", (("score", "random"), ("select", "top_k"), ("top_k", 2))),
     Variant("molora", (("shared_down", True),)),
-    Variant("molora", (("num_experts", 1),)),
-    Variant("more", (("r", 1),)),
+    Variant("task_mode", (("score", "h+task"),)),
     Variant("more", (("task_dim", 5), ("lora_alpha", 8), ("linear_scaling", "none"))),
     Variant("more", (("embedding", "shared"), ("task_dim", 5), ("selector", "soft"), ("linear_scaling", "update"))),
     Variant("more", (("embedding", "none"), ("selector", "subset"))),
     Variant("more", (("selector", "frozen_random"), ("linear_scaling", "update"))),
-    Variant("mode", (("score", "random"), ("select", "top_k"), ("top_k", 2))),
     Variant("mtl_lora", (("diagonal", True),)),
+    Variant("poly", (("num_splits", 2),)),
 ]
+
+UNLIKE = [Variant("mode"), Variant("more"), Variant("smora"), Variant("poly", (("num_splits", 2),))]
+"""Variants unlike each other for a model: gates of tokens; of tasks, with a nested module; buffers; feature blocks."""
+
+KINDS = ("llama", "gpt2", "t5", "bert")
+
+PLACED = list(zip(VARIANTS, cycle(KINDS), strict=False))
+"""Every variant in one kind of model, and every kind with several variants."""
 
 
 TARGETS = {
@@ -124,6 +132,18 @@ def batch(kind: str, rows: int = 3, width: int = 7, seed: int = 0) -> dict[str, 
     return inputs
 
 
+def tiny_layer(
+    variant: Variant, b: int, t: int, d: int, o: int, dtype: torch.dtype = torch.float64
+) -> tuple[Core, Tensor, Tensor, Tensor, Tensor]:
+    """A core with random parameters, x (b t d), A (p d), B (o q) and a task for every sample."""
+    core = variant.config().core(d).to(dtype).eval()
+    core.reset_parameters()
+    for parameter in core.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    x, A, B = (torch.randn(*shape).to(dtype) for shape in ((b, t, d), (core.p, d), (o, core.q)))
+    return core, x, A, B, torch.arange(b) % len(TASKS)
+
+
 def task_of(config: DyadsConfig, *tasks: int | str) -> dict[str, Any]:
     """`task=` for a method that looks at one, nothing for the others."""
     return {"task": list(tasks)} if config.task_names is not None else {}
@@ -135,11 +155,12 @@ class MLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lin0 = nn.Linear(6, 8)
-        self.lin1 = nn.Linear(8, 5, bias=False)
-        self.head = nn.Linear(5, 2)
+        self.lin1 = nn.Linear(8, 10, bias=False)
+        self.head = nn.Linear(10, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.relu(self.lin1(torch.tanh(self.lin0(x)))))
 
 
-assert dyads.tuner  # the methods are registered with PEFT
+def adapted_layers(model: nn.Module) -> list[DyadsLayer]:
+    return [m for m in model.modules() if isinstance(m, DyadsLayer)]

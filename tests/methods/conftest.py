@@ -1,58 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which variants run through the contracts of a core? Those of all tests, and every score with every select."""
+"""Variants for the contracts of a core: those of all tests, and scores, selects and edges in pairs."""
 
 from __future__ import annotations
 
-from itertools import cycle
+from typing import Any
 
 import pytest
 
-from dyads.methods.stages import SCORES, SELECTS
 from tiny import VARIANTS, Variant
 
-_COMBINES = cycle(
-    [
-        ("mode", ()),
-        ("molora", ()),
-        ("mode", (("group_size", 2),)),
-        ("molora", (("shared_down", True),)),
-    ]
-)
 
-
-def _staged() -> list[Variant]:
-    """Every score with every select, each with one of the ways to combine."""
-    variants = []
-    for score in SCORES:
-        for select in SELECTS if score != "uniform" else ("softmax",):
-            key, combine = next(_COMBINES)
-            top_k = (("top_k", 2),) if select == "top_k" else ()
-            variants.append(Variant(key, (("score", score), ("select", select), *top_k, *combine)))
-        next(_COMBINES)  # a select meets another way to combine with every score
-    return variants
+def _staged(key: str, score: str, select: str = "softmax", **options: Any) -> Variant:
+    top_k = {"top_k": 2} if select == "top_k" else {}
+    return Variant(key, tuple({"score": score, "select": select, **top_k, **options}.items()))
 
 
 MORE_VARIANTS = [
-    *_staged(),
-    Variant("mode", (("temperature", 0.5),)),
-    Variant("molora", (("temperature", 2.0), ("score", "x+task"))),
-    Variant("molora", (("select", "top_k"), ("top_k", 2), ("renormalise", False))),
-    Variant("mode", (("score", "cosine"), ("temperature", 0.2), ("learn_temperature", True))),
+    # Every score and every select, with every way to combine.
+    _staged("mode", "x", "sigmoid"),
+    _staged("molora", "x", "top_k", renormalise=False),
+    _staged("mode", "x", "straight_through", group_size=2),
+    _staged("molora", "x", temperature=2.0),
+    _staged("molora", "h", "top_k", shared_down=True),
+    _staged("molora", "h"),
+    _staged("mode", "h", "sigmoid", group_size=2, temperature=0.5),
+    _staged("mode", "h+task", group_size=2, temperature=0.5),
+    _staged("molora", "h+task", "straight_through"),
+    _staged("molora", "task"),
+    _staged("mode", "task", "top_k"),
+    _staged("molora", "x+task", shared_down=True, temperature=2.0),
+    _staged("mode", "x+task", "top_k", task_dim=5),
+    _staged("mode", "cosine", group_size=2),
+    _staged("molora", "cosine", "top_k", temperature=0.2, learn_temperature=True),
+    _staged("molora", "uniform"),
+    _staged("molora", "random", "sigmoid"),
+    # Ones.
+    Variant("mode", (("r", 1), ("num_experts", 5))),
+    Variant("molora", (("num_experts", 1),)),
     Variant("task_mode", (("num_experts", 1),)),
-    Variant("task_mode", (("score", "task"), ("task_dim", 5), ("group_size", 4))),
     Variant("moelora", (("num_experts", 1),)),
+    Variant("more", (("r", 1),)),
     Variant("mtl_lora", (("num_experts", 1),)),
-    Variant("smora", (("top_k", 4),)),
     Variant("poly", (("num_experts", 1),)),
+    Variant("smora", (("r", 1), ("top_k", 1))),
+    Variant("smora", (("top_k", 4),)),
 ]
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda v: v.id)
-def method_variant(request: pytest.FixtureRequest) -> Variant:
-    """For tests of many cases: those of all tests only."""
-    return request.param
-
-
 @pytest.fixture(params=[*VARIANTS, *MORE_VARIANTS], ids=lambda v: v.id)
-def variant(request: pytest.FixtureRequest) -> Variant:
+def any_variant(request: pytest.FixtureRequest) -> Variant:
     return request.param

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does every config refuse what contradicts itself, with the value and the way out?"""
+"""Configs: contradictions are refused with the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from dyads.errors import ConfigError
-from dyads.methods import MoDEConfig, MoLoRAConfig, MoREConfig, build_config, method, method_names
+from dyads.methods import MoDEConfig, MoLoRAConfig, MoREConfig, build_config, method, method_names, methods
 from tiny import Variant
+
+METHODS = [Variant(m.key) for m in methods()]
 
 
 @pytest.mark.parametrize(
@@ -27,9 +29,18 @@ from tiny import Variant
         ({"layers_pattern": "h"}, r"layers_pattern only says where layers_to_transform counts.*got 'h'"),
     ],
 )
-def test_shared_fields_refuse_contradictions(method_variant: Variant, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=f"{method_variant.key}: {message}"):
-        method_variant.config(**options)
+def test_shared_fields_refuse_contradictions(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"mode: {message}"):
+        MoDEConfig(**options)
+
+
+@pytest.mark.parametrize("variant", METHODS, ids=lambda v: v.id)
+def test_every_method_checks_the_shared_fields(variant: Variant) -> None:
+    with pytest.raises(ConfigError, match=f"{variant.key}: lora_dropout must be at least 0 and below 1, got 1.0"):
+        variant.config(lora_dropout=1.0)
+    assert variant.config(lora_alpha=None).scaling == 1.0
+    config = variant.config(lora_alpha=8)
+    assert config.scaling == 8 / (config.top_k if variant.key == "smora" else config.r)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +55,7 @@ def test_shared_fields_refuse_contradictions(method_variant: Variant, options: d
         (lambda: MoDEConfig(router_std=0), "router_std must be above 0: equal routers never tell experts apart, got 0"),
         (lambda: MoLoRAConfig(num_experts=-1), "molora: num_experts must be a whole number, 1 or more, got -1"),
         (lambda: MoLoRAConfig(shared_down="yes"), "molora: shared_down must be true or false, got 'yes'"),
-        (lambda: MoREConfig(), r"more: tell it the tasks, either by name .* or by number \(num_tasks=8\)"),
+        (lambda: MoREConfig(), r"more: tasks are missing: give their names \(.*\) or their number \(num_tasks=8\)"),
         (lambda: MoREConfig(tasks=["a", "b", "a"]), r"tasks must differ from one another \(a is there twice\)"),
         (lambda: MoREConfig(tasks="rte"), r"tasks must be a list of names, such as \['rte', 'cola'\], got 'rte'"),
         (lambda: MoREConfig(tasks=[]), "tasks must name at least one task"),
@@ -58,10 +69,7 @@ def test_methods_refuse_contradictions(make: Any, message: str) -> None:
         make()
 
 
-def test_default_scale_is_one_and_alpha_is_divided_by_r(method_variant: Variant) -> None:
-    assert method_variant.config(lora_alpha=None).scaling == 1.0
-    config = method_variant.config(lora_alpha=8)
-    assert config.scaling == 8 / (config.top_k if method_variant.key == "smora" else config.r)
+def test_the_baseline_has_scale_one_too() -> None:
     assert build_config("lora", {"r": 34}).lora_alpha == 34
     assert build_config("lora", {"r": 34, "lora_alpha": 8}).lora_alpha == 8
 

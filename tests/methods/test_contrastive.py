@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is the contrastive loss the paper's, and does it see every sample's real tokens and nothing else?"""
+"""Contrastive loss: the paper's sum, over the real tokens of every sample."""
 
 from __future__ import annotations
 

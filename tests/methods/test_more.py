@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is every switch of MoRE what it says, and does the task's loss reach what it should?"""
+"""Switches of MoRE against their formulas, and what the task's loss trains."""
 
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import cycle, product
 from typing import Any
 
 import pytest
@@ -44,11 +44,12 @@ def scores(made: MoRE) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("embedding", "scaling", "selector"), list(product(EMBEDDINGS, SCALINGS, SELECTORS)), ids=lambda v: v
+    ("embedding", "scaling", "selector"),
+    [(e, *rest) for e, rest in zip(cycle(EMBEDDINGS), product(SCALINGS, SELECTORS), strict=False)],
 )
 def test_gates_of_every_switch_are_those_written_out(embedding: str, scaling: str, selector: str) -> None:
     made = core(embedding=embedding, linear_scaling=scaling, selector=selector)
-    gates = made.of_task(torch.arange(3))
+    gates = made.task_scores(torch.arange(3))
     for t, z in enumerate(scores(made).tolist()):
         p = torch.tensor(z).double().softmax(-1).tolist()
 
@@ -71,29 +72,30 @@ def test_gates_of_every_switch_are_those_written_out(embedding: str, scaling: st
 def test_scaling_of_ranks_is_i_over_r_on_rows_of_both_factors_and_never_above_one(selector: str) -> None:
     scaled, plain = core(selector=selector), core(selector=selector, linear_scaling="none")
     plain.load_state_dict(scaled.state_dict())
-    x, A, B, task = (*(torch.randn(s).double() for s in ((3, 2, 6), (4, 6), (4, 5))), torch.tensor([0, 1, 2]))
+    x, A, B, task = (*(torch.randn(s).double() for s in ((3, 2, 6), (4, 6), (5, 4))), torch.tensor([0, 1, 2]))
     c = (torch.arange(1, 5) / 4).double().unsqueeze(-1)
-    assert_close(dyadic(x, A, B, scaled, task), dyadic(x, c * A, c * B, plain, task))
-    assert (scaled.of_task(task) <= 1).all()
+    assert_close(dyadic(x, A, B, scaled, task), dyadic(x, c * A, B * c.T, plain, task))
+    assert (scaled.task_scores(task) <= 1).all()
 
 
 def test_scaling_of_the_update_is_k_over_the_number_of_tasks_and_can_exceed_one() -> None:
     made = core(linear_scaling="update")
-    gates, ranks = made.of_task(torch.arange(3)), made.ranks()
+    gates, ranks = made.task_scores(torch.arange(3)), made.ranks()
     assert_close(gates.amax(-1), (ranks / 3).double())
     with torch.no_grad():
         made.gate.weight.zero_()
         made.gate.bias.copy_(torch.eye(4)[3])
-    assert_close(made.of_task(torch.tensor([0])), torch.full((1, 4), 4 / 3).double())
+    assert_close(made.task_scores(torch.tensor([0])), torch.full((1, 4), 4 / 3).double())
 
 
-@pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("selector", LEARNED)
-@pytest.mark.parametrize("embedding", EMBEDDINGS)
+@pytest.mark.parametrize(
+    ("scaling", "selector", "embedding"),
+    [(s, *rest) for s, rest in zip(cycle((*SCALINGS, SCALINGS[0])), product(LEARNED, EMBEDDINGS), strict=False)],
+)
 def test_the_tasks_loss_trains_what_chooses_the_ranks(embedding: str, selector: str, scaling: str) -> None:
     # In the public release of MoRE it reaches neither gate nor embeddings.
     made = core(std=None, embedding=embedding, selector=selector, linear_scaling=scaling)
-    x, A, B = torch.randn(3, 4, 6).double(), torch.randn(4, 6).double(), torch.randn(4, 5).double()
+    x, A, B = torch.randn(3, 4, 6).double(), torch.randn(4, 6).double(), torch.randn(5, 4).double()
     dyadic(x, A, B, made, torch.tensor([0, 2, 2])).pow(2).sum().backward()
     table = made.logits if embedding == "none" else made.embedding
     assert table.grad is not None
@@ -111,7 +113,7 @@ def test_frozen_random_ranks_are_a_random_gates_and_nothing_trains_them() -> Non
     assert [n for n, _ in made.named_parameters()] == ["embedding"]  # which the contrastive loss trains
     before = made.ranks()
     assert torch.equal(made.fixed_choice.argmax(-1) + 1, before)
-    dyadic(torch.randn(3, 6).double(), torch.randn(4, 6).double(), torch.randn(4, 5).double(), made, torch.arange(3))
+    dyadic(torch.randn(3, 6).double(), torch.randn(4, 6).double(), torch.randn(5, 4).double(), made, torch.arange(3))
     loss = made.auxiliary_loss(torch.randn(3, 6).double(), torch.arange(3), None)
     assert loss is not None
     loss.backward()
@@ -128,19 +130,19 @@ def test_frozen_random_ranks_are_a_random_gates_and_nothing_trains_them() -> Non
 def test_ranks_are_readable_for_every_selector() -> None:
     for selector in ("straight_through", "frozen_random"):
         made = core(selector=selector, linear_scaling="none")
-        assert torch.equal(made.ranks(), made.of_task(torch.arange(3)).sum(-1).long())
+        assert torch.equal(made.ranks(), made.task_scores(torch.arange(3)).sum(-1).long())
     made = core(selector="subset")
     assert torch.equal(made.ranks(), scores(made).gt(0).sum(-1))
     made = core(selector="soft", linear_scaling="none")
-    assert_close(made.ranks(), made.of_task(torch.arange(3)).sum(-1).detach())
+    assert_close(made.ranks(), made.task_scores(torch.arange(3)).sum(-1).detach())
 
 
 def test_a_subset_may_leave_out_low_ranks_and_learn_to_take_them_back() -> None:
     made = core(embedding="none", selector="subset", linear_scaling="none", tasks=["a"])
     with torch.no_grad():
         made.logits.copy_(torch.tensor([[-0.1, -1.0, 1.0, -1.0]]))
-    assert made.of_task(torch.tensor([0])).tolist() == [[0, 0, 1, 0]]
-    (-made.of_task(torch.tensor([0])).sum()).backward()  # the more ranks, the better
+    assert made.task_scores(torch.tensor([0])).tolist() == [[0, 0, 1, 0]]
+    (-made.task_scores(torch.tensor([0])).sum()).backward()  # the more ranks, the better
     assert (made.logits.grad < 0).all()
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are the relatives what their papers say, and the same as others where their papers meet?"""
+"""Relatives of MoDE: their papers' formulas, and identities where two papers meet."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_hydralora_is_molora_sd_and_mode_with_one_group() -> None:
     ):
         core = core_of(config)
         core.router = router
-        results.append(fused(x, A, B, core))
+        results.append(fused(x, A, B.T, core))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
@@ -92,7 +92,7 @@ def test_moelora_is_the_papers_sum_over_experts_of_rank_r_over_n() -> None:
     assert core.embedding.shape == (3, 64)
     weights = (core.embedding[TASK] @ core.task_router.T).softmax(-1)
     by_hand = sum(weights[:, i].view(3, 1, 1) * (x @ A[2 * i : 2 * i + 2].T @ B[2 * i : 2 * i + 2]) for i in range(3))
-    assert_close(fused(x, A, B, core, TASK), by_hand)
+    assert_close(fused(x, A, B.T, core, TASK), by_hand)
 
 
 def test_moelora_merges_for_every_task_exactly() -> None:
@@ -112,21 +112,21 @@ def test_mtl_lora_is_the_papers_formula(diagonal: bool) -> None:
         turn = torch.diag(core.transform[task]) if diagonal else core.transform[task]
         weights = (core.weights[task] / 0.1).softmax(-1)
         up = sum(weights[i] * B[i::3] for i in range(3))
-        assert_close(dyadic(x, A, B, core, TASK)[row], x[row] @ A.T @ turn.T @ up)
+        assert_close(dyadic(x, A, B.T, core, TASK)[row], x[row] @ A.T @ turn.T @ up)
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_mtl_lora_starts_as_a_mixture_of_up_projections_and_with_one_as_lora(diagonal: bool) -> None:
     x, A, B = data(4, 4)
     one = core_of(MTLLoRAConfig(r=4, num_experts=1, tasks=list(TASKS), diagonal=diagonal))
-    assert_close(fused(x, A, B, one, TASK), x @ A.T @ B)  # Λ = I
+    assert_close(fused(x, A, B.T, one, TASK), x @ A.T @ B)  # Λ = I
     B = torch.randn(12, 5).double()
     core = core_of(MTLLoRAConfig(r=4, num_experts=3, tasks=list(TASKS), diagonal=diagonal, temperature=0.5))
     shared = core_of(MoLoRAConfig(r=4, num_experts=3, shared_down=True, score="task", num_tasks=3, task_dim=3))
     with torch.no_grad():  # the same scores: embeddings that name the task, and its weights as the router
         shared.embedding.copy_(torch.eye(3))
         shared.task_router.copy_(core.weights.T / 0.5)
-    assert_close(fused(x, A, B, core, TASK), fused(x, A, B, shared, TASK))
+    assert_close(fused(x, A, B.T, core, TASK), fused(x, A, B.T, shared, TASK))
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
@@ -147,7 +147,7 @@ def test_smora_is_the_papers_formula() -> None:
     s = (x @ core.router.T).sigmoid() + torch.tensor([0.3, 0, 0, -0.2, 0, 0.1], dtype=torch.float64)
     top, index = s.topk(2, -1)
     g = torch.zeros_like(s).scatter(-1, index, 2 * top / top.sum(-1, keepdim=True))
-    assert_close(fused(x, A, B, core), ((x @ A.T) * g) @ B)
+    assert_close(fused(x, A, B.T, core), ((x @ A.T) * g) @ B)
     assert SMoRAConfig(r=6, top_k=2).scaling == 16 / 2
 
 
@@ -155,12 +155,12 @@ def test_smora_with_all_ranks_is_dense_and_with_equal_scores_lora() -> None:
     core = core_of(SMoRAConfig(r=4, top_k=4))
     x, A, B = data(4, 4)
     s = (x @ core.router.T).sigmoid()
-    assert_close(fused(x, A, B, core), ((x @ A.T) * 4 * s / s.sum(-1, keepdim=True)) @ B)
+    assert_close(fused(x, A, B.T, core), ((x @ A.T) * 4 * s / s.sum(-1, keepdim=True)) @ B)
     nn.init.zeros_(core.router)
-    assert_close(fused(x, A, B, core), x @ A.T @ B)
+    assert_close(fused(x, A, B.T, core), x @ A.T @ B)
     one = SMoRAConfig(r=1, top_k=1).core(6).double()
     assert list(one.parameters()) == []
-    assert_close(fused(x, A[:1], B[:1], one), x @ A[:1].T @ B[:1])
+    assert_close(fused(x, A[:1], B[:1].T, one), x @ A[:1].T @ B[:1])
 
 
 def steps_of(model: nn.Module) -> list[list[int]]:
@@ -238,15 +238,15 @@ def test_poly_and_mhr_agree_with_pefts_given_the_same_weights(splits: int) -> No
         nn.init.normal_(theirs.poly_router["default"].module_logits)
         layer.base_layer.weight.copy_(theirs.base_layer.weight)
         layer.core("default").logits.copy_(theirs.poly_router["default"].module_logits)
-        # Theirs are (S n d/S r) and (S n r o/S); ours have a row for every direction: part, skill, rank.
-        layer.dyads_A["default"].copy_(theirs.poly_lora_A["default"].transpose(-1, -2).reshape(-1, d // splits))
-        layer.dyads_B["default"].copy_(theirs.poly_lora_B["default"].reshape(-1, o // splits))
+        # Theirs are (S n d/S r) and (S n r o/S); ours have a row of A, and a column of B, per direction: part, skill, rank.
+        layer.lora_A["default"].weight.copy_(theirs.poly_lora_A["default"].transpose(-1, -2).reshape(-1, d // splits))
+        layer.lora_B["default"].weight.copy_(theirs.poly_lora_B["default"].reshape(-1, o // splits).T)
     x = torch.randn(3, 4, d)
     with torch.no_grad():
         expected = theirs(x, task_ids=TASK)
         assert_close(model(x, task=TASK), expected)
         of_theirs = sum(p.numel() for n, p in theirs.named_parameters() if "poly_" in n)
-        assert sum(p.numel() for n, p in model.named_parameters() if "dyads_" in n) == of_theirs
+        assert sum(p.numel() for n, p in model.named_parameters() if "lora_" in n) == of_theirs
         for row, task in enumerate(TASK.tolist()):
             merged = copy.deepcopy(model).merge_and_unload(task=task)
             assert_close(merged(x[row]), expected[row])
@@ -259,14 +259,14 @@ def test_poly_averages_before_it_multiplies() -> None:
     shares = core.logits.sigmoid() / core.logits.sigmoid().sum(-1, keepdim=True)
     for row, task in enumerate(TASK):
         a, b = (torch.einsum("n,nrf->rf", shares[task], rows.view(3, 2, -1)) for rows in (A, B))
-        assert_close(fused(x, A, B, core, TASK)[row], x[row] @ a.T @ b)
+        assert_close(fused(x, A, B.T, core, TASK)[row], x[row] @ a.T @ b)
 
 
 def test_poly_with_one_skill_is_lora() -> None:
     x, A, B = data(4, 4)
     core = core_of(PolyConfig(r=4, num_experts=1, tasks=list(TASKS)))
     assert list(core.parameters()) == []
-    assert_close(fused(x, A, B, core, TASK), x @ A.T @ B)
+    assert_close(fused(x, A, B.T, core, TASK), x @ A.T @ B)
 
 
 def test_mhr_works_in_a_model_trains_and_merges() -> None:
@@ -287,7 +287,7 @@ def test_mhr_works_in_a_model_trains_and_merges() -> None:
             lambda: MOELoRAConfig(r=4, num_experts=3, num_tasks=2),
             r"num_experts must divide r = 4, the rank of all experts together, that is be one of \[1, 2, 4\], got 3",
         ),
-        (lambda: MOELoRAConfig(), "moelora: tell it the tasks, either by name"),
+        (lambda: MOELoRAConfig(), "moelora: tasks are missing: give their names"),
         (lambda: MOELoRAConfig(num_tasks=2, task_dim=0), "task_dim must be a whole number, 1 or more, got 0"),
         (lambda: MTLLoRAConfig(num_tasks=2, temperature=0), "mtl_lora: temperature must be a number above 0, got 0"),
         (lambda: MTLLoRAConfig(num_tasks=2, diagonal="no"), "diagonal must be true or false, got 'no'"),
@@ -309,6 +309,6 @@ def test_relatives_refuse_contradictions(make: Any, message: str) -> None:
 def test_features_that_cannot_be_cut_are_refused_with_the_way_out() -> None:
     config = PolyConfig(num_tasks=2, num_splits=2, target_modules=["0"])
     with pytest.raises(
-        ConfigError, match=r"a layer with 5 features cannot be cut into 2 equal parts: .*exclude_modules"
+        ConfigError, match=r"a layer with 5 features cannot be cut into 2 equal blocks: .*exclude_modules"
     ):
         get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)

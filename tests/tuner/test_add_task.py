@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Can an adapter learn the name of one more task, and leave those that it knows as they are?"""
+"""Adding a task to a trained adapter, which leaves the outputs of its other tasks bit-identical."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dyads.errors import ConfigError, RoutingError
 from dyads.tuner import similarity_to_tasks
 from tiny import TARGETS, TASKS, VARIANTS, Variant, batch, tiny_model
 
-LOOKING = [v for v in VARIANTS if "task" in v.looks_at]
+LOOKING = [v for v in VARIANTS if "task" in v.looks_at and "score=h+task" not in v.id]
 looking = pytest.mark.parametrize("variant", LOOKING, ids=lambda v: v.id)
 
 
@@ -36,17 +36,17 @@ def logits(model: nn.Module, *tasks: str, kind: str = "llama") -> Tensor:
 
 
 @looking
-@pytest.mark.parametrize("start", ["mean", "fresh", "cola"])
-def test_a_new_task_leaves_the_others_as_they_were_to_the_bit(variant: Variant, start: str) -> None:
-    model = adapted(variant)
-    before = logits(model, *TASKS)
-    add_task(model, "wic", start)
-    assert torch.equal(logits(model, *TASKS), before)
-    assert torch.isfinite(logits(model, "wic", "rte", "wic")).all()
+def test_a_new_task_leaves_the_others_bit_identical_and_what_was_frozen_frozen(variant: Variant) -> None:
+    for start in ("mean", "fresh", "cola"):
+        model = adapted(variant)
+        before, flags = logits(model, *TASKS), {name: p.requires_grad for name, p in model.named_parameters()}
+        add_task(model, "wic", start)
+        assert torch.equal(logits(model, *TASKS), before)
+        assert torch.isfinite(logits(model, "wic", "rte", "wic")).all()
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
-@pytest.mark.parametrize("count", [1, 2, 15])
-@pytest.mark.parametrize("score", ["x+task", "task"])
+@pytest.mark.parametrize(("score", "count"), [("x+task", 1), ("h+task", 15), ("task", 2)])
 def test_also_while_weights_are_frozen(score: str, count: int) -> None:
     names = [f"t{i}" for i in range(count)]
     config = TaskMoDEConfig(r=3, num_experts=5, score=score, tasks=names, target_modules=["q_proj"], init_weights=False)
@@ -71,13 +71,6 @@ def test_tasks_may_be_called_as_the_starts_are() -> None:
     assert torch.equal(logits(model, "wic", "fresh", "wic"), logits(model, "rte", "cola", "rte"))
     with pytest.raises(ConfigError, match="cannot start from task 6: ids go from 0 to 5"):
         add_task(model, "boolq", 6)
-
-
-@looking
-def test_a_task_that_starts_from_a_known_one_answers_as_that(variant: Variant) -> None:
-    model = adapted(variant)
-    add_task(model, "wic", "cola")
-    assert torch.equal(logits(model, "wic", "wic", "wic"), logits(model, "cola", "cola", "cola"))
 
 
 @looking
@@ -115,19 +108,12 @@ def test_the_new_task_is_saved_and_loaded_and_merged_as_any_other(variant: Varia
 def test_tasks_can_be_added_one_after_the_other(variant: Variant) -> None:
     model = adapted(variant)
     before = logits(model, *TASKS)
-    add_task(model, "wic")
+    add_task(model, "wic", "cola")
+    assert torch.equal(logits(model, "wic", "wic", "wic"), logits(model, "cola", "cola", "cola"))
     add_task(model, "boolq", "wic")
     assert torch.equal(logits(model, *TASKS), before)
     assert torch.equal(logits(model, "boolq", "cola", "wic"), logits(model, "wic", "cola", "boolq"))
     assert model.peft_config["default"].tasks == [*TASKS, "wic", "boolq"]
-
-
-@looking
-def test_what_was_frozen_stays_frozen_and_what_trained_trains(variant: Variant) -> None:
-    model = adapted(variant)
-    flags = {name: p.requires_grad for name, p in model.named_parameters()}
-    add_task(model, "wic")
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
 
 
 def test_an_adapter_of_the_same_config_keeps_its_tasks(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does what the layers add to the loss reach it once, whoever trains, and is it right?"""
+"""Auxiliary losses of the layers: added to the model's loss once, by every kind of training."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ import dyads
 from dyads import MoDEConfig, MoREConfig
 from dyads.errors import RoutingError
 from dyads.tuner import DyadsLayer
-from tiny import TARGETS, TASKS, Variant, batch, task_of, tiny_model
+from tiny import KINDS, TARGETS, TASKS, Variant, batch, task_of, tiny_model
+from tiny import adapted_layers as layers
 
-KINDS = ["llama", "gpt2", "t5", "bert"]
 LOSSES = [
     Variant("more", (("contrastive", 0.1),)),
     Variant("more", (("contrastive", 0.2), ("task_dim", 5), ("contrastive_pool", "last"))),
@@ -32,6 +32,8 @@ LOSSES = [
     Variant("mode", (("load_balance", 0.1),)),
 ]
 MORE = LOSSES[0]
+PLACED = [*((MORE, kind) for kind in KINDS), *zip(LOSSES[1:], ("t5", "bert", "llama"), strict=True)]
+placed = pytest.mark.parametrize(("lossy", "kind"), PLACED, ids=lambda v: getattr(v, "id", v))
 
 
 @pytest.fixture(params=LOSSES, ids=lambda v: v.id)
@@ -43,10 +45,6 @@ def adapted(variant: Variant, kind: str = "llama", **options: Any) -> PeftModel:
     options = {"target_modules": TARGETS[kind], "init_weights": False, **options}
     torch.manual_seed(1)
     return get_peft_model(tiny_model(kind, options.pop("dtype", torch.float32)), variant.config(**options)).train()
-
-
-def layers(model: nn.Module) -> list[DyadsLayer]:
-    return [m for m in model.modules() if isinstance(m, DyadsLayer)]
 
 
 def padded(kind: str, rows: int = 3, seed: int = 0) -> dict[str, Tensor]:
@@ -87,7 +85,7 @@ def without_labels(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 # --- what is added ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@placed
 def test_loss_is_the_models_own_and_the_mean_over_the_layers(lossy: Variant, kind: str) -> None:
     model, inputs, tasks = adapted(lossy, kind), padded(kind), torch.tensor([2, 0, 1])
     mask = inputs["attention_mask"]
@@ -202,7 +200,7 @@ def test_a_model_that_calls_itself_gives_one_loss_for_all() -> None:
     assert_close(found[2], (found[0] + found[1]) / 2)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@placed
 def test_every_trainable_parameter_gets_a_gradient(lossy: Variant, kind: str) -> None:
     model = adapted(lossy, kind)
     model(**padded(kind), **task_of(lossy.config(), "rte", "rte", "cola")).loss.backward()
@@ -229,7 +227,7 @@ def test_inputs_without_rows_add_nothing() -> None:
 # --- gradient checkpointing -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@placed
 def test_checkpointing_gives_the_same_loss_and_gradients_also_with_two_forwards_first(
     lossy: Variant, kind: str
 ) -> None:
@@ -358,7 +356,7 @@ def shared(**options: Any) -> PeftModel:
 
 
 def tables(model: nn.Module) -> list[str]:
-    return [n for n, _ in model.named_parameters() if "embedding" in n and "dyads" in n]
+    return [n for n, _ in model.named_parameters() if "embedding" in n and "lora_core" in n]
 
 
 def test_a_shared_table_is_one_parameter_counted_saved_and_trained_once(tmp_path: Path) -> None:
@@ -419,9 +417,9 @@ def test_gates_of_tasks_are_readable_by_layer_and_explain_the_merged_weights() -
         layer = model.base_model.model.get_submodule(name)
         assert by_task.shape == (3, 4)
         assert torch.equal(by_task.gt(0).sum(-1), layer.core("default").ranks())
-        A, B = layer.dyads_A["default"], layer.dyads_B["default"]
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         with model.base_model.routing.using("cola"):
-            assert_close(layer.get_delta_weight("default"), B.T @ by_task[1].diag() @ A)
+            assert_close(layer.get_delta_weight("default"), B @ by_task[1].diag() @ A)
     for other in (MoDEConfig(r=2), MoDEConfig(r=2, num_experts=1)):
         plain = get_peft_model(tiny_model("llama"), other)
         assert plain.base_model.gates_of_tasks() == {}

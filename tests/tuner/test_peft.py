@@ -1,30 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do the methods live in PEFT as its own LoRA does? What PEFT's test matrix asks of a LoRA, for every method."""
+"""Adapters in PEFT: every behaviour that PEFT tests of its LoRA, for every method."""
 
 from __future__ import annotations
 
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft.optimizers import create_loraplus_optimizer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from dyads.errors import ConfigError, MergeError
+from dyads.methods import methods
 from dyads.ops import plain
 from dyads.tuner import DyadsLayer
-from tiny import MLP, TARGETS, TASKS, Variant, batch, task_of, tiny_model
+from tiny import MLP, TARGETS, TASKS, UNLIKE, Variant, batch, task_of, tiny_model
+from tiny import adapted_layers as layers
 
-KINDS = ["llama", "gpt2", "t5", "bert"]
 Q = ["q_proj", "v_proj"]
 
 
@@ -39,18 +43,14 @@ def logits(model: nn.Module, variant: Variant | None = None, kind: str = "llama"
         return model(**batch(kind), **{**task, **inputs}).logits
 
 
-def layers(model: nn.Module) -> list[DyadsLayer]:
-    return [m for m in model.modules() if isinstance(m, DyadsLayer)]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_fresh_adapter_changes_nothing_exactly(variant: Variant, kind: str) -> None:
+def test_fresh_adapter_changes_nothing_exactly(placed: tuple[Variant, str]) -> None:
+    variant, kind = placed
     before = logits(tiny_model(kind).eval(), kind=kind)
     assert torch.equal(logits(adapted(variant, kind, init_weights=True), variant, kind), before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_saved_and_loaded_adapter_gives_equal_logits(variant: Variant, kind: str, tmp_path: Path) -> None:
+def test_saved_and_loaded_adapter_gives_equal_logits(placed: tuple[Variant, str], tmp_path: Path) -> None:
+    variant, kind = placed
     model = adapted(variant, kind)
     model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -59,30 +59,38 @@ def test_saved_and_loaded_adapter_gives_equal_logits(variant: Variant, kind: str
         "adapter_model.safetensors",
     ]
     assert "import dyads" in (tmp_path / "README.md").read_text()
-    loaded = PeftModel.from_pretrained(tiny_model(kind), str(tmp_path))
-    assert type(loaded.peft_config["default"]) is type(variant.config())
-    before = logits(tiny_model(kind).eval(), kind=kind)
     expected = logits(model, variant, kind)
-    assert not torch.equal(expected, before)
-    assert torch.equal(logits(loaded, variant, kind), expected)
+    assert not torch.equal(expected, logits(tiny_model(kind).eval(), kind=kind))
+    for low_memory in (False, True):
+        loaded = PeftModel.from_pretrained(tiny_model(kind), str(tmp_path), low_cpu_mem_usage=low_memory)
+        assert type(loaded.peft_config["default"]) is type(variant.config())
+        assert not any(p.is_meta for p in loaded.parameters())
+        assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in model.state_dict().items())
+        # With low_memory the file's own memory is used, whose alignment may change the order of a product's sums.
+        tolerance = 1e-6 if low_memory else 0.0
+        assert_close(logits(loaded, variant, kind), expected, atol=tolerance, rtol=tolerance)
 
 
-def test_checkpoint_names_no_adapter_and_loads_under_any_name(variant: Variant, tmp_path: Path) -> None:
+def test_checkpoint_names_no_adapter_and_loads_under_any_name(unlike: Variant, tmp_path: Path) -> None:
     model = get_peft_model(
-        tiny_model("llama"), variant.config(init_weights=False, target_modules=Q), adapter_name="gate"
+        tiny_model("llama"), unlike.config(init_weights=False, target_modules=Q), adapter_name="gate"
     ).eval()
     model.save_pretrained(tmp_path)
     folder = tmp_path / "gate"
     for key in load_file(folder / "adapter_model.safetensors"):
         assert ".gate.gate" not in key
         # "gate" may only stand for MoRE's gate, never for the adapter
-        assert key.count("gate") == (key.split("dyads_core.")[-1].count("gate") if "dyads_core" in key else 0)
+        assert key.count("gate") == (key.split("lora_core.")[-1].count("gate") if "lora_core" in key else 0)
     loaded = PeftModel.from_pretrained(tiny_model("llama"), str(folder), adapter_name="weight")
-    assert torch.equal(logits(loaded, variant), logits(model, variant))
+    assert torch.equal(logits(loaded, unlike), logits(model, unlike))
     assert "import dyads" in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("other", ["router", "gate", "embedding", "weight", "dyads_core", "q_proj", "a-b"])
+@pytest.mark.parametrize(
+    ("variant", "other"),
+    list(zip(cycle(UNLIKE), ("router", "gate", "weight", "lora_core", "lora_A", "embedding", "q_proj", "a-b"))),
+    ids=lambda v: getattr(v, "id", v),
+)
 def test_a_second_adapter_of_whatever_name_takes_nothing_from_the_first(
     variant: Variant, other: str, tmp_path: Path
 ) -> None:
@@ -97,98 +105,90 @@ def test_a_second_adapter_of_whatever_name_takes_nothing_from_the_first(
     assert torch.equal(logits(second, variant), logits(model, variant))
 
 
-def test_low_memory_load_gives_equal_logits(variant: Variant, tmp_path: Path) -> None:
-    model = adapted(variant)
-    model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path), low_cpu_mem_usage=True)
-    assert not any(p.is_meta for p in loaded.parameters())
-    assert torch.equal(logits(loaded, variant), logits(model, variant))
-
-
-def test_state_dict_round_trip_and_injection_without_a_peft_model(variant: Variant) -> None:
-    model = adapted(variant)
+def test_state_dict_round_trip_and_injection_without_a_peft_model(unlike: Variant) -> None:
+    model = adapted(unlike)
     state = get_peft_model_state_dict(model)
-    plain = inject_adapter_in_model(variant.config(target_modules=TARGETS["llama"]), tiny_model("llama")).eval()
+    plain = inject_adapter_in_model(unlike.config(target_modules=TARGETS["llama"]), tiny_model("llama")).eval()
     result = set_peft_model_state_dict(plain, state)
     assert not result.unexpected_keys
-    assert torch.equal(logits(plain, variant), logits(model, variant))
+    assert torch.equal(logits(plain, unlike), logits(model, unlike))
 
 
-def test_several_adapters_switch_stack_and_are_deleted(variant: Variant) -> None:
-    model = adapted(variant)
-    first = logits(model, variant)
-    model.add_adapter("other", variant.config(target_modules=TARGETS["llama"], init_weights=False))
-    assert torch.equal(logits(model, variant), first)
+def test_several_adapters_switch_stack_and_are_deleted(unlike: Variant) -> None:
+    model = adapted(unlike)
+    first = logits(model, unlike)
+    model.add_adapter("other", unlike.config(target_modules=TARGETS["llama"], init_weights=False))
+    assert torch.equal(logits(model, unlike), first)
     model.set_adapter("other")
-    other = logits(model, variant)
+    other = logits(model, unlike)
     assert not torch.equal(other, first)
     model.base_model.set_adapter(["default", "other"])
-    both = logits(model, variant)
+    both = logits(model, unlike)
     assert not torch.equal(both, first)
     assert not torch.equal(both, other)
     model.set_adapter("default")
-    assert torch.equal(logits(model, variant), first)
+    assert torch.equal(logits(model, unlike), first)
     model.delete_adapter("other")
-    assert torch.equal(logits(model, variant), first)
+    assert torch.equal(logits(model, unlike), first)
     assert "other" not in model.peft_config
     for layer in layers(model):
         for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
             assert "other" not in getattr(layer, attribute)
 
 
-def test_deleting_the_active_adapter_activates_another(variant: Variant) -> None:
-    model = adapted(variant)
-    model.add_adapter("other", variant.config(target_modules=TARGETS["llama"], init_weights=False))
+def test_deleting_the_active_adapter_activates_another() -> None:
+    model = adapted(Variant("mode"))
+    model.add_adapter("other", Variant("mode").config(target_modules=TARGETS["llama"], init_weights=False))
     model.set_adapter("other")
     with pytest.warns(UserWarning, match="Adapter other was active"):
         model.delete_adapter("other")
     assert model.active_adapters == ["default"]
-    logits(model, variant)
+    logits(model)
 
 
-def test_two_adapters_load_one_after_the_other(variant: Variant, tmp_path: Path) -> None:
+def test_two_adapters_load_one_after_the_other(unlike: Variant, tmp_path: Path) -> None:
     expected = []
     for name in ("one", "two"):
         torch.manual_seed(len(expected) + 1)
-        model = adapted(variant)
-        expected.append(logits(model, variant))
+        model = adapted(unlike)
+        expected.append(logits(model, unlike))
         model.save_pretrained(tmp_path / name)
     loaded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "one"), adapter_name="one")
     loaded.load_adapter(str(tmp_path / "two"), adapter_name="two")
     for name, wanted in zip(("one", "two"), expected, strict=True):
         loaded.set_adapter(name)
-        assert torch.equal(logits(loaded, variant), wanted)
+        assert torch.equal(logits(loaded, unlike), wanted)
 
 
-def test_disabled_adapter_gives_the_base_model_and_comes_back(variant: Variant) -> None:
-    model = adapted(variant)
-    on, base = logits(model, variant), logits(tiny_model("llama").eval())
+def test_disabled_adapter_gives_the_base_model_and_comes_back(unlike: Variant) -> None:
+    model = adapted(unlike)
+    on, base = logits(model, unlike), logits(tiny_model("llama").eval())
     with model.disable_adapter():
-        assert torch.equal(logits(model, variant), base)
+        assert torch.equal(logits(model, unlike), base)
         assert torch.equal(logits(model), base)  # nor is a task needed
-    assert torch.equal(logits(model, variant), on)
+    assert torch.equal(logits(model, unlike), on)
 
 
-def test_only_the_active_adapter_trains(variant: Variant) -> None:
-    model = get_peft_model(tiny_model("llama"), variant.config(target_modules=Q))
-    model.add_adapter("other", variant.config(target_modules=Q))
+def test_only_the_active_adapter_trains(unlike: Variant) -> None:
+    model = get_peft_model(tiny_model("llama"), unlike.config(target_modules=Q))
+    model.add_adapter("other", unlike.config(target_modules=Q))
 
     def trained() -> set[str]:
         return {n for n, p in model.named_parameters() if p.requires_grad}
 
     default = trained()
     assert default
-    assert all(".default" in n and "dyads_" in n for n in default)
+    assert all(".default." in n and "lora_" in n for n in default)
     model.set_adapter("other")
-    assert trained() == {n.replace(".default", ".other") for n in default}
+    assert trained() == {n.replace(".default.", ".other.") for n in default}
     model.set_requires_grad("default")
     assert default <= trained()
     model.set_adapter("default", inference_mode=True)
     assert trained() == set()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_trainable_parameter_gets_a_gradient_in_every_step(variant: Variant, kind: str) -> None:
+def test_every_trainable_parameter_gets_a_gradient_in_every_step(placed: tuple[Variant, str]) -> None:
+    variant, kind = placed
     # What DistributedDataParallel needs; also on the first step, with B = 0, and with one task only in the batch.
     model = get_peft_model(tiny_model(kind), variant.config(target_modules=TARGETS[kind]))
     for tasks in (["rte"] * 3, ["sst2", "rte", "cola"]):
@@ -199,32 +199,32 @@ def test_every_trainable_parameter_gets_a_gradient_in_every_step(variant: Varian
         assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
-def test_base_model_never_changes_in_training(variant: Variant) -> None:
-    model = get_peft_model(tiny_model("llama"), variant.config(target_modules=Q, init_weights=False))
+def test_base_model_never_changes_in_training(unlike: Variant) -> None:
+    model = get_peft_model(tiny_model("llama"), unlike.config(target_modules=Q, init_weights=False))
     before = {n: p.clone() for n, p in model.named_parameters()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
     for _ in range(2):
         optimizer.zero_grad()
-        model(**batch("llama"), **task_of(variant.config(), *TASKS)).logits.pow(2).sum().backward()
+        model(**batch("llama"), **task_of(unlike.config(), *TASKS)).logits.pow(2).sum().backward()
         optimizer.step()
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert changed
-    assert all("dyads_" in n for n in changed)
+    assert all("lora_" in n for n in changed)
 
 
 # --- merging ----------------------------------------------------------------------------------------------------------
 
 
-def merge_arguments(variant: Variant) -> dict[str, Any]:
-    return {"task": "cola"} if "task" in variant.looks_at else {}
+def merge_arguments(unlike: Variant) -> dict[str, Any]:
+    return {"task": "cola"} if "task" in unlike.looks_at else {}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_merge_equals_the_unmerged_model_or_is_refused_with_the_reason(variant: Variant, kind: str) -> None:
+def test_merge_equals_the_unmerged_model_or_is_refused_with_the_reason(placed: tuple[Variant, str]) -> None:
+    variant, kind = placed
     model = adapted(variant, kind)
     task = task_of(variant.config(), "cola")
     expected = logits(model, kind=kind, **task)
-    if "x" in variant.looks_at:
+    if variant.looks_at & {"x", "h"}:
         with pytest.raises(MergeError, match=r"cannot merge adapter 'default' .*gates look at the layer's input"):
             model.merge_and_unload()
         assert torch.equal(logits(model, kind=kind, **task), expected)  # the refusal left nothing half-merged
@@ -238,9 +238,12 @@ def test_merge_equals_the_unmerged_model_or_is_refused_with_the_reason(variant: 
     assert "generate" not in merged.__dict__
 
 
+MERGED = [Variant("mode", (("num_experts", 1),)), Variant("more"), Variant("mtl_lora"), UNLIKE[-1]]
+merged_variants = pytest.mark.parametrize("variant", MERGED, ids=lambda v: v.id)
+
+
+@merged_variants
 def test_merge_and_unmerge_in_place(variant: Variant) -> None:
-    if "x" in variant.looks_at:
-        pytest.skip("merging is refused, see above")
     model = adapted(variant)
     expected, base = logits(model, **task_of(variant.config(), "cola")), logits(tiny_model("llama").eval())
     model.merge_adapter(**merge_arguments(variant))
@@ -254,13 +257,12 @@ def test_merge_and_unmerge_in_place(variant: Variant) -> None:
         assert_close(logits(model), base, atol=1e-5, rtol=1e-5)
 
 
+@merged_variants
 def test_safe_merge_refuses_broken_weights_and_keeps_the_base(variant: Variant) -> None:
-    if "x" in variant.looks_at:
-        pytest.skip("merging is refused, see above")
     model = adapted(variant, target_modules=Q)
     base = {n: p.clone() for n, p in model.named_parameters() if "base_layer" in n}
     with torch.no_grad():
-        layers(model)[0].dyads_B["default"][0, 0] = float("nan")
+        layers(model)[0].lora_B["default"].weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"NaNs detected in the merged weights\. The adapter default"):
         model.merge_adapter(safe_merge=True, **merge_arguments(variant))
     name = next(iter(base))
@@ -284,30 +286,30 @@ def test_task_conditioned_merge_needs_exactly_one_known_task() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_adapter_is_fp32_over_a_half_precision_base_and_outputs_keep_the_bases_dtype(
-    variant: Variant, dtype: torch.dtype
+    unlike: Variant, dtype: torch.dtype
 ) -> None:
-    model = adapted(variant, dtype=dtype)
-    assert {p.dtype for n, p in model.named_parameters() if "dyads_" in n} == {torch.float32}
-    out = logits(model, variant)
+    model = adapted(unlike, dtype=dtype)
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
+    out = logits(model, unlike)
     assert out.dtype == dtype
-    exact = adapted(variant)
+    exact = adapted(unlike)
     set_peft_model_state_dict(exact, get_peft_model_state_dict(model))
     # Two layers of a random tiny model in half precision: what is left is rounding.
-    assert (out.float() - logits(exact, variant)).abs().max() < 0.05 * logits(exact, variant).abs().max()
+    assert (out.float() - logits(exact, unlike)).abs().max() < 0.05 * logits(exact, unlike).abs().max()
 
 
-def test_adapter_keeps_the_bases_dtype_on_request(variant: Variant) -> None:
-    config = variant.config(target_modules=Q)
+def test_adapter_keeps_the_bases_dtype_on_request(unlike: Variant) -> None:
+    config = unlike.config(target_modules=Q)
     model = get_peft_model(tiny_model("llama", torch.bfloat16), config, autocast_adapter_dtype=False)
-    assert {p.dtype for n, p in model.named_parameters() if "dyads_" in n} == {torch.bfloat16}
-    logits(model, variant)
+    assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.bfloat16}
+    logits(model, unlike)
 
 
-def test_autocast_trains_and_stays_close(variant: Variant) -> None:
-    model = adapted(variant).train()
-    expected = logits(model, variant)
+def test_autocast_trains_and_stays_close(unlike: Variant) -> None:
+    model = adapted(unlike).train()
+    expected = logits(model, unlike)
     with torch.autocast("cpu", torch.bfloat16):
-        out = model(**batch("llama"), **task_of(variant.config(), *TASKS)).logits
+        out = model(**batch("llama"), **task_of(unlike.config(), *TASKS)).logits
     assert (out.float() - expected).abs().max() < 0.05 * expected.abs().max()
     out.float().pow(2).sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
@@ -339,7 +341,8 @@ def names(model: nn.Module) -> set[str]:
     return {n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, DyadsLayer)}
 
 
-def test_target_modules_take_names_expressions_all_linear_layers_and_exclusions(variant: Variant) -> None:
+def test_target_modules_take_names_expressions_all_linear_layers_and_exclusions() -> None:
+    variant = Variant("mode")
     def where(**options: Any) -> set[str]:
         return names(get_peft_model(tiny_model("llama"), variant.config(**options)))
 
@@ -354,25 +357,26 @@ def test_target_modules_take_names_expressions_all_linear_layers_and_exclusions(
     assert where() == {n for n in attention if n[-6] in "qv"}  # PEFT's defaults for a LoRA on this architecture
 
 
-def test_unsupported_modules_are_refused_with_the_way_out(variant: Variant) -> None:
+def test_unsupported_modules_are_refused_with_the_way_out() -> None:
+    variant = Variant("mode")
     with pytest.raises(ConfigError, match=r"Embedding is not supported: dyads adapts nn.Linear and .* exclude_modules"):
         get_peft_model(tiny_model("llama"), variant.config(target_modules=["embed_tokens"]))
 
 
-def test_modules_to_save_train_and_are_saved_whole(variant: Variant, tmp_path: Path) -> None:
-    config = variant.config(target_modules=["query"], modules_to_save=["classifier"], init_weights=False)
+def test_modules_to_save_train_and_are_saved_whole(unlike: Variant, tmp_path: Path) -> None:
+    config = unlike.config(target_modules=["query"], modules_to_save=["classifier"], init_weights=False)
     model = get_peft_model(tiny_model("bert"), config).eval()
     with torch.no_grad():
         model.base_model.model.classifier.modules_to_save["default"].weight.add_(1.0)
-    expected = logits(model, variant, "bert")
+    expected = logits(model, unlike, "bert")
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny_model("bert"), str(tmp_path))
-    assert torch.equal(logits(loaded, variant, "bert"), expected)
+    assert torch.equal(logits(loaded, unlike, "bert"), expected)
     assert [n for n in load_file(tmp_path / "adapter_model.safetensors") if "classifier" in n]
 
 
-def test_plain_module_with_inputs_of_any_rank(variant: Variant, mlp: Callable[[], nn.Module]) -> None:
-    config = variant.config(target_modules=["lin0", "lin1"], modules_to_save=["head"], init_weights=False)
+def test_plain_module_with_inputs_of_any_rank(unlike: Variant, mlp: Callable[[], nn.Module]) -> None:
+    config = unlike.config(target_modules=["lin0", "lin1"], modules_to_save=["head"], init_weights=False)
     model = get_peft_model(mlp(), config)
     x = torch.randn(3, 4, 6)
     whole = model(x, **task_of(config, *TASKS))
@@ -381,7 +385,8 @@ def test_plain_module_with_inputs_of_any_rank(variant: Variant, mlp: Callable[[]
     assert_close(model(x.unsqueeze(2), **task_of(config, *TASKS)), whole.unsqueeze(2))
 
 
-def test_modules_that_read_weights_past_the_adapter_are_handled_or_refused(variant: Variant) -> None:
+def test_modules_that_read_weights_past_the_adapter_are_handled_or_refused() -> None:
+    variant = Variant("mode")
     class Encoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -401,14 +406,16 @@ def test_modules_that_read_weights_past_the_adapter_are_handled_or_refused(varia
             assert not torch.equal(model(x), on)
 
 
-@pytest.mark.parametrize("rows", [(0, 6), (2, 0, 6)])
-def test_inputs_without_rows_pass_through(
-    variant: Variant, rows: tuple[int, ...], mlp: Callable[[], nn.Module]
-) -> None:
-    config = variant.config(target_modules=["lin0"])
-    assert get_peft_model(mlp(), config)(torch.zeros(rows), **task_of(config, "rte")).shape == (*rows[:-1], 2)
+def test_inputs_without_rows_pass_through(unlike: Variant, mlp: Callable[[], nn.Module]) -> None:
+    config = unlike.config(target_modules=["lin0"])
+    model = get_peft_model(mlp(), config).eval()
+    for rows in ((0, 6), (2, 0, 6)):
+        assert model(torch.zeros(rows), **task_of(config, "rte")).shape == (*rows[:-1], 2)
+        with torch.no_grad(), model.base_model.routing.frozen_weights():
+            assert model(torch.zeros(rows), **task_of(config, "rte")).shape == (*rows[:-1], 2)
 
 
+@pytest.mark.parametrize("variant", [Variant(m.key) for m in methods()], ids=lambda v: v.id)
 def test_config_survives_json(variant: Variant, tmp_path: Path) -> None:
     config = variant.config(target_modules=Q, lora_alpha=3, lora_dropout=0.1)
     config.save_pretrained(str(tmp_path))
@@ -420,27 +427,27 @@ def test_config_survives_json(variant: Variant, tmp_path: Path) -> None:
     }
 
 
-def test_deep_copy_and_pickle_stand_on_their_own(variant: Variant) -> None:
-    model = adapted(variant)
-    expected = logits(model, variant)
+def test_deep_copy_and_pickle_stand_on_their_own(unlike: Variant) -> None:
+    model = adapted(unlike)
+    expected = logits(model, unlike)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(logits(twin, variant), expected)
+        assert torch.equal(logits(twin, unlike), expected)
         assert twin.base_model.routing is not model.base_model.routing
         assert all(layer.routing is twin.base_model.routing for layer in layers(twin))
         with torch.no_grad():
-            layers(twin)[0].dyads_A["default"].zero_()
-        assert torch.equal(logits(model, variant), expected)
+            layers(twin)[0].lora_A["default"].weight.zero_()
+        assert torch.equal(logits(model, unlike), expected)
 
 
-def test_unload_gives_the_untouched_base_back(variant: Variant) -> None:
-    model = adapted(variant)
+def test_unload_gives_the_untouched_base_back(unlike: Variant) -> None:
+    model = adapted(unlike)
     base: PreTrainedModel = model.unload()
     assert torch.equal(logits(base), logits(tiny_model("llama").eval()))
     assert not base._forward_pre_hooks
     assert not base._forward_hooks
     assert "generate" not in base.__dict__
-    again = get_peft_model(base, variant.config(target_modules=Q))
-    logits(again, variant)
+    again = get_peft_model(base, unlike.config(target_modules=Q))
+    logits(again, unlike)
 
 
 def test_dropout_acts_on_the_adapters_input_in_training_only() -> None:
@@ -451,7 +458,8 @@ def test_dropout_acts_on_the_adapters_input_in_training_only() -> None:
     assert not torch.equal(logits(model), logits(model))
 
 
-def test_adapter_names_are_refused(variant: Variant) -> None:
+def test_adapter_names_are_refused() -> None:
+    variant = Variant("mode")
     model = adapted(variant)
     with pytest.raises(ConfigError, match="adapter_names is not supported by dyads: one adapter serves many tasks"):
         logits(model, variant, adapter_names=["default"] * 3)
@@ -460,8 +468,9 @@ def test_adapter_names_are_refused(variant: Variant) -> None:
 @pytest.mark.parametrize("watcher", ["hook", "global hook", "forward", "forward of the class"])
 @pytest.mark.parametrize("with_gradients", [False, True])
 def test_what_others_hold_of_the_base_layer_stays_as_it_was(
-    variant: Variant, watcher: str, with_gradients: bool, monkeypatch: pytest.MonkeyPatch
+    watcher: str, with_gradients: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    variant = Variant("mode")
     model = adapted(variant)
     layer = next(m for m in model.modules() if isinstance(m, DyadsLayer))
     base, held = layer.base_layer, []
@@ -497,7 +506,8 @@ def test_what_others_hold_of_the_base_layer_stays_as_it_was(
     assert torch.equal(kept, expected)
 
 
-def test_a_base_layer_whose_weights_are_no_parameters_is_called(variant: Variant) -> None:
+def test_a_base_layer_whose_weights_are_no_parameters_is_called() -> None:
+    variant = Variant("mode")
     # As replicas of nn.DataParallel and layers sharded by FSDP have them: tensors that are attributes.
     config = variant.config(target_modules=["lin0", "lin1"])
     model, x, task = get_peft_model(MLP(), config), torch.randn(3, 6), task_of(config, "rte", "cola", "sst2")
@@ -511,9 +521,9 @@ def test_a_base_layer_whose_weights_are_no_parameters_is_called(variant: Variant
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_base_layer_that_trains_gets_its_gradients(variant: Variant, bias: bool) -> None:
+def test_a_base_layer_that_trains_gets_its_gradients(unlike: Variant, bias: bool) -> None:
     torch.manual_seed(0)
-    config = variant.config(target_modules=["lin0", "lin1"])
+    config = unlike.config(target_modules=["lin0", "lin1"])
     model = get_peft_model(MLP(), config)
     bases = [m.base_layer for m in model.modules() if isinstance(m, DyadsLayer)]
     x, task = torch.randn(3, 6), task_of(config, "rte", "cola", "sst2")
@@ -529,6 +539,85 @@ def test_a_base_layer_that_trains_gets_its_gradients(variant: Variant, bias: boo
     assert all(g.abs().sum() > 0 for g in ours)
 
 
-def test_shapes_can_be_asked_for_without_memory(variant: Variant) -> None:
-    model = get_peft_model(MLP(), variant.config(target_modules=["lin0", "lin1"])).to("meta")
-    assert model(torch.empty(3, 6, device="meta"), **task_of(variant.config(), "rte")).shape == (3, 2)
+def test_shapes_can_be_asked_for_without_memory(unlike: Variant) -> None:
+    model = get_peft_model(MLP(), unlike.config(target_modules=["lin0", "lin1"])).to("meta")
+    assert model(torch.empty(3, 6, device="meta"), **task_of(unlike.config(), "rte")).shape == (3, 2)
+
+
+# --- names that others know from LoRA ---------------------------------------------------------------------------------
+
+
+def test_parameters_have_the_names_of_lora_and_the_type_has_a_value(unlike: Variant) -> None:
+    model = adapted(unlike)
+    names = {n.split("q_proj.")[1] for n, p in model.named_parameters() if "q_proj" in n and p.requires_grad}
+    assert {"lora_A.default.weight", "lora_B.default.weight"} < names
+    assert all(n.startswith("lora_core.default.") for n in names - {"lora_A.default.weight", "lora_B.default.weight"})
+    layer = layers(model)[0]
+    core, blocks = layer.core("default"), layer.core("default").feature_blocks
+    assert layer.lora_A["default"].weight.shape == (core.p, layer.in_features // blocks)
+    assert layer.lora_B["default"].weight.shape == (layer.out_features // blocks, core.q)
+    A, B = layer.factors("default")
+    assert (A.shape, B.shape) == ((core.p, layer.in_features), (layer.out_features, core.q))
+
+    key = f"DYADS_{unlike.key.upper()}"
+    assert model.peft_config["default"].peft_type.value == key
+    assert model.peft_type == key
+    status = model.get_model_status()
+    assert (status.adapter_model_type, status.peft_types) == ("DyadsModel", {"default": key})
+    assert status.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_lora_plus_gives_B_a_learning_rate_of_its_own(unlike: Variant) -> None:
+    model = get_peft_model(tiny_model("llama"), unlike.config(target_modules=Q))
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == (0.16 if "lora_B" in name or parameter.ndim == 1 else 0.01)
+
+
+def test_files_of_a_pre_release_are_refused(unlike: Variant, tmp_path: Path) -> None:
+    adapted(unlike).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    old = {
+        re.sub(r"lora_(A|B)\.weight", r"dyads_\1", key).replace("lora_core", "dyads_core"): value
+        for key, value in load_file(file).items()
+    }
+    save_file(old, file)
+    with pytest.raises(ConfigError, match=r"saved by a pre-release of dyads.*dyads_.*'\): train it again"):
+        PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path))
+
+
+@pytest.mark.xfail(reason="PEFT looks for 'Linear' in the name of the class", strict=True)
+def test_a_second_adapter_adapts_all_linear_layers_too() -> None:
+    model = get_peft_model(tiny_model("llama"), Variant("mode").config(target_modules="all-linear"))
+    model.add_adapter("other", Variant("more").config(target_modules="all-linear"))
+    assert [set(layer.lora_A) for layer in layers(model)] == [{"default", "other"}] * 14
+
+
+# --- production shapes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "variant", [*(Variant(m.key) for m in methods()), Variant("mode", (("score", "h"),))], ids=lambda v: v.id
+)
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+    ids=["fp32", "bf16", "bf16 adapter"],
+)
+def test_fresh_adapter_changes_nothing_exactly_at_production_shapes(
+    variant: Variant, dtype: torch.dtype, adapter_dtype: torch.dtype
+) -> None:
+    config = variant.config(target_modules=["0"])
+    base = nn.Sequential(nn.Linear(576, 576)).to(dtype)
+    inputs = [torch.randn(8, tokens // 8, 576).to(dtype) for tokens in (512, 4096)]
+    with torch.no_grad():
+        expected = [base(x) for x in inputs]
+    model = get_peft_model(base, config, autocast_adapter_dtype=adapter_dtype != dtype).eval()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {adapter_dtype}
+    task = task_of(config, *[TASKS[i % 3] for i in range(8)])
+    for x, y in zip(inputs, expected, strict=True):
+        assert torch.equal(model(x, **task), y)
+        with torch.no_grad(), model.base_model.routing.frozen_weights():
+            assert torch.equal(model(x, **task), y)

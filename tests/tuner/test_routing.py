@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does every sample get the gates of its own task, whatever happens around it?"""
+"""Routing: every sample gets the gates of its own task, in training, checkpointing, generation and compilation."""
 
 from __future__ import annotations
 
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +14,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dyads import MoDEConfig, MoREConfig, use_task
 from dyads.errors import MergeError, RoutingError
 from dyads.methods import methods
 from dyads.ops import plain
-from dyads.tuner import DyadsLayer
-from tiny import TARGETS, TASKS, Variant, batch, task_of, tiny_model
-
-KINDS = ["llama", "gpt2", "t5", "bert"]
+from dyads.tuner import layer as of_layer
+from tiny import TARGETS, TASKS, Variant, adapted_layers, batch, task_of, tiny_model
 
 
 def adapted(
@@ -33,7 +31,7 @@ def adapted(
     model = get_peft_model(tiny_model(kind, dtype), config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "embedding" in name and "dyads" in name:
+            if "embedding" in name and "lora_core" in name:
                 parameter.normal_(std=3)  # tasks far apart, so that they choose different ranks
     return model
 
@@ -45,8 +43,8 @@ def more(kind: str = "llama", task_type: str | None = None) -> PeftModel:
 # --- one batch, many tasks --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_output_of_a_sample_depends_on_nothing_but_itself(variant: Variant, kind: str) -> None:
+def test_output_of_a_sample_depends_on_nothing_but_itself(placed: tuple[Variant, str]) -> None:
+    variant, kind = placed
     model, inputs, tasks = adapted(variant, kind), batch(kind), ["sst2", "rte", "cola"]
     with torch.no_grad():
         together = model(**inputs, **task_of(variant.config(), *tasks)).logits
@@ -60,19 +58,17 @@ def test_output_of_a_sample_depends_on_nothing_but_itself(variant: Variant, kind
         assert_close(permuted, together[order], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_changes_nothing(variant: Variant, side: str) -> None:
-    model, inputs = adapted(variant), batch("llama")
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    pad, off = torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 4, dtype=torch.long)
-    sides = ([pad, ids], [off, mask]) if side == "left" else ([ids, pad], [mask, off])
-    padded, padded_mask = (torch.cat(parts, 1) for parts in sides)
-    positions = (padded_mask.cumsum(1) - 1).clamp(min=0)
-    task = task_of(variant.config(), *TASKS)
+def test_padding_changes_nothing(unlike: Variant) -> None:
+    model, inputs = adapted(unlike), batch("llama")
+    ids, mask, off = inputs["input_ids"], inputs["attention_mask"], torch.zeros(3, 4, dtype=torch.long)
+    task = task_of(unlike.config(), *TASKS)
     with torch.no_grad():
         plain = model(**inputs, **task).logits
-        out = model(input_ids=padded, attention_mask=padded_mask, position_ids=positions, **task).logits
-    assert_close(out[:, 4:] if side == "left" else out[:, :7], plain, atol=1e-5, rtol=1e-5)
+        for place, order in ((slice(4, None), 1), (slice(7), -1)):
+            padded, padded_mask = torch.cat([off, ids][::order], 1), torch.cat([off, mask][::order], 1)
+            positions = (padded_mask.cumsum(1) - 1).clamp(min=0)
+            out = model(input_ids=padded, attention_mask=padded_mask, position_ids=positions, **task).logits
+            assert_close(out[:, place], plain, atol=1e-5, rtol=1e-5)
 
 
 def test_tasks_really_differ() -> None:
@@ -80,7 +76,7 @@ def test_tasks_really_differ() -> None:
     with torch.no_grad():
         outs = [model(**inputs, task=name).logits for name in TASKS]
     assert not torch.equal(outs[0], outs[1])
-    ranks = [layer.core("default").ranks().tolist() for layer in model.modules() if isinstance(layer, DyadsLayer)]
+    ranks = [layer.core("default").ranks().tolist() for layer in adapted_layers(model)]
     assert any(len(set(r)) > 1 for r in ranks)
 
 
@@ -258,11 +254,10 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
         assert_close(gradient, right[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
-@pytest.mark.parametrize("kind", KINDS)
 def test_checkpointing_gives_the_same_gradients_also_with_two_forwards_before_one_backward(
-    variant: Variant, kind: str, use_reentrant: bool
+    placed: tuple[Variant, str],
 ) -> None:
+    variant, kind = placed
     model, config = adapted(variant, kind, dtype=torch.float64).train(), variant.config()
     one, two = batch(kind, seed=1), batch(kind, rows=2, seed=2)
 
@@ -274,9 +269,10 @@ def test_checkpointing_gives_the_same_gradients_also_with_two_forwards_before_on
     both().backward()
     plain = gradients(model)
     model.base_model.model.enable_input_require_grads()
-    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    both().backward()
-    assert_same(gradients(model), plain)
+    for use_reentrant in (True, False):
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        both().backward()
+        assert_same(gradients(model), plain)
     model.gradient_checkpointing_disable()
     both().backward()
     assert_same(gradients(model), plain)
@@ -320,19 +316,16 @@ def test_checkpointing_by_hand_outside_the_models_call_is_refused_rather_than_wr
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
-@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
-def test_generation_equals_that_of_every_sample_alone(
-    variant: Variant, how: dict[str, int], task_type: str | None
-) -> None:
-    model, inputs, tasks = adapted(variant, task_type=task_type), batch("llama"), ["sst2", "rte", "cola"]
-    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **how}
-    together = model.generate(**inputs, **options, **task_of(variant.config(), *tasks))
-    rows = how.get("num_return_sequences", 1)
-    for i in range(3):
-        alone = model.generate(
-            **{k: v[i : i + 1] for k, v in inputs.items()}, **options, **task_of(variant.config(), tasks[i])
-        )
-        assert torch.equal(alone, together[i * rows : (i + 1) * rows])
+def test_generation_equals_that_of_every_sample_alone(unlike: Variant, task_type: str | None) -> None:
+    model, inputs, tasks = adapted(unlike, task_type=task_type), batch("llama"), ["sst2", "rte", "cola"]
+    for how in ({}, {"num_beams": 4, "num_return_sequences": 2}):
+        options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **how}
+        together = model.generate(**inputs, **options, **task_of(unlike.config(), *tasks))
+        rows = how.get("num_return_sequences", 1)
+        for i in range(3):
+            alone = {k: v[i : i + 1] for k, v in inputs.items()}
+            expected = model.generate(**alone, **options, **task_of(unlike.config(), tasks[i]))
+            assert torch.equal(expected, together[i * rows : (i + 1) * rows])
 
 
 @pytest.mark.parametrize("task_type", [None, "SEQ_2_SEQ_LM"])
@@ -397,8 +390,8 @@ def test_a_whole_model_is_traced_as_one_graph(key: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "bert"])
-def test_compiles_as_one_graph(variant: Variant, kind: str) -> None:
+def test_compiles_as_one_graph(placed: tuple[Variant, str]) -> None:
+    variant, kind = placed
     torch._dynamo.reset()
     model, inputs = adapted(variant, kind), batch(kind)
     compiled = torch.compile(model, fullgraph=True)
@@ -407,9 +400,9 @@ def test_compiles_as_one_graph(variant: Variant, kind: str) -> None:
         assert_close(compiled(**inputs, **task).logits, model(**inputs, **task).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_one_adapted_module_compiles_as_one_graph(variant: Variant, mlp: Callable[[], nn.Module]) -> None:
+def test_one_adapted_module_compiles_as_one_graph(unlike: Variant, mlp: Callable[[], nn.Module]) -> None:
     torch._dynamo.reset()
-    config = variant.config(target_modules=["lin0", "lin1"], init_weights=False)
+    config = unlike.config(target_modules=["lin0", "lin1"], init_weights=False)
     model = get_peft_model(mlp(), config)
     # aot_eager traces forward and backward whole, and leaves out what takes long: generating code.
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -422,12 +415,15 @@ def test_one_adapted_module_compiles_as_one_graph(variant: Variant, mlp: Callabl
     assert_same(traced, gradients(model))
 
 
-def test_generate_joins_weights_once_and_sees_every_change_before_it(variant: Variant) -> None:
-    model = get_peft_model(tiny_model("llama"), variant.config(target_modules=["q_proj"], init_weights=False)).eval()
-    layer = next(m for m in model.modules() if isinstance(m, DyadsLayer))
-    inputs = {**batch("llama"), **task_of(variant.config(), "rte", "cola", "sst2")}
+# --- the cache for decoding -------------------------------------------------------------------------------------------
+
+
+def test_generate_joins_weights_once_and_sees_every_change_before_it(unlike: Variant) -> None:
+    model = get_peft_model(tiny_model("llama"), unlike.config(target_modules=["q_proj"], init_weights=False)).eval()
+    layer = adapted_layers(model)[0]
+    inputs = {**batch("llama"), **task_of(unlike.config(), "rte", "cola", "sst2")}
     seen: list[dict[Any, Any] | None] = []
-    layer.register_forward_hook(lambda *_: seen.append(layer.routing.held))
+    layer.register_forward_hook(lambda *_: seen.append(layer.routing.cache))
 
     def logits() -> Tensor:
         out = model.generate(
@@ -439,59 +435,74 @@ def test_generate_joins_weights_once_and_sees_every_change_before_it(variant: Va
     assert len(seen) == 3
     assert all(kept is seen[0] for kept in seen)
     assert len(seen[0] or ()) == 2  # one adapter in each of two layers
-    assert layer.routing.held is None
-    for parameter in (layer.dyads_A["default"], layer.dyads_B["default"]):
-        parameter.data.mul_(-3)  # past autograd, which would not count it as a change
+    assert layer.routing.cache is None
+    for module in (layer.lora_A["default"], layer.lora_B["default"]):
+        module.weight.data.mul_(-3)  # past autograd, which would not count it as a change
     second = logits()
     assert not torch.equal(first, second)
     with plain():
         assert_close(logits(), second)
 
 
-def test_what_was_held_is_gone_with_the_context_and_waits_for_no_collector() -> None:
-    model = get_peft_model(
-        tiny_model("llama"), MoDEConfig(r=2, num_experts=3, target_modules=["q_proj", "k_proj"])
-    ).eval()
-    routing = next(m.routing for m in model.modules() if isinstance(m, DyadsLayer))
+def test_cached_operators_serve_inference_only(unlike: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = adapted(unlike), {**batch("llama"), **task_of(unlike.config(), *TASKS)}
+    routing, made = model.base_model.routing, []
+    inner = of_layer.CachedOperator
+    monkeypatch.setattr(of_layer, "CachedOperator", lambda *args: made.append(args) or inner(*args))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    with routing.frozen_weights():
+        model(**inputs).logits.sum().backward()  # with gradients
+        with torch.no_grad():
+            model.train()(**inputs)
+            model.eval()
+            with torch.autocast("cpu", torch.bfloat16):
+                model(**inputs)
+            assert made == []
+            with routing.frozen_weights():
+                assert_close(model(**inputs).logits, expected)
+            assert_close(model(**inputs).logits, expected)
+            assert len(made) == len(adapted_layers(model))
+    with torch.no_grad():
+        model(**inputs)
+    assert len(made) == len(adapted_layers(model))
+
+
+def test_adapters_that_come_and_go_while_weights_are_frozen_are_not_answered_from_the_cache(
+    unlike: Variant, tmp_path: Path
+) -> None:
+    model, inputs = adapted(unlike), {**batch("llama"), **task_of(unlike.config(), *TASKS)}
+    torch.manual_seed(7)
+    saved = adapted(unlike)
+    saved.save_pretrained(tmp_path)
+    with torch.no_grad(), model.base_model.routing.frozen_weights():
+        first = model(**inputs).logits
+        model.add_adapter("other", unlike.config(target_modules=TARGETS["llama"], init_weights=False))
+        assert torch.equal(model(**inputs).logits, first)
+        model.set_adapter("other")
+        second = model(**inputs).logits
+        assert not torch.equal(second, first)
+        model.set_adapter("default")
+        model.delete_adapter("other")
+        assert torch.equal(model(**inputs).logits, first)
+        model.load_adapter(str(tmp_path), "other")  # another one of that name
+        model.set_adapter("other")
+        assert_close(model(**inputs).logits, saved(**inputs).logits)
+
+
+def test_the_cache_is_gone_with_the_context_and_waits_for_no_collector() -> None:
+    config = MoDEConfig(r=2, num_experts=3, target_modules=["q_proj", "k_proj"])
+    model = get_peft_model(tiny_model("llama"), config).eval()
+    routing = model.base_model.routing
     gc.disable()
     try:
         with torch.no_grad(), routing.frozen_weights():
-            for _ in range(2):  # the second pass joins q and k
-                model(**batch("llama"))
-            assert routing.held is not None
-            held = [operator for layer in routing.held.values() for operator in layer.values()]
-            joined = [weight for together in routing.together.values() for weight in together._made.values()]
-            made = [
-                weakref.ref(weight)
-                for weight in (*joined, *(one for operator in held for one in operator._made.values()))
-            ]
-            assert len(joined) == 2  # one in each layer
-            del held, joined
-        assert [ref for ref in made if ref() is not None] == []
+            model(**batch("llama"))
+            assert routing.cache is not None
+            operators = [operator for layer in routing.cache.values() for operator in layer.values()]
+            weights = [weakref.ref(made[0]) for operator in operators for made in operator._weights.values()]
+            assert len(weights) == 4
+            del operators
+        assert [ref for ref in weights if ref() is not None] == []
     finally:
         gc.enable()
-
-
-def test_q_k_and_v_make_one_product_down_while_weights_are_frozen() -> None:
-    config = MoDEConfig(r=2, num_experts=3, target_modules=["q_proj", "k_proj", "v_proj"], init_weights=False)
-    model = get_peft_model(tiny_model("llama"), config).eval()
-    routing = next(m.routing for m in model.modules() if isinstance(m, DyadsLayer))
-    inputs = batch("llama")
-    widths: list[int] = []
-
-    class Products(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.aten.mm.default and len(args[1]) == 32:
-                widths.append(args[1].shape[1])
-            return func(*args, **(kwargs or {}))
-
-    with torch.no_grad():
-        expected = model(**inputs).logits
-        with routing.frozen_weights():
-            assert_close(model(**inputs).logits, expected)
-            with Products():
-                assert_close(model(**inputs).logits, expected)
-        assert routing.together == {}
-    rows = 2 + 2 * 3  # of A, and of the routers
-    assert widths.count(3 * rows) == 2  # once in each layer
-    assert rows not in widths
