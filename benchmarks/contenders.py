@@ -342,7 +342,7 @@ def _start(model: Any) -> None:
 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name or "dyads_B" in name:
+            if "lora_B" in name:
                 parameter.normal_(std=0.01)
 
 

@@ -86,7 +86,7 @@ def _operator(name: str, method: str, options: dict[str, Any], b: int, t: int, d
     core: Core = build_config(method, options).core(d).double()
     _random(core)
     task = torch.arange(b) % TASKS
-    x, A, B = (torch.randn(*s).double().requires_grad_() for s in ((b, t, d), (core.p, d), (core.q, o)))
+    x, A, B = (torch.randn(*s).double().requires_grad_() for s in ((b, t, d), (core.p, d), (o, core.q)))
     leaves = [x, A, B, *core.parameters()]
     slow = dyadic_sum(x, A, B, core.matrix(core.route(x @ A.T, x, task)), scale=0.7)
     weight = torch.randn_like(slow)
@@ -110,13 +110,8 @@ def _gradients(output: Tensor, weight: Tensor, leaves: list[Tensor]) -> list[Ten
 
 
 def _weights(layer: DyadsLayer) -> tuple[nn.Parameter, nn.Parameter]:
-    """A (p d) and B of a layer."""
-    return layer.dyads_A["default"], layer.dyads_B["default"]
-
-
-def _rows(B: Tensor) -> Tensor:
-    """B of a layer as the operators take it (q o)."""
-    return B
+    """A (p d) and B (o q) of a layer."""
+    return layer.lora_A["default"].weight, layer.lora_B["default"].weight  # type: ignore[return-value]
 
 
 def _core(layer: DyadsLayer) -> Core:
@@ -136,7 +131,7 @@ class _ByTheSum(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         g = self.core.route(x @ self.A.T, x, self.task)
-        out: Tensor = self.base(x) + dyadic_sum(x, self.A, _rows(self.B), self.core.matrix(g), scale=self.scale)
+        out: Tensor = self.base(x) + dyadic_sum(x, self.A, self.B, self.core.matrix(g), scale=self.scale)
         return out
 
     def leaves(self) -> list[Tensor]:
@@ -162,7 +157,7 @@ def _start(layers: Iterable[DyadsLayer]) -> None:
     for layer in layers:
         A, B = _weights(layer)
         nn.init.normal_(A, std=A.shape[-1] ** -0.5)
-        nn.init.normal_(B, std=_rows(B).shape[0] ** -0.5)
+        nn.init.normal_(B, std=B.shape[1] ** -0.5)
         for parameter in _core(layer).parameters():
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
@@ -260,12 +255,12 @@ def _one_expert_is_lora() -> None:
             ours_A, ours_B = _weights(layer)
             with torch.no_grad():
                 A.copy_(ours_A)
-                B.copy_(_rows(ours_B).T)
+                B.copy_(ours_B)
             mine += [ours_A, ours_B]
             theirs += [A, B]
     ids = torch.randint(3, 31, (3, 4), generator=torch.Generator().manual_seed(6))
     fast, slow = ours(input_ids=ids).logits, lora(input_ids=ids).logits
     weight = torch.randn(fast.shape).double()
-    wanted = [_rows(g.T) if i % 2 else g for i, g in enumerate(_gradients(slow, weight, theirs))]
+    wanted = _gradients(slow, weight, theirs)
     what = "MoDE with one expert against PEFT's LoRA"
     _agree(what, [fast, *_gradients(fast, weight, mine)], [slow, *wanted], torch.float64)

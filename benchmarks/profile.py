@@ -116,8 +116,8 @@ def shapes(bench: Bench) -> Counter[tuple[int, int, int, int, bool]]:
         wanted = bool(args[0].requires_grad)
         if isinstance(module, DyadsLayer):
             core = module.core("default")
-            W = core.router_rows()
-            down = core.p + (0 if W is None else len(W))
+            R = core.router_weight()
+            down = core.p + (0 if R is None or core.router_input == "h" else len(R))
             found[module.in_features, module.out_features, down, core.q, wanted] += 1
         else:
             r = module.r["default"]

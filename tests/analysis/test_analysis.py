@@ -41,7 +41,7 @@ def test_every_method_shows_its_modules_and_what_it_trained(variant: Variant, tm
     layers = {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if hasattr(module, "dyads_A")
+        if hasattr(module, "lora_core")
     }
     assert {m.name for m in shown.modules} == set(layers)
     assert [(m.in_features, m.out_features) for m in shown.modules] == [
@@ -63,7 +63,7 @@ def test_the_ranks_are_those_that_the_model_uses(options: Any, tmp_path: Path) -
     cores = {name: module for name, module in model.named_modules() if isinstance(module, MoRE)}
     ranks = {m.name: list(m.ranks) for m in shown.modules}
     assert ranks == {
-        n.removeprefix("base_model.model.").split(".dyads_core")[0]: m.ranks().tolist() for n, m in cores.items()
+        n.removeprefix("base_model.model.").split(".lora_core")[0]: m.ranks().tolist() for n, m in cores.items()
     }
     assert {m.rank for m in shown.modules} == {7}
     for i in range(3):
@@ -174,8 +174,8 @@ def test_files_that_are_broken_or_from_two_adapters_are_refused(tmp_path: Path) 
         with pytest.raises(RunError, match=message):
             SavedAdapter.read(tmp_path)
     config.write_text(kept)
-    save_file({key: value for key, value in state.items() if "layers.1.mlp.down_proj.dyads_B" not in key}, weights)
-    with pytest.raises(RunError, match=r"'model.layers.1.mlp.down_proj' .*\(it has dyads_A, dyads_core\)"):
+    save_file({key: value for key, value in state.items() if "layers.1.mlp.down_proj.lora_B" not in key}, weights)
+    with pytest.raises(RunError, match=r"'model.layers.1.mlp.down_proj' .*\(it has lora_A, lora_core\)"):
         SavedAdapter.read(tmp_path)
     weights.write_bytes(b"half")
     with pytest.raises(RunError, match="is truncated or no adapter"):

@@ -135,7 +135,7 @@ def test_a_lora_has_only_the_ranks_that_its_task_uses(tmp_path: Path) -> None:
     chosen = {n: m.ranks() for n, m in model.named_modules() if isinstance(m, MoRE)}
     assert len({tuple(r.tolist()) for r in chosen.values()}) > 1
     for task, name in enumerate(adapter.task_names):
-        ranks = {n.removeprefix("base_model.model.").split(".dyads_core")[0]: int(r[task]) for n, r in chosen.items()}
+        ranks = {n.removeprefix("base_model.model.").split(".lora_core")[0]: int(r[task]) for n, r in chosen.items()}
         lora = export(adapter, tmp_path / name, task=name)
         assert (lora.ranks, lora.rank) == (ranks, max(ranks.values()))
         trimmed = export(adapter, tmp_path / f"{name}-trimmed", task=name, trim=True)

@@ -238,7 +238,7 @@ def test_poly_and_mhr_agree_with_pefts_given_the_same_weights(splits: int) -> No
         nn.init.normal_(theirs.poly_router["default"].module_logits)
         layer.base_layer.weight.copy_(theirs.base_layer.weight)
         layer.core("default").logits.copy_(theirs.poly_router["default"].module_logits)
-        # Theirs are (S n d/S r) and (S n r o/S); ours have a row of A, and a column of B, per direction: part, skill, rank.
+        # Theirs are (S n d/S r) and (S n r o/S); ours have a row of A, and a column of B, per part, skill and rank.
         layer.lora_A["default"].weight.copy_(theirs.poly_lora_A["default"].transpose(-1, -2).reshape(-1, d // splits))
         layer.lora_B["default"].weight.copy_(theirs.poly_lora_B["default"].reshape(-1, o // splits).T)
     x = torch.randn(3, 4, d)

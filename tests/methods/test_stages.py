@@ -303,7 +303,10 @@ def test_gates_of_h_train_in_every_step_and_are_not_merged(score: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "token"}, r"mode: score must be one of x, h, task, x\+task, h\+task, cosine, uniform, random.*got 'token'"),
+        (
+            {"score": "token"},
+            r"mode: score must be one of x, h, task, x\+task, h\+task, cosine, uniform, random.*got 'token'",
+        ),
         ({"select": "softmx"}, r"select must be one of softmax, .* did you mean 'softmax'.*got 'softmx'"),
         ({"temperature": 0}, "temperature must be above 0, got 0"),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
@@ -319,7 +322,10 @@ def test_gates_of_h_train_in_every_step_and_are_not_merged(score: str) -> None:
             "top_k of 1 makes every gate 1 once renormalised, and the router learns nothing: set renormalise: false",
         ),
         ({"score": "task"}, r"mode: tasks are missing: give their names .* or their number"),
-        ({"task_dim": 8}, r"task_dim only counts where the score reads the task: choose score: task, x\+task or h\+task"),
+        (
+            {"task_dim": 8},
+            r"task_dim only counts where the score reads the task: choose score: task, x\+task or h\+task",
+        ),
         ({"task_dim": 0, "score": "task", "num_tasks": 2}, "task_dim must be a whole number, 1 or more, got 0"),
         ({"tasks": "rte"}, "tasks must be a list of names"),
         ({"score": "uniform", "select": "sigmoid"}, "select changes nothing with score: uniform"),
@@ -355,5 +361,7 @@ def test_stages_learn_the_tasks_of_a_suite_only_where_they_look_at_them() -> Non
 
 
 def test_task_mode_without_the_task_is_refused_as_mode() -> None:
-    with pytest.raises(ConfigError, match="task_mode: score must be x\\+task, h\\+task or task: others are method mode, got 'x'"):
+    with pytest.raises(
+        ConfigError, match="task_mode: score must be x\\+task, h\\+task or task: others are method mode, got 'x'"
+    ):
         TaskMoDEConfig(score="x")

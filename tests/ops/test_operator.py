@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator under everything PyTorch does to a function: in-place changes, autocast, transformations, large inputs."""
+"""The operator under in-place changes, autocast, transformations, large inputs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_frozen_layer_and_its_output_are_what_the_update_is_added_to(variant: 
 
 @of_cores
 @pytest.mark.parametrize("operator", [dyadic, fused])
-def test_dropped_out_inputs_reach_A_and_not_the_router(variant: Variant, operator: Any) -> None:
+def test_dropped_out_inputs_reach_the_factor_a_and_not_the_router(variant: Variant, operator: Any) -> None:
     core, x, A, B, task = tiny_layer(variant, 2, 3, 6, 4)
     inner = nn.functional.dropout(x, 0.5)
     h = inner @ A.T

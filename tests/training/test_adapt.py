@@ -205,7 +205,7 @@ def test_gates_may_train_without_the_ranks(method: str, trained: Trained, new_ta
     before, after = weights(run), weights(folder)
     changed = {name for name in before if not torch.equal(after[name][: len(before[name])], before[name])}
     assert changed
-    assert all("dyads_core" in name for name in changed)
+    assert all("lora_core" in name for name in changed)
 
 
 def test_an_encoders_old_heads_stay_whatever_trains(trained: Trained, new_pairs: Path) -> None:

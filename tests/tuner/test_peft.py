@@ -343,6 +343,7 @@ def names(model: nn.Module) -> set[str]:
 
 def test_target_modules_take_names_expressions_all_linear_layers_and_exclusions() -> None:
     variant = Variant("mode")
+
     def where(**options: Any) -> set[str]:
         return names(get_peft_model(tiny_model("llama"), variant.config(**options)))
 
@@ -387,6 +388,7 @@ def test_plain_module_with_inputs_of_any_rank(unlike: Variant, mlp: Callable[[],
 
 def test_modules_that_read_weights_past_the_adapter_are_handled_or_refused() -> None:
     variant = Variant("mode")
+
     class Encoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -567,7 +569,7 @@ def test_parameters_have_the_names_of_lora_and_the_type_has_a_value(unlike: Vari
     assert status.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def test_lora_plus_gives_B_a_learning_rate_of_its_own(unlike: Variant) -> None:
+def test_lora_plus_gives_b_a_learning_rate_of_its_own(unlike: Variant) -> None:
     model = get_peft_model(tiny_model("llama"), unlike.config(target_modules=Q))
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=0.01, loraplus_lr_ratio=16)
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}

@@ -251,7 +251,8 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     assert left
     for name, gradient in left.items():
-        assert_close(gradient, right[name], msg=lambda m, n=name: f"{n}: {m}")
+        # Two orders of summation in fp32: a few units in the last place of the largest terms.
+        assert_close(gradient, right[name], atol=5e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_checkpointing_gives_the_same_gradients_also_with_two_forwards_before_one_backward(
