@@ -21,7 +21,8 @@ from click.testing import CliRunner, Result
 from dyads import __version__
 from dyads.cli import main
 from dyads.errors import RunError
-from dyads.recipe.spec import Recipe, parse_recipe
+from dyads.recipe.load import parse_recipe
+from dyads.recipe.spec import Recipe
 from dyads.runs.folder import Prediction, RunFolder, Scores
 from dyads.tasks import families
 from dyads.tasks.files import FilesSpec

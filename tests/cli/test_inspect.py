@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dyads.cli import main
 from dyads.methods.more import MoRE
-from dyads.recipe.spec import parse_recipe
+from dyads.recipe.load import parse_recipe
 from dyads.runs.folder import RunFolder
 from tiny import Variant
 

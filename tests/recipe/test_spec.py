@@ -3,24 +3,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 
 from dyads.errors import ConfigError
+from dyads.recipe.load import load_recipe, parse_recipe, parse_tasks, recipe_keys
 from dyads.recipe.recipe_errors import Key
-from dyads.recipe.spec import (
-    EvaluateSpec,
-    Recipe,
-    differences,
-    load_recipe,
-    parse_recipe,
-    parse_tasks,
-    recipe_keys,
-)
-from dyads.recipe.yaml_source import of_text
+from dyads.recipe.spec import RESERVED, EvaluateSpec, Recipe, differences
+from dyads.recipe.yaml_source import read_text
 from dyads.tasks import families
 
 LINES = {
@@ -81,17 +76,9 @@ def test_whole_floats_count_as_whole_numbers() -> None:
         ({"train": "{batch_size: 16, gradient_accumulation: 3}"}, "batch_size 16 cannot be cut into 3 equal parts"),
         ({"train": "{warmup: 2.5}"}, "warmup 2.5 is neither a share below 1 nor a whole number of steps"),
         ({"train": "{warmup: 50, steps: 10}"}, "warmup 50 is longer than the whole training (10 steps)"),
-        ({"train": "{trainer: {seed: 3}}"}, "'seed' is not for passing on: set the recipe's 'seed'"),
-        ({"train": "{trainer: {label_smoothing_factor: 0.1}}"}, "smooths no labels, so it would have no effect"),
-        ({"train": "{trainer: {auto_find_batch_size: true}}"}, "'train.gradient_accumulation' saves memory"),
-        ({"train": "{trainer: {group_by_length: true}}"}, "sorted by length by 'train.bucket_window'"),
-        ({"train": "{trainer: {train_sampling_strategy: random}}"}, "examples are drawn by 'mixture'"),
-        ({"train": "{trainer: {ignore_data_skip: true}}"}, "goes on where its schedule of batches was cut off"),
-        ({"train": "{trainer: {dataloader_drop_last: true}}"}, "every batch of the schedule is whole"),
-        ({"train": "{trainer: {dataloader_in_order: false}}"}, "in the order of the schedule"),
-        ({"train": "{trainer: {eval_strategy: steps}}"}, "there is no evaluation during training"),
+        ({"train": "{trainer: {seed: 3}}"}, "'seed' cannot be passed on: set the recipe's 'seed'"),
         ({"model": "{name: 3}"}, "'model.name' must be text (put it in quotes), got 3"),
-        ({"model": "-"}, "x.yaml: 'model' is missing (The frozen language model)"),
+        ({"model": "-"}, "x.yaml: 'model' is missing (The frozen base model)"),
         ({"model": "{dtype: float32}"}, "'model.name' is missing (A hub id, a folder"),
         ({"method": "{name: majority, r: 4}"}, "majority trains nothing and takes no options, got r"),
         ({"tasks": "{family: strter}"}, "unknown task family 'strter' – did you mean 'starter'?"),
@@ -213,6 +200,19 @@ def test_methods_options_and_passed_on_keys_are_checked_when_a_recipe_is_loaded(
     assert load_recipe(path).method.peft_config(["rte", "cola"]).tasks == ["rte", "cola"]
 
 
+def test_a_field_of_training_arguments_that_the_recipe_sets_is_refused_with_the_key_to_use() -> None:
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    older = {"group_by_length", "warmup_ratio"}  # fields of earlier versions, which recipes may still name
+    assert RESERVED.keys() - fields <= older
+    for key, reason in RESERVED.items():
+        with pytest.raises(
+            ConfigError, match=re.escape(f"x.yaml:5: 'train.trainer': '{key}' cannot be passed on: {reason}")
+        ):
+            parse_recipe(text(train=f"{{trainer: {{{key}: 1}}}}"), "x.yaml")
+        for named in re.findall(r"'([a-z_.]+)'", reason):
+            assert named in {key.name for key in recipe_keys()} | {"mixture"}, reason
+
+
 def test_recipes_cannot_be_changed(recipe: Callable[..., Recipe]) -> None:
     with pytest.raises(ValueError, match="frozen"):
         recipe("a").train.steps = 3
@@ -261,14 +261,14 @@ def test_extends_is_a_key_of_recipe_files_only(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="unknown key 'extend' – did you mean 'extends'"):
         load_recipe(path)
     path.write_text(text())
-    with pytest.raises(ConfigError, match="--set extends=b: unknown key 'extends' – it is for recipe files only"):
+    with pytest.raises(ConfigError, match="--set extends=b: unknown key 'extends' – only a recipe file can have it"):
         load_recipe(path, ["extends=b"])
 
 
 def test_tasks_are_parsed_without_the_rest_of_a_recipe() -> None:
-    layer = of_text("name: 3\ntasks: {family: starter, seed: 4}\n", "x.yaml")
+    layer = read_text("name: 3\ntasks: {family: starter, seed: 4}\n", "x.yaml")
     assert parse_tasks(layer, "x.yaml", str).model_dump()["seed"] == 4
     with pytest.raises(ConfigError, match=r"^x\.yaml:1: 'tasks\.path' is missing \(.*\): say path$"):
-        parse_tasks(of_text("tasks: {family: sni}\n", "x.yaml"), "x.yaml", lambda key: f"say {key}")
+        parse_tasks(read_text("tasks: {family: sni}\n", "x.yaml"), "x.yaml", lambda key: f"say {key}")
     with pytest.raises(ConfigError, match=r"^x\.yaml: 'tasks' is missing"):
-        parse_tasks(of_text("name: a\n", "x.yaml"), "x.yaml", str)
+        parse_tasks(read_text("name: a\n", "x.yaml"), "x.yaml", str)

@@ -19,7 +19,8 @@ from dyads.comparing.comparison import compare
 from dyads.errors import ConfigError, RoutingError, RunError, TaskError
 from dyads.methods import Core
 from dyads.models.load import load_model, load_tokenizer
-from dyads.recipe.spec import AdaptSpec, EvaluateSpec, Recipe, parse_recipe
+from dyads.recipe.load import parse_recipe
+from dyads.recipe.spec import AdaptSpec, EvaluateSpec, Recipe
 from dyads.runs.folder import RunFolder
 from dyads.scoring.answerer import Answerer
 from dyads.scoring.evaluate import evaluate, generate

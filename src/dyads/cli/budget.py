@@ -38,7 +38,7 @@ def command(
 ) -> None:
     """Count the parameters that a method trains on a model; or find the r or num_experts that meets a budget."""
     from dyads.errors import ConfigError
-    from dyads.recipe.yaml_source import of_overrides
+    from dyads.recipe.yaml_source import read_overrides
 
     if parameters is not None and like is not None:
         raise click.UsageError("give either --parameters or --like")
@@ -46,7 +46,7 @@ def command(
         raise ConfigError(f"--parameters must be a whole number from 1, got {parameters:g}")
     if solve is not None and parameters is None and like is None:
         raise click.UsageError(f"--solve {solve} needs a budget: --parameters or --like")
-    given = of_overrides(options, "--option").data
+    given = read_overrides(options, "--option").data
     if solve in given:
         raise ConfigError(f"--solve {solve} looks for {solve}, so --option {solve}={given[solve]} must go")
     free: Any = solve or ("num_experts" if "r" in given else "r")
@@ -80,8 +80,8 @@ def _show(model: str, method: str, options: dict[str, Any], count: Any) -> None:
 
 def _parsed(text: str) -> tuple[str, dict[str, Any]]:
     """`lora:r=34,target_modules=[q_proj,v_proj]`: commas in brackets belong to the value."""
-    from dyads.recipe.yaml_source import of_overrides
+    from dyads.recipe.yaml_source import read_overrides
 
     method, _, rest = text.partition(":")
     parts = re.split(r",(?![^\[{]*[\]}])", rest) if rest else []
-    return method.strip(), of_overrides(parts, f"--like {method}:").data
+    return method.strip(), read_overrides(parts, f"--like {method}:").data

@@ -69,8 +69,8 @@ def command(
 
 def _tasks(path: Path) -> FamilySpec:
     """The tasks that a path means: a run's, those in a file, or a recipe's."""
-    from dyads.recipe.spec import parse_tasks
-    from dyads.recipe.yaml_source import of_file
+    from dyads.recipe.load import parse_tasks
+    from dyads.recipe.yaml_source import read_file
     from dyads.runs.folder import RunFolder
     from dyads.tasks.files import FilesSpec
 
@@ -78,4 +78,4 @@ def _tasks(path: Path) -> FamilySpec:
         return RunFolder.open(path).recipe().tasks
     if path.suffix.lower() in (".jsonl", ".csv"):
         return FilesSpec(path=(path,))
-    return parse_tasks(of_file(path), str(path), lambda key: f"add it to {path.name}")
+    return parse_tasks(read_file(path), str(path), lambda key: f"add it to {path.name}")

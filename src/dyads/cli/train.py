@@ -11,7 +11,7 @@ import click
 def _show_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if not value or ctx.resilient_parsing:
         return
-    from dyads.recipe.spec import recipe_keys
+    from dyads.recipe.load import recipe_keys
 
     for key in recipe_keys():
         variant = len(key.choices) == 1
@@ -52,7 +52,7 @@ Examples:
 )
 def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, no_evaluate: bool) -> None:
     """Train one adapter as RECIPE (a YAML file) says, and score it."""
-    from dyads.recipe.spec import load_recipe
+    from dyads.recipe.load import load_recipe
     from dyads.training.train import train
 
     loaded = load_recipe(recipe, overrides)

@@ -31,7 +31,8 @@ from typing import Any, TypedDict
 from urllib.parse import quote
 
 from dyads.errors import RunError, did_you_mean
-from dyads.recipe.spec import Recipe, differences, parse_recipe
+from dyads.recipe.load import parse_recipe
+from dyads.recipe.spec import Recipe, differences
 from dyads.tasks.rows import Row, read_jsonl
 
 __all__ = ["SCHEMA", "Prediction", "RunFolder", "ScoreRow", "Scores", "Seconds", "environment"]
