@@ -199,7 +199,7 @@ def test_train_lists_the_keys_of_a_recipe() -> None:
     assert "train.learning_rate = 0.001\n    Peak learning rate" in result.output
     assert result.output.startswith("extends\n    Another recipe")
     # the help is wrapped at 80 columns
-    assert f"tasks.family One of: {', '.join(families())} What is learned" in " ".join(result.output.split())
+    assert f"tasks.family One of: {', '.join(families())} The tasks that are learned" in " ".join(result.output.split())
     assert "tasks.family: starter\n    Twelve small text tasks" in result.output
     assert "model.dtype = bfloat16\n    One of: float32, bfloat16, float16\n" in result.output
     assert "evaluate.split = test\n    One of: test, validation, train\n" in result.output

@@ -47,13 +47,14 @@ def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
     for name, info in model.model_fields.items():
         if model.model_fields.keys() == {"name", "options"} and name == "options":
             name = "<option>"  # a method's options stand beside its name
+        text = " ".join((info.description or "").split())  # one line, to be wrapped anew
         sections = _models_in(info.annotation)
         choices = tuple(to_yaml(value, one_line=True) for value in _choices(info.annotation))
         default = "" if sections or info.is_required() or len(choices) == 1 or name == "<option>" else _default(info)
         if len(sections) > 1:
-            yield Key(f"{prefix}{name}.family", info.description or "", choices=tuple(families()))
+            yield Key(f"{prefix}{name}.family", text, choices=tuple(families()))
         elif not sections:
-            yield Key(f"{prefix}{name}", info.description or "", default, choices)
+            yield Key(f"{prefix}{name}", text, default, choices)
         for section in sections:
             yield from keys_of(section, f"{prefix}{name}.")
 
