@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grouped attention is eager attention, gradients too, for every kind of model that is said to be plain."""
+"""Grouped attention is eager attention, gradients too, for every model type that supports it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dyads.errors import ConfigError
-from dyads.models.attention import GROUPED, PLAIN, grouped_attention, is_plain
+from dyads.models.attention import GROUPED, GROUPED_TYPES, grouped_attention, supports_grouped
 
 SIZES = {
     "vocab_size": 61,
@@ -47,10 +47,10 @@ def run(model: PreTrainedModel, attention: str) -> list[Tensor]:
     return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("kind", sorted(PLAIN))
+@pytest.mark.parametrize("kind", sorted(GROUPED_TYPES))
 def test_outputs_and_gradients_are_those_of_eager_attention(kind: str) -> None:
     model = tiny_of(kind)
-    assert is_plain(model.config)
+    assert supports_grouped(model.config)
     assert_close(run(model, GROUPED), run(model, "eager"))
 
 
@@ -80,11 +80,13 @@ def test_dropout_falls_on_the_weights_in_training_only() -> None:
         ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     ],
 )
-def test_models_with_windows_or_caps_or_of_unknown_kinds_are_not_plain(kind: str, changes: dict[str, Any]) -> None:
-    assert not is_plain(AutoConfig.for_model(kind, **changes))
+def test_models_with_windows_or_caps_or_of_unknown_kinds_do_not_support_it(kind: str, changes: dict[str, Any]) -> None:
+    assert not supports_grouped(AutoConfig.for_model(kind, **changes))
 
 
 def test_what_it_does_not_know_is_refused() -> None:
     x = torch.randn(1, 2, 3, 4)
-    with pytest.raises(ConfigError, match="attention 'grouped' knows no softcap, which Linear asks for: use eager"):
+    with pytest.raises(
+        ConfigError, match="attention 'grouped' does not support softcap, which Linear passes: use eager"
+    ):
         grouped_attention(nn.Linear(1, 1), x, x, x, None, softcap=30.0)

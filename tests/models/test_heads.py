@@ -24,7 +24,16 @@ from dyads.errors import ConfigError, RunError, TaskError
 from dyads.export import export
 from dyads.methods import build_config
 from dyads.models.budget import count
-from dyads.models.heads import Head, HeadQuestion, TaskHeads, answer, attach, head_loss, heads_of, read
+from dyads.models.heads import (
+    Head,
+    HeadQuestion,
+    TaskHeads,
+    answer_by_heads,
+    attach_heads,
+    head_loss,
+    heads_of,
+    read_heads,
+)
 from dyads.models.load import kind_of, load_model, model_config
 from dyads.recipe.spec import ModelSpec, Recipe
 from dyads.runs.folder import RunFolder
@@ -230,7 +239,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
             train(recipe, tmp_path / "cut", evaluate=False)
     resumed = train(recipe, tmp_path / "cut", resume=True, evaluate=False)
     assert_close(weights(resumed), weights(through), rtol=0, atol=0)
-    assert read(resumed.heads) == read(through.heads)
+    assert read_heads(resumed.heads) == read_heads(through.heads)
 
 
 def test_checkpointing_trains_the_same_heads(make: Make, tmp_path: Path) -> None:
@@ -313,15 +322,15 @@ def test_the_majority_of_numbers_is_their_mean(make: Make, tmp_path: Path) -> No
 
 def test_answers_come_in_the_order_of_the_questions(bert: Path) -> None:
     model = load_model(ModelSpec(name=str(bert), dtype="float32"))
-    attach(model, HEADS, "mean")
+    attach_heads(model, HEADS, "mean")
     spec = ModelSpec(name=str(bert))
     questions = [HeadQuestion(EncodedPair([1, *range(4, 4 + n), 2], [0] * (n + 2), 0.0, 1)) for n in (2, 7, 1, 5)]
     from dyads.models.heads import collator_of
     from dyads.models.load import load_tokenizer
 
     collator = collator_of(model, load_tokenizer(spec.name))
-    together = answer(model, questions, collator, batch_size=2)
-    alone = [answer(model, [question], collator, batch_size=1)[0] for question in questions]
+    together = answer_by_heads(model, questions, collator, batch_size=2)
+    alone = [answer_by_heads(model, [question], collator, batch_size=1)[0] for question in questions]
     assert [float(x) for x in together] == pytest.approx([float(x) for x in alone], abs=2e-4)
     assert len(set(alone)) == 4
 
@@ -341,7 +350,7 @@ def test_an_encoder_is_seen_and_read_without_its_pooler(bert: Path, llama: Path,
 
 def test_the_heads_are_float32_over_a_half_precision_encoder(bert: Path) -> None:
     model = load_model(ModelSpec(name=str(bert), dtype="bfloat16"))
-    attach(model, HEADS, "mean")
+    attach_heads(model, HEADS, "mean")
     adapted = get_peft_model(model, build_config("mode", {"r": 2, "modules_to_save": ["task_heads"]}, None))
     heads = adapted.get_base_model().task_heads
     ids = torch.tensor([[1, 5, 2]])
@@ -399,10 +408,12 @@ def test_tasks_that_changed_since_training_are_refused(trained: Callable[[str], 
     with pytest.raises(RunError, match="has heads for 2 tasks and none for 'mnli' – did you mean 'mnl'"):
         evaluate(folder)
     folder.heads.write_text("[{")
-    with pytest.raises(RunError, match=r"heads.json does not say what the heads answer: .*; train the run again"):
+    with pytest.raises(
+        RunError, match=r"cannot read the labels of the heads from .*heads.json: .*; train the run again"
+    ):
         evaluate(folder)
     folder.heads.unlink()
-    with pytest.raises(RunError, match=r"heads.json does not say what the heads answer"):
+    with pytest.raises(RunError, match=r"cannot read the labels of the heads from"):
         evaluate(folder)
     shutil.rmtree(folder.adapter)
     with pytest.raises(RunError, match="has no adapter: its training did not end"):

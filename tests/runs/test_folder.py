@@ -29,7 +29,7 @@ def test_a_run_starts_with_its_resolved_recipe(tmp_path: Path, recipe: Make) -> 
 
 def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(tmp_path: Path, recipe: Make) -> None:
     RunFolder.create(tmp_path / "a", recipe("a"))
-    with pytest.raises(RunError, match=r"a' already holds a run \(method mode\); go on with it by --resume"):
+    with pytest.raises(RunError, match=r"a' already holds a run \(method mode\); continue it with --resume"):
         RunFolder.create(tmp_path / "a", recipe("a"))
     assert RunFolder.create(tmp_path / "a", recipe("a"), resume=True).is_run
 
@@ -48,7 +48,7 @@ def test_a_run_does_not_spill_into_other_files(tmp_path: Path, recipe: Make) -> 
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="is not empty and holds no run"):
         RunFolder.create(tmp_path, recipe("a"))
-    with pytest.raises(RunError, match=r"notes\.txt' is a file; a run needs a folder"):
+    with pytest.raises(RunError, match=r"notes\.txt' is a file; choose a folder for --out"):
         RunFolder.create(tmp_path / "notes.txt", recipe("a"))
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -60,7 +60,7 @@ def test_a_folder_that_is_no_run_says_why(tmp_path: Path, recipe: Make) -> None:
     with pytest.raises(RunError, match=r"is no run: it has no config\.yaml \(it contains runs: mode-seed0\)"):
         RunFolder.open(tmp_path / "runs")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunError, match=r"it has no config\.yaml; `dyads train` makes such folders"):
+    with pytest.raises(RunError, match=r"it has no config\.yaml; `dyads train` writes run folders"):
         RunFolder.open(tmp_path / "empty")
 
 
@@ -179,7 +179,7 @@ def test_scores_never_stand_beside_other_predictions(run: Run, crash: str, monke
     if crash == "write":
         assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
     else:
-        with pytest.raises(RunError, match=r"has no scores\.json: it was not evaluated, or not to the end"):
+        with pytest.raises(RunError, match=r"has no scores\.json: it was not evaluated, or the evaluation did not end"):
             folder.scores()
     folder.write_results({"v": []}, scores)
     assert sorted(p.name for p in folder.path.rglob("*")) == ["config.yaml", "predictions", "scores.json", "v.jsonl"]

@@ -17,9 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dyads.data.batches import EncodedPair, PairTokenizer, PromptTokenizer, pad_id_of, prompt_batches
 from dyads.errors import ConfigError, RunError, TaskError, did_you_mean
-from dyads.models.heads import Head, HeadQuestion, attach, collator_of, pair_tokenizer_of
-from dyads.models.heads import answer as answer_by_heads
-from dyads.models.heads import read as read_heads
+from dyads.models.heads import (
+    Head,
+    HeadQuestion,
+    answer_by_heads,
+    attach_heads,
+    collator_of,
+    pair_tokenizer_of,
+    read_heads,
+)
 from dyads.models.load import kind_of, load_model, load_tokenizer
 from dyads.recipe.spec import EvaluateSpec, Recipe
 from dyads.runs.adapter import check_adapter, load_adapter
@@ -71,7 +77,7 @@ class Answerer:
         if kind_of(recipe.model.name, base.config, recipe.model.kind) == "encoder":
             check_adapter(folder)
             self.heads = read_heads(folder.heads)
-            attach(base, self.heads, recipe.model.pool)
+            attach_heads(base, self.heads, recipe.model.pool)
         self.model: nn.Module = load_adapter(base, folder) if recipe.method.trains else base
         self.model = self.model.to(self.device).eval()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(recipe.model.name, recipe.model.revision)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from dyads.models.attention import GROUPED, is_plain
+from dyads.models.attention import GROUPED, supports_grouped
 from dyads.scoring.slots import Slots
 
 __all__ = ["Question", "decode", "refusal"]
@@ -194,7 +194,7 @@ class _Batch:
         self.device = self.base.device
         # Grouped attention holds all scores of a prompt at once, as eager attention does and sdpa does not.
         self.own = self.reading = self.stepping = self.base.config._attn_implementation
-        if self.device.type == "cpu" and self.own in ("eager", "sdpa") and is_plain(self.base.config):
+        if self.device.type == "cpu" and self.own in ("eager", "sdpa") and supports_grouped(self.base.config):
             self.stepping = GROUPED
             self.reading = GROUPED if self.own == "eager" else self.own
         # A tensor, not 1: that gives a slice with gaps, for which torch copies the head's weights once for every row.

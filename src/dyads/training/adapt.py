@@ -29,8 +29,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from dyads.data.batches import Collator, PairCollator, TaskDataset
 from dyads.errors import ConfigError, RunError
 from dyads.methods.base import Core
-from dyads.models.heads import Head, TaskHeads, attach, heads_of
-from dyads.models.heads import read as read_heads
+from dyads.models.heads import Head, TaskHeads, attach_heads, heads_of, read_heads
 from dyads.recipe.load import recipe_keys
 from dyads.recipe.recipe_errors import validated
 from dyads.recipe.spec import Recipe, differences
@@ -242,7 +241,7 @@ def load_extended(recipe: Recipe, folder: RunFolder, base: PreTrainedModel, task
     heads: tuple[Head, ...] = ()
     if folder.heads.is_file():
         heads = read_heads(folder.heads)
-        attach(base, heads, recipe.model.pool)
+        attach_heads(base, heads, recipe.model.pool)
     model = load_adapter(base, folder, trains=True)
     routing = find_routing(model)
     gated = routing.names.get(_ADAPTER, ()) if routing else ()
