@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes say what they mean, or say where they do not."""
+"""Recipes: YAML becomes a typed spec, or an error with the line, the key and the value."""
 
 from __future__ import annotations
 
@@ -38,20 +38,17 @@ def test_a_recipe_holds_only_its_difference_and_the_resolved_one_reads_back_equa
     assert parse_recipe(recipe.resolved_yaml(), "again") == recipe
 
 
-@pytest.mark.parametrize("number", ["2e-3", "2E-3", "0.002", "2.e-3", ".2e-2", "+2e-3"])
-def test_numbers_are_numbers_however_they_are_written(number: str) -> None:
-    assert parse_recipe(text(train=f"{{learning_rate: {number}}}"), "x").train.learning_rate == 0.002
+def test_numbers_are_numbers_in_every_notation() -> None:
+    for number in ("2e-3", "2E-3", "0.002", "2.e-3", ".2e-2", "+2e-3"):
+        assert parse_recipe(text(train=f"{{learning_rate: {number}}}"), "x").train.learning_rate == 0.002, number
 
 
-@pytest.mark.parametrize("name", ["no", "on", "010", "1:30", "2024-01-01", "1e3x", "2e-3", "null", "true", "1_000"])
-def test_text_that_looks_like_something_else_survives_the_round_trip(name: str) -> None:
-    recipe = parse_recipe(text(name=f"'{name}'").replace(":30", "-30"), "x")
-    assert parse_recipe(recipe.resolved_yaml(), "again").name == recipe.name == name.replace(":", "-")
-
-
-def test_words_that_old_yaml_takes_for_booleans_or_dates_are_words() -> None:
-    assert parse_recipe(text(name="no"), "x").name == "no"
-    assert parse_recipe(text(name="2024-01-01"), "x").name == "2024-01-01"
+def test_text_that_yaml_could_take_for_something_else_stays_text_when_written_and_read() -> None:
+    for name in ("no", "on", "010", "1-30", "2024-01-01", "1e3x", "2e-3", "null", "true", "1_000"):
+        recipe = parse_recipe(text(name=f"'{name}'"), "x")
+        assert parse_recipe(recipe.resolved_yaml(), "again").name == recipe.name == name
+    for name in ("no", "2024-01-01", "1_000"):  # a boolean, a date and a number in YAML 1.1
+        assert parse_recipe(text(name=name), "x").name == name
 
 
 def test_whole_floats_count_as_whole_numbers() -> None:
@@ -68,7 +65,6 @@ def test_whole_floats_count_as_whole_numbers() -> None:
         ({"train": "{learning_rate: .nan}"}, "'train.learning_rate' must be a finite number, got nan"),
         ({"train": "{steps: 0}"}, "'train.steps' must be at least 1, got 0"),
         ({"train": "{steps: 1.5}"}, "'train.steps' must be a whole number, got 1.5"),
-        ({"train": "{steps: true}"}, "'train.steps' must be a whole number, got True"),
         ({"train": "{steps: '10'}"}, "'train.steps' must be a whole number, got '10'"),
         ({"train": "{optimizer: adam}"}, "must be 'adamw' or 'adafactor', got 'adam' – did you mean 'adamw'?"),
         ({"train": "{report_to: wandbb}"}, "'train.report_to.0' must be 'tensorboard' or 'wandb', got 'wandbb'"),
@@ -94,7 +90,7 @@ def test_a_mistake_is_named_with_its_line_its_key_and_its_value(changed: dict[st
         parse_recipe(text(**changed), "x.yaml")
 
 
-def test_several_mistakes_are_told_at_once() -> None:
+def test_several_mistakes_are_listed_together() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_recipe(text(train="{stepz: 1, optimizer: sgd}"), "x.yaml")
     assert str(caught.value).splitlines() == [
@@ -166,7 +162,7 @@ def test_recipes_that_extend_each_other_in_a_circle_are_refused(tmp_path: Path) 
         load_recipe(tmp_path / "a.yaml")
 
 
-def test_a_missing_recipe_is_named_with_the_one_that_asked_for_it(tmp_path: Path) -> None:
+def test_a_missing_recipe_is_named_with_the_one_that_extends_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no recipe at '.*none\.yaml'$"):
         load_recipe(tmp_path / "none.yaml")
     (tmp_path / "a.yaml").write_text("extends: none.yaml\n")
