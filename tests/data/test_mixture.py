@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are tasks drawn as often as the formulas say, and is a schedule fair, whole and repeatable?"""
+"""Mixture: probabilities of the formulas, and schedules that are complete and repeatable."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does an example become the right tokens and labels, in training as in generation?"""
+"""Tokenisation: the same prompt in training and generation, special tokens, limits, pairs."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_lengths_are_those_of_the_encoded_examples(byte_tokenizer, word_tokenize
 
 def test_a_tokenizer_without_eos_is_refused(word_tokenizer):
     bare = PreTrainedTokenizerFast(tokenizer_object=word_tokenizer.backend_tokenizer)
-    with pytest.raises(ConfigError, match="has no eos token, so that no answer could end"):
+    with pytest.raises(ConfigError, match="has no eos token to end an answer with"):
         PromptTokenizer(bare)
 
 

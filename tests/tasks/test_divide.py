@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are splits disjoint in prompts, near their size, and the same for a seed?"""
+"""Splits: disjoint in prompts, of the requested size, and the same for a seed."""
 
 from __future__ import annotations
 

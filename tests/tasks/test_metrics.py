@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are the metrics the official ones, to the number?"""
+"""Metrics: values of the official scorers and of formulas, edge cases, the registry."""
 
 from __future__ import annotations
 
@@ -165,9 +165,9 @@ def test_of_several_right_labels_the_predicted_one_counts():
 
 
 def test_a_reference_that_is_no_label_is_refused():
-    with pytest.raises(TaskError, match="metric 'f1': reference 'si' is none of the labels no, yes"):
+    with pytest.raises(TaskError, match="metric 'f1': reference 'si' is not one of the labels no, yes"):
         of("f1", ["yes"], ["si"])
-    with pytest.raises(TaskError, match=r"reference 'yes' is none of the labels \(none given\)"):
+    with pytest.raises(TaskError, match=r"reference 'yes' is not one of the labels \(none given\)"):
         of("matthews", ["yes"], ["yes"], labels=())
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are the starter tasks right, conflicting, disjoint between splits, and the same for a seed?"""
+"""The starter family: correct and conflicting answers, disjoint splits, the same for a seed."""
 
 from __future__ import annotations
 
