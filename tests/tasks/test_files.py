@@ -43,11 +43,12 @@ def test_csv_with_quotes_line_breaks_and_lists(tmp_path):
         tmp_path / "a.csv",
         "task,split,input,output",
         't,train,"one, two\nthree",[note] plain',
+        "",
         't,test,four,"[""a"", ""b""]"',
     )
     (task,) = read(path).tasks
     assert (task.train[0].prompt, task.train[0].references) == ("one, two\nthree\n", ("[note] plain",))
-    assert (task.test[0].id, task.test[0].references) == ("a.csv:4", ("a", "b"))
+    assert (task.test[0].id, task.test[0].references) == ("a.csv:5", ("a", "b"))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])

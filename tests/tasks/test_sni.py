@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from dyads.errors import TaskError
-from dyads.tasks import load, load_suite
+from dyads.tasks import load_suite
 from dyads.tasks.sni import MODE_CASE_STUDY, MODE_CASE_STUDY_STAND_INS, STAND_INS, SNISpec
 
 
@@ -216,8 +216,7 @@ def test_unusable_contents_are_refused_with_the_place(sni_folder, changes, messa
     path = rewrite(sni_folder, "task001_colour_naming", **changes)
     with pytest.raises(TaskError, match=message) as error:
         read(sni_folder)
-    assert "task001_colour_naming" in str(error.value)
-    assert path.exists()
+    assert str(path) in str(error.value) or "task 'task001_colour_naming'" in str(error.value)
 
 
 def test_text_that_is_not_utf8_is_refused(sni_folder):
@@ -238,9 +237,3 @@ def test_text_that_is_not_utf8_is_refused(sni_folder):
 def test_contradicting_options_are_refused(options, message):
     with pytest.raises(ValidationError, match=message):
         SNISpec(path="x", **options)
-
-
-def test_a_spec_survives_being_written_out(sni_folder):
-    spec = SNISpec(path=sni_folder, names="task001")
-    assert SNISpec.model_validate(spec.model_dump(mode="json")) == spec
-    assert load(spec.model_dump(mode="json")) == load(spec)
