@@ -42,7 +42,7 @@ from dyads.runs.saved import SavedAdapter
 from dyads.scoring.answerer import Answerer
 from dyads.scoring.evaluate import evaluate, generate
 from dyads.tasks import Example, Task, load_suite
-from dyads.training import train as training_module
+from dyads.training import trainer as trainer_module
 from dyads.training.train import Training, train
 
 Make = Callable[..., Recipe]
@@ -224,7 +224,7 @@ class _PowerCutError(Exception):
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = make("more", train={"steps": 5, "save_steps": 2})
+    recipe = make("more", options={"lora_dropout": 0.1}, train={"steps": 5, "save_steps": 2})
     through = train(recipe, tmp_path / "through", evaluate=False)
     calls: list[int] = []
 
@@ -235,7 +235,7 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(
         return head_loss(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training_module, "head_loss", cut)
+        patch.setattr(trainer_module, "head_loss", cut)
         with pytest.raises(_PowerCutError):
             train(recipe, tmp_path / "cut", evaluate=False)
     resumed = train(recipe, tmp_path / "cut", resume=True, evaluate=False)

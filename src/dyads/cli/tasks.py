@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dyads tasks`: what is in a suite of tasks?"""
+"""`dyads tasks`: list of a suite's tasks with their sizes and metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Examples:
   dyads tasks --recipe recipes/demo/mode.yaml --show reverse_words""",
 )
 @click.option("--family", help="A family of tasks: starter, sni, files, …")
-@click.option("--path", help="Where the tasks' files lie.")
+@click.option("--path", help="The folder or file of the tasks' data.")
 @click.option(
     "--option", "options", multiple=True, metavar="KEY=VALUE", help="Another option of the family; repeatable."
 )
@@ -38,7 +38,7 @@ def command(
     given = read_overrides(options, "--option")
     for key, value in (("family", family), ("path", path)):
         if value is not None and key in given.data:
-            raise ConfigError(f"--{key} {value} and --option {key}={given.data[key]} are both given: drop one")
+            raise ConfigError(f"--{key} {value} and --option {key}={given.data[key]} are both given: remove one")
         if value is not None:
             chosen = YamlSource({"tasks": {key: value}}, {("tasks", key): f"--{key} {value}"}).over(chosen)
     if options:
