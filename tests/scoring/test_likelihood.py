@@ -165,7 +165,7 @@ def test_a_task_of_free_text_is_refused_before_the_folder_is_touched(tiny: Make,
     ("options", "message"),
     [
         ({"length_normalise": True}, "length_normalise is for answer: likelihood, but answer is generate"),
-        ({"answer": "likelihood", "num_beams": 2}, "num_beams is 2, but answer: likelihood searches for nothing"),
+        ({"answer": "likelihood", "num_beams": 2}, "num_beams is 2, but answer: likelihood uses no beams"),
     ],
 )
 def test_options_that_contradict_are_refused(options: dict[str, Any], message: str) -> None:
