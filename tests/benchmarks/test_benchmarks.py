@@ -482,7 +482,7 @@ def test_the_floor_counts_the_products_that_an_adapter_cannot_do_without(
 ) -> None:
     bench = Bench(TINY, MODE["mode-16x4"], tmp_path)
     core = next(m for m in bench.model.modules() if isinstance(m, DyadsLayer)).core("default")
-    W = core.router_rows()
+    W = core.router_weight()
     assert W is not None
     rows = (core.p + len(W), core.q)
     # Two layers of q (32 → 32) and v (32 → 16); what comes into the first ones wants no gradient.
