@@ -69,6 +69,7 @@ def test_every_example_of_a_task_is_read_before_any_is_read_again(kind, batches)
         passes = [read[start : start + size] for start in range(0, len(read), max(size, 1))]
         assert all(sorted(one) == list(range(size)) for one in passes if len(one) == size)
         assert len(set(read)) == min(len(read), size)
+        assert len(passes) < 3 or passes[0] != passes[1]
 
 
 @pytest.mark.parametrize(("kind", "batches"), VARIANTS)
@@ -97,8 +98,10 @@ def test_sorting_by_length_saves_padding():
 
 
 def test_batches_of_a_window_are_not_left_in_the_order_of_length():
-    longest = [max(LENGTHS[t][i] for t, i in batch) for batch in make(steps=8)]
-    assert longest != sorted(longest)
+    longest = [max(LENGTHS[t][i] for t, i in batch) for batch in make(steps=32)]
+    windows = [longest[start : start + 8] for start in range(0, 32, 8)]
+    assert all(window != sorted(window) for window in windows)
+    assert len({window.index(max(window)) for window in windows}) > 1  # every window has an order of its own
 
 
 def test_one_task_batches_hold_one_task():

@@ -52,10 +52,13 @@ def test_bos_is_kept_and_the_prompt_is_not_closed(word_tokenizer):
     ]  # fmt: skip
 
 
-def test_an_encoder_decoder_reads_a_closed_prompt_and_learns_the_target(word_tokenizer):
+def test_an_encoder_decoder_reads_a_closed_prompt_and_learns_the_target(word_tokenizer, byte_tokenizer):
     encoded = encode(word_tokenizer, EXAMPLE, encoder_decoder=True)
     assert word_tokenizer.convert_ids_to_tokens(encoded.input_ids)[-2:] == [":", "</s>"]
     assert word_tokenizer.convert_ids_to_tokens(encoded.labels) == ["stone", "</s>"]
+    encoded = encode(byte_tokenizer, EXAMPLE, encoder_decoder=True)  # the space before the answer stays in the prompt
+    assert byte_tokenizer.decode(encoded.input_ids) == EXAMPLE.prompt
+    assert byte_tokenizer.decode(encoded.labels) == "stone<end>"
 
 
 def test_a_long_prompt_of_a_decoder_loses_its_middle_and_never_its_target(byte_tokenizer):

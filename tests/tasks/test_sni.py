@@ -77,7 +77,7 @@ def test_equal_inputs_never_stand_on_two_sides(sni_folder, protocol):
     rewrite(
         sni_folder,
         "task001_colour_naming",
-        Instances=[{**i, "input": f"early {k % 5}"} for k, i in enumerate(instances[:100])] + instances,
+        Instances=[{**i, "input": f"thing {k % 5}"} for k, i in enumerate(instances[:100])] + instances,
     )
     task = read(sni_folder, names="task001", protocol=protocol).tasks[0]
     assert task.train
