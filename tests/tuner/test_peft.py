@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from dyads.errors import ConfigError, MergeError
+from dyads.errors import ConfigError, DyadsError, MergeError
 from dyads.methods import methods
 from dyads.ops import plain
+from dyads.runs.saved import SavedAdapter
 from dyads.tuner import DyadsLayer
 from tiny import MLP, TARGETS, TASKS, UNLIKE, Variant, batch, task_of, tiny_model
 from tiny import adapted_layers as layers
@@ -144,6 +146,20 @@ def test_several_adapters_switch_stack_and_are_deleted(unlike: Variant) -> None:
             assert "other" not in getattr(layer, attribute)
 
 
+def test_adapters_may_be_in_different_layers(unlike: Variant) -> None:
+    model = adapted(unlike, target_modules=["q_proj"])
+    first = logits(model, unlike)
+    model.add_adapter("other", unlike.config(target_modules=["q_proj", "k_proj"], init_weights=False))
+    assert [sorted(layer.lora_A) for layer in layers(model)] == [["default", "other"], ["other"]] * 2
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".other." in n)
+    assert torch.equal(logits(model, unlike), first)
+    model.set_adapter("other")
+    second = logits(model, unlike)
+    assert not torch.equal(second, first)
+    model.delete_adapter("default")
+    assert torch.equal(logits(model, unlike), second)
+
+
 def test_deleting_the_active_adapter_activates_another() -> None:
     model = adapted(Variant("mode"))
     model.add_adapter("other", Variant("mode").config(target_modules=TARGETS["llama"], init_weights=False))
@@ -249,7 +265,12 @@ def test_merge_and_unmerge_in_place(variant: Variant) -> None:
     assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
     model.unmerge_adapter()
     assert_close(logits(model, **task_of(variant.config(), "cola")), expected, atol=1e-5, rtol=1e-5)
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        layers(model)[0].unmerge()
     with model.disable_adapter():
+        assert_close(logits(model), base, atol=1e-5, rtol=1e-5)
+    model.merge_adapter(**merge_arguments(variant))
+    with model.disable_adapter():  # unmerges
         assert_close(logits(model), base, atol=1e-5, rtol=1e-5)
 
 
@@ -437,8 +458,11 @@ def test_deep_copy_and_pickle_stand_on_their_own(unlike: Variant) -> None:
 
 def test_unload_gives_the_untouched_base_back(unlike: Variant) -> None:
     model = adapted(unlike)
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
     base: PreTrainedModel = model.unload()
     assert torch.equal(logits(base), logits(tiny_model("llama").eval()))
+    functions = [m.__dict__.get("_gradient_checkpointing_func") for m in base.modules()]
+    assert not any(type(f).__module__.startswith("dyads") for f in functions)
     assert not base._forward_pre_hooks
     assert not base._forward_hooks
     assert "generate" not in base.__dict__
@@ -580,8 +604,12 @@ def test_files_of_a_pre_release_are_refused(unlike: Variant, tmp_path: Path) -> 
         for key, value in load_file(file).items()
     }
     save_file(old, file)
-    with pytest.raises(ConfigError, match=r"saved by a pre-release of dyads.*dyads_.*'\): train it again"):
-        PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path))
+    for load in (
+        lambda: PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path)),
+        partial(SavedAdapter.read, tmp_path),
+    ):
+        with pytest.raises(DyadsError, match=r"saved by a pre-release of dyads.*dyads_.*'\): train it again"):
+            load()
 
 
 @pytest.mark.xfail(reason="PEFT looks for 'Linear' in the name of the class", strict=True)
