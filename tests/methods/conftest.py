@@ -36,14 +36,10 @@ MORE_VARIANTS = [
     _staged("molora", "random", "sigmoid"),
     # Ones.
     Variant("mode", (("r", 1), ("num_experts", 5))),
-    Variant("molora", (("num_experts", 1),)),
     Variant("task_mode", (("num_experts", 1),)),
     Variant("moelora", (("num_experts", 1),)),
     Variant("more", (("r", 1),)),
-    Variant("mtl_lora", (("num_experts", 1),)),
-    Variant("poly", (("num_experts", 1),)),
     Variant("smora", (("r", 1), ("top_k", 1))),
-    Variant("smora", (("top_k", 4),)),
 ]
 
 

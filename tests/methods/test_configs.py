@@ -85,6 +85,8 @@ def test_options_of_a_recipe_are_checked_by_name() -> None:
         build_config("modee", {})
     with pytest.raises(ConfigError, match="unknown method 'mor' – did you mean 'more'"):
         method("mor")
+    with pytest.raises(ConfigError, match="method 'lora': `layers_to_transform` cannot be used when `target_modules`"):
+        build_config("lora", {"target_modules": ".*q", "layers_to_transform": [1]})
     assert {"lora", "mode", "molora", "more"} <= set(method_names())
 
 

@@ -32,18 +32,17 @@ def assert_near(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
     assert_close(ours / size, theirs / size, atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("operator", [dyadic, fused])
-def test_operator_equals_the_double_sum_in_outputs_and_gradients(any_variant: Variant, operator: Any) -> None:
+def test_operators_equal_the_double_sum_in_outputs_and_gradients(any_variant: Variant) -> None:
     for shape in ((2, 7, 14, 5), (1, 1, 2, 1)):
         core, x, A, B, task = tiny_layer(any_variant, *shape)
         leaves = [x.requires_grad_(), A.requires_grad_(), B.requires_grad_(), *core.parameters()]
-        fast = operator(x, A, B, core, task, scale=SCALE)
         slow = dyadic_sum(x, A, B, core.matrix(core.route(x @ A.T, x, task)), scale=SCALE)
-        assert_close(fast, slow)
-        weight = torch.randn_like(fast)
-        of_fast = torch.autograd.grad((fast * weight).sum(), leaves)
+        weight = torch.randn_like(slow)
         of_slow = torch.autograd.grad((slow * weight).sum(), leaves, allow_unused=True, materialize_grads=True)
-        assert_close(of_fast, of_slow)
+        for operator in (dyadic, fused):
+            fast = operator(x, A, B, core, task, scale=SCALE)
+            assert_close(fast, slow)
+            assert_close(torch.autograd.grad((fast * weight).sum(), leaves), of_slow)
 
 
 # (dtype of x, dtype of A, B and the core, what the update is added to, bias, scale)
@@ -126,8 +125,8 @@ def test_gradients_of_fused_agree_with_finite_differences(any_variant: Variant) 
     assert torch.autograd.gradcheck(run, tuple(values))
 
 
-def test_gradients_of_gradients_are_those_of_dyadic(any_variant: Variant) -> None:
-    core, x, A, B, task = tiny_layer(any_variant, 3, 4, 6, 5)
+def test_gradients_of_gradients_are_those_of_dyadic(variant: Variant) -> None:
+    core, x, A, B, task = tiny_layer(variant, 3, 4, 6, 5)
     out, frozen = torch.randn(3, 4, 5).double(), (torch.randn(5, 6).double(), None)
     leaves = [t.requires_grad_() for t in (x, A, B, out, *core.parameters())]
     generator = torch.Generator().manual_seed(1)
@@ -167,8 +166,12 @@ def test_cached_operator_equals_dyadic_and_rows_do_not_depend_on_each_other(
             assert_close(fresh(x[i : i + 1], task[i : i + 1])[0], cached(x, task)[i])
 
 
-def test_mix_is_linear_and_gates_depend_on_what_looks_at_names_and_on_nothing_else(any_variant: Variant) -> None:
+def test_declarations_hold_mix_is_linear_and_gates_depend_on_what_looks_at_names(any_variant: Variant) -> None:
     core, x, A, _, task = tiny_layer(any_variant, 3, 2, 4, 5)
+    core.float().check_declarations(4, len(TASKS))
+    core = core.double()
+    assert core.linear_scores == (("score", "cosine") not in any_variant.options)
+
     g = core.route(x @ A.T, x, task)
     u, v = torch.randn(3, 2, core.p).double(), torch.randn(3, 2, core.p).double()
     assert_close(core.mix(2 * u - 3 * v, g), 2 * core.mix(u, g) - 3 * core.mix(v, g))
@@ -186,15 +189,15 @@ def test_mix_is_linear_and_gates_depend_on_what_looks_at_names_and_on_nothing_el
     assert {name for name, changed in changes.items() if changed} == (set() if one_rank else core.looks_at)
 
 
-@pytest.mark.parametrize("operator", [dyadic, fused])
-def test_inputs_of_any_rank_give_the_same_rows(variant: Variant, operator: Any) -> None:
+def test_inputs_of_any_rank_give_the_same_rows(variant: Variant) -> None:
     core, x, A, B, task = tiny_layer(variant, 3, 5, 4, 2)
-    rows = operator(x, A, B, core, task)
-    assert_close(operator(x[1, 2], A, B, core, task[1:2]), rows[1, 2])
-    assert_close(operator(x[:, 2], A, B, core, task), rows[:, 2])
-    assert_close(operator(x.unsqueeze(1), A, B, core, task), rows.unsqueeze(1))
     order = torch.tensor([2, 0, 1])
-    assert_close(operator(x[order], A, B, core, task[order]), rows[order])
+    for operator in (dyadic, fused):
+        rows = operator(x, A, B, core, task)
+        assert_close(operator(x[1, 2], A, B, core, task[1:2]), rows[1, 2])
+        assert_close(operator(x[:, 2], A, B, core, task), rows[:, 2])
+        assert_close(operator(x.unsqueeze(1), A, B, core, task), rows.unsqueeze(1))
+        assert_close(operator(x[order], A, B, core, task[order]), rows[order])
 
 
 class _Operations(TorchDispatchMode):
@@ -207,9 +210,8 @@ class _Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("operator", [dyadic, fused])
-def test_forward_has_no_loop_over_experts_or_samples_and_reads_no_value(variant: Variant, operator: Any) -> None:
-    def operations(factor: int) -> list[str]:
+def test_forward_has_no_loop_over_experts_or_samples_and_reads_no_value(variant: Variant) -> None:
+    def operations(operator: Any, factor: int) -> list[str]:
         config = variant.config()
         larger = {"r": config.r * factor}
         if getattr(config, "num_experts", 1) != 1:
@@ -222,11 +224,12 @@ def test_forward_has_no_loop_over_experts_or_samples_and_reads_no_value(variant:
         assert not any("_local_scalar_dense" in name for name in seen.names)
         return seen.names
 
-    assert operations(1) == operations(4)
+    for operator in (dyadic, fused):
+        assert operations(operator, 1) == operations(operator, 4)
 
 
-def test_kept_for_backward_are_the_input_and_a_few_numbers_per_token(variant: Variant) -> None:
-    core, x, A, B, task = tiny_layer(variant, 2, 140, 64, 64)
+def test_kept_for_backward_are_the_input_and_a_few_numbers_per_token(unlike: Variant) -> None:
+    core, x, A, B, task = tiny_layer(unlike, 2, 140, 64, 64)
     A.requires_grad_()
     own = {t.untyped_storage().data_ptr() for t in (x, A, B, *core.parameters())}
     kept: list[Tensor] = []

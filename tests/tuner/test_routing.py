@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from dyads import MoDEConfig, MoREConfig, use_task
 from dyads.errors import MergeError, RoutingError
-from dyads.methods import methods
 from dyads.ops import plain
 from dyads.tuner import layer as of_layer
 from tiny import TARGETS, TASKS, Variant, adapted_layers, batch, task_of, tiny_model
@@ -251,8 +250,7 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     assert left
     for name, gradient in left.items():
-        # Two orders of summation in fp32: a few units in the last place of the largest terms.
-        assert_close(gradient, right[name], atol=5e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(gradient, right[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_checkpointing_gives_the_same_gradients_also_with_two_forwards_before_one_backward(
@@ -380,12 +378,11 @@ def test_an_adapter_merged_for_one_task_refuses_another() -> None:
 # --- compile ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", [m.key for m in methods()])
-def test_a_whole_model_is_traced_as_one_graph(key: str) -> None:
+def test_a_whole_model_is_traced_as_one_graph(unlike: Variant) -> None:
     torch._dynamo.reset()
-    model, inputs = adapted(Variant(key)), batch("llama")
+    model, inputs = adapted(unlike), batch("llama")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    task = {"task": torch.tensor([2, 0, 1])} if Variant(key).config().task_names else {}
+    task = {"task": torch.tensor([2, 0, 1])} if unlike.config().task_names else {}
     with torch.no_grad():
         assert_close(compiled(**inputs, **task).logits, model(**inputs, **task).logits)
 
@@ -404,11 +401,11 @@ def test_compiles_as_one_graph(placed: tuple[Variant, str]) -> None:
 def test_one_adapted_module_compiles_as_one_graph(unlike: Variant, mlp: Callable[[], nn.Module]) -> None:
     torch._dynamo.reset()
     config = unlike.config(target_modules=["lin0", "lin1"], init_weights=False)
-    model = get_peft_model(mlp(), config)
+    model = get_peft_model(mlp().double(), config).double()
     # aot_eager traces forward and backward whole, and leaves out what takes long: generating code.
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     task = {"task": torch.tensor([2, 0, 1])} if config.task_names else {}
-    x = torch.randn(3, 6)
+    x = torch.randn(3, 6).double()
     assert_close(compiled(x, **task), model(x, **task))
     compiled(x, **task).pow(2).sum().backward()
     traced = gradients(model)
