@@ -278,12 +278,14 @@ def inputs_of(contender: Contender) -> dict[str, Tensor]:
     return {"task_ids" if theirs else "task": tasks}
 
 
-def facts_of(contender: Contender, *, width: int, length: int, in_fp32: bool) -> dict[str, Any]:
+def facts_of(
+    name: str, contender: Contender, *, width: int, length: int, in_fp32: bool, compiled: bool
+) -> dict[str, Any]:
     """Launches, bytes and the names of the operations of a contender with its solved size."""
     model = build(contender, width=width, in_fp32=in_fp32)
     x = torch.empty(BATCH, length, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
     launches = count(model, x, **inputs_of(contender))
-    return {
+    facts = {
         "label": contender.label,
         "options": contender.options,
         "parameters": trained(model),
@@ -291,6 +293,9 @@ def facts_of(contender: Contender, *, width: int, length: int, in_fp32: bool) ->
         "bytes": sum(launch.moved for launch in launches),
         "operations": dict(Counter(launch.name for launch in launches)),
     }
+    if compiled and name in COMPILED:
+        facts["compiled"] = compiled_calls(contender, in_fp32=in_fp32)
+    return facts
 
 
 def measure(width: int = WIDTH, length: int = LENGTH, *, compiled: bool = True) -> dict[str, Any]:
@@ -302,15 +307,12 @@ def measure(width: int = WIDTH, length: int = LENGTH, *, compiled: bool = True) 
     errors: dict[str, str] = {}
     budget = trained(build(COUNTED[BUDGET], width=width))
     for name, contender in COUNTED.items():
-        what, found = name, {}
+        found: dict[str, Any] = {}
         try:
             chosen = resolved(contender, budget, width)
             for row, in_fp32 in ((name, True), (f"{name}-bf16", False)):
-                found[row] = facts_of(chosen, width=width, length=length, in_fp32=in_fp32)
-            what = f"{name} under torch.compile"
-            for row, in_fp32 in ((name, True), (f"{name}-bf16", False)) if compiled and name in COMPILED else ():
-                found[row]["compiled"] = compiled_calls(chosen, in_fp32=in_fp32)
-        except Exception as error:  # a contender that needs numbers, or a compiler that is missing
-            errors[what] = f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+                found[row] = facts_of(name, chosen, width=width, length=length, in_fp32=in_fp32, compiled=compiled)
+        except Exception as error:  # a rival that needs numbers is left out, with its reason
+            errors[name] = f"{type(error).__name__}: {error}"[:300]
         facts.update(found)
     return {"facts": facts, "rounds": [], "errors": errors}

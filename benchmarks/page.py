@@ -324,7 +324,7 @@ def plan_to_terminal(jobs: Sequence[Job], console: Console) -> None:
     for job in jobs:
         table.add_row(job.part, job.group, str(job.rounds), "yes" if job.has_bar else "", f"{job.seconds / 60:.1f}")
     with_bars, total = sum(job.seconds for job in jobs if job.has_bar), sum(job.seconds for job in jobs)
-    table.caption = f"{total / 60:.0f} min in all, {with_bars / 60:.0f} min for groups with a bar, which come first"
+    table.caption = f"{total / 60:.0f} minutes, {with_bars / 60:.0f} of them for groups with a bar, which come first"
     console.print(table)
 
 

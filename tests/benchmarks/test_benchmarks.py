@@ -405,7 +405,7 @@ def test_the_plan_is_shown_first_and_groups_that_do_not_fit_are_left_out(
     monkeypatch.setattr("benchmarks.__main__.plan", lambda parts, **options: jobs)
     done = CliRunner().invoke(main, ["--minutes", "1", "--out", str(tmp_path)], catch_exceptions=False)
     assert measured == ["short"]
-    assert "2 min in all, 0 min for groups with a bar" in " ".join(done.output.split())
+    assert "2 minutes, 0 of them for groups with a bar" in " ".join(done.output.split())
     assert "startup, group long: left out, as it would end after 1 minutes" in " ".join(done.output.split())
     measured.clear()
     CliRunner().invoke(main, ["--plan", "--out", str(tmp_path)], catch_exceptions=False)

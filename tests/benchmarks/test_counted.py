@@ -16,7 +16,6 @@ from benchmarks.counted import (
     as_in_training,
     build,
     calls_in,
-    compiled_calls,
     count,
     measure,
     resolved,
@@ -118,26 +117,6 @@ def test_a_contender_that_cannot_run_is_left_out_with_its_reason(monkeypatch: py
     found = measure(width=32, length=2, compiled=False)
     assert "lorra" in found["errors"]["broken"]
     assert "mode-8x4" in found["facts"]
-
-
-def test_a_failing_compiler_costs_only_the_compiled_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object, **options: object) -> int:
-        raise RuntimeError("no C++ compiler\nwith a long story")
-
-    monkeypatch.setattr("benchmarks.counted.COUNTED", {name: COUNTED[name] for name in ("lora", "mode-8x4")})
-    monkeypatch.setattr("benchmarks.counted.compiled_calls", fail)
-    found = measure(width=32, length=2)
-    reason = "RuntimeError: no C++ compiler"
-    assert found["errors"] == {f"{name} under torch.compile": reason for name in ("lora", "mode-8x4")}
-    assert found["facts"]["mode-8x4"]["launches"] > 0
-
-
-@pytest.mark.slow
-def test_compiled_calls_of_a_lora_layer() -> None:
-    lora = resolved(COUNTED["lora"], 16 * 256, 256)
-    # Forward: base, A, B, a cast of x, and the sum. Backward: two products for each of A and B, one for x, and two
-    # kernels that scale, cast and add.
-    assert compiled_calls(lora, in_fp32=True) == 12
 
 
 def test_calls_in_the_code_of_inductor() -> None:

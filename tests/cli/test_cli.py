@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 import dyads.cli
 from dyads import __version__
 from dyads.cli import main
-from dyads.errors import RunError
+from dyads.errors import ConfigError, RunError
 from dyads.recipe.load import parse_recipe
 from dyads.recipe.spec import Recipe
 from dyads.runs.folder import Prediction, RunFolder, Scores
@@ -132,12 +132,13 @@ def test_an_unknown_verb_and_an_unknown_option_get_near_names() -> None:
 
 
 def test_a_refusal_is_one_message_without_a_traceback(tmp_path: Path) -> None:
-    done = process("compare", str(tmp_path))
+    recipe = str(tmp_path / "none.yaml")
+    done = process("train", recipe)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"Error: '{tmp_path}' is no run and holds none; `dyads train` makes")
+    assert done.stderr.startswith(f"Error: there is no recipe at '{recipe}'")
     assert "Traceback" not in done.stderr
-    with pytest.raises(RunError, match="is no run and holds none"):
-        main(["--debug", "compare", str(tmp_path)], standalone_mode=False)
+    with pytest.raises(ConfigError, match="there is no recipe at"):
+        main(["--debug", "train", recipe], standalone_mode=False)
 
 
 def test_every_verb_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,10 +283,10 @@ def test_compare_writes_every_format(tmp_path: Path) -> None:
 
 
 def test_compare_prints_no_colours_into_a_pipe(tmp_path: Path) -> None:
-    done = process("compare", str(scored(tmp_path / "a").path))
-    assert done.returncode == 0, done.stderr
-    assert "\x1b" not in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 80
+    result = invoke("compare", scored(tmp_path / "a").path)
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    assert max(map(len, result.output.splitlines())) <= 80
 
 
 def test_compare_takes_a_folder_of_runs_and_says_what_it_left_out(tmp_path: Path) -> None:
@@ -534,12 +535,12 @@ def budgets(fake: Callable[..., None]) -> list[Any]:
     """A budget in which every rank costs 100 parameters, and the arguments of its functions."""
     seen: list[Any] = []
 
-    def count(*asked: Any) -> Count:
-        seen.append(asked)
-        return Count(100 * asked[2]["r"])
+    def count(*arguments: Any) -> Count:
+        seen.append(arguments)
+        return Count(100 * arguments[2]["r"])
 
-    def solve(*asked: Any, free: str, parameters: int, task_names: Any) -> tuple[int, Count]:
-        seen.append((*asked, free, parameters))
+    def solve(*arguments: Any, free: str, parameters: int, task_names: Any) -> tuple[int, Count]:
+        seen.append((*arguments, free, parameters))
         return parameters // 100, Count(parameters // 100 * 100)
 
     fake("dyads.models", budget=SimpleNamespace(count=count, solve=solve))

@@ -31,15 +31,8 @@ AUTO: dict[str, Any] = {
     "bert": (AutoModelForSequenceClassification, "SEQ_CLS"),
 }
 MORE = Variant("more", (("r", 6), ("lora_alpha", 9)))
-MORE_OPTIONS: tuple[tuple[tuple[str, Any], ...], ...] = (
-    (("embedding", "shared"), ("task_dim", 5)),
-    (("selector", "subset"),),
-    (("selector", "soft"), ("linear_scaling", "update")),
-    (("selector", "frozen_random"),),
-)
 EXACT = [v for v in VARIANTS if v.looks_at <= {"task"}]
 CASES = [(v, "llama", torch.float64) for v in (MORE, *EXACT)] + [
-    *((Variant("more", (("r", 6), *options)), "llama", torch.float64) for options in MORE_OPTIONS),
     (MORE, "llama", torch.float32),
     (MORE, "gpt2", torch.float64),
     (MORE, "t5", torch.float64),

@@ -46,9 +46,9 @@ def questions(shared: int = 20, rows: int = 9, seed: int = 0) -> list[Question]:
     ]
 
 
-def alone(model: nn.Module, asked: list[Question], eos: int = EOS, tasks: bool = False) -> list[list[int]]:
+def alone(model: nn.Module, prompts: list[Question], eos: int = EOS, tasks: bool = False) -> list[list[int]]:
     answers = []
-    for question in asked:
+    for question in prompts:
         ids = torch.tensor([question.prompt])
         limits: dict[str, Any] = {"max_new_tokens": question.limit, "do_sample": False}
         task = {"task": [question.task]} if tasks else {}
@@ -74,12 +74,12 @@ def alone(model: nn.Module, asked: list[Question], eos: int = EOS, tasks: bool =
     ],
 )
 def test_answers_are_those_to_each_prompt_alone(kind: str, dtype: torch.dtype, attention: str) -> None:
-    model, asked = model_of(kind, dtype, attention), questions()
+    model, prompts = model_of(kind, dtype, attention), questions()
     assert refusal(model) is None
-    expected = alone(model, asked)
+    expected = alone(model, prompts)
     assert len({len(answer) for answer in expected}) > 3
     for size in (1, 3, 32):
-        assert decode(model, asked, batch_size=size, eos=EOS, pad=PAD) == expected, size
+        assert decode(model, prompts, batch_size=size, eos=EOS, pad=PAD) == expected, size
     assert model.config._attn_implementation == attention
 
 
@@ -87,29 +87,29 @@ def test_answers_are_those_to_each_prompt_alone(kind: str, dtype: torch.dtype, a
 def test_a_task_travels_with_its_row(method: str) -> None:
     config = Variant(method).config(target_modules=TARGETS["llama"], init_weights=False)
     model = get_peft_model(model_of("llama"), config).eval()
-    asked, looks = questions(), config.task_names is not None
+    prompts, looks = questions(), config.task_names is not None
     if looks:
-        asked += [Question(question.prompt, question.limit, TASKS[1]) for question in asked[:9]]
-    expected = alone(model, asked, tasks=looks)
+        prompts += [Question(question.prompt, question.limit, TASKS[1]) for question in prompts[:9]]
+    expected = alone(model, prompts, tasks=looks)
     assert not looks or expected[-9:] != expected[:9]
     for size in (1, 4, 40):
-        assert decode(model, asked, batch_size=size, eos=EOS, pad=PAD, tasks=looks) == expected, size
+        assert decode(model, prompts, batch_size=size, eos=EOS, pad=PAD, tasks=looks) == expected, size
 
 
 def test_finished_rows_free_their_slots_for_the_next() -> None:
     model = model_of("llama")
-    asked = [Question(question.prompt, 30) for question in questions()]
-    first = [answer[0] for answer in alone(model, [Question(q.prompt, 1) for q in asked])]
+    prompts = [Question(question.prompt, 30) for question in questions()]
+    first = [answer[0] for answer in alone(model, [Question(q.prompt, 1) for q in prompts])]
     eos = max(set(first), key=first.count)
-    expected = alone(model, asked, eos)
+    expected = alone(model, prompts, eos)
     assert [eos] in expected
     finished: list[int] = []
     for size in (1, 3, 32):
         finished.clear()
-        assert decode(model, asked, batch_size=size, eos=eos, pad=PAD, done=finished.append) == expected
-        assert sum(finished) == len(asked)
+        assert decode(model, prompts, batch_size=size, eos=eos, pad=PAD, done=finished.append) == expected
+        assert sum(finished) == len(prompts)
     assert decode(
-        model, [q for q, a in zip(asked, expected, strict=True) if a == [eos]], batch_size=2, eos=eos, pad=PAD
+        model, [q for q, a in zip(prompts, expected, strict=True) if a == [eos]], batch_size=2, eos=eos, pad=PAD
     )
     assert decode(model, [], batch_size=2, eos=eos, pad=PAD) == []
 
@@ -130,21 +130,21 @@ def spy(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[i
 def test_a_shared_prefix_is_prefilled_once_where_it_is_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     shapes = spy(model, monkeypatch)
-    asked = [Question([*range(3, 3 + LEAST_SHARED), 40 + i], 1) for i in range(5)]
-    decode(model, asked, batch_size=8, eos=EOS, pad=PAD)
+    prompts = [Question([*range(3, 3 + LEAST_SHARED), 40 + i], 1) for i in range(5)]
+    decode(model, prompts, batch_size=8, eos=EOS, pad=PAD)
     assert shapes == [(1, LEAST_SHARED), (5, 1)]
     shapes.clear()
-    decode(model, [Question(q.prompt[1:], 1) for q in asked], batch_size=8, eos=EOS, pad=PAD)
+    decode(model, [Question(q.prompt[1:], 1) for q in prompts], batch_size=8, eos=EOS, pad=PAD)
     decode(
         model,
-        [Question(q.prompt, 1, task) for q, task in zip(asked, "abcde", strict=True)],
+        [Question(q.prompt, 1, task) for q, task in zip(prompts, "abcde", strict=True)],
         batch_size=8,
         eos=EOS,
         pad=PAD,
     )
     assert shapes == [(5, LEAST_SHARED), (5, LEAST_SHARED + 1)]
     shapes.clear()
-    decode(model, [asked[0]] * 3, batch_size=8, eos=EOS, pad=PAD)  # every row keeps a token of its own to read
+    decode(model, [prompts[0]] * 3, batch_size=8, eos=EOS, pad=PAD)  # every row keeps a token of its own to read
     assert shapes == [(1, LEAST_SHARED), (3, 1)]
 
 
@@ -152,8 +152,8 @@ def test_no_step_is_made_for_finished_rows(monkeypatch: pytest.MonkeyPatch) -> N
     model = model_of("llama")
     shapes = spy(model, monkeypatch)
     limits = [1, 9, 2, 3, 9, 2, 3, 1]
-    asked = [Question([5 + i, 6, 7], limit) for i, limit in enumerate(limits)]
-    answers = decode(model, asked, batch_size=4, eos=-1, pad=PAD)
+    prompts = [Question([5 + i, 6, 7], limit) for i, limit in enumerate(limits)]
+    answers = decode(model, prompts, batch_size=4, eos=-1, pad=PAD)
     assert [len(answer) for answer in answers] == limits
     assert sum(rows for rows, tokens in shapes if tokens == 1) == sum(limits) - len(limits)
     assert max(rows for rows, _ in shapes) == 4
@@ -238,8 +238,10 @@ def test_a_row_that_overflows_harms_no_other(attention: str) -> None:
     healthy = [
         Question([token for token in question.prompt if token != 5], question.limit) for question in questions(shared=0)
     ]
-    asked = [Question([5] * 30, 12), *healthy]  # the longest comes first, and leaves its slot to others
-    assert decode(model, asked, batch_size=2, eos=EOS, pad=PAD)[1:] == alone(model, healthy)
+    prompts = [Question([5] * 30, 12), *healthy]  # the longest comes first, and its slot goes to others
+    expected = alone(model, healthy)
+    for size in (1, 2):
+        assert decode(model, prompts, batch_size=size, eos=EOS, pad=PAD)[1:] == expected, size
 
 
 def test_untested_attention_is_refused() -> None:

@@ -61,10 +61,10 @@ def test_training_changed_the_answers(trained: Trained) -> None:
 def test_batches_have_no_influence_on_answers(method: str, trained: Trained) -> None:
     folder = trained(method)
     answerer, suite = Answerer(folder), load_suite(folder.recipe().tasks)
-    spec, asked = folder.recipe().evaluate, [task.test for task in suite.tasks]
+    spec, instances = folder.recipe().evaluate, [task.test for task in suite.tasks]
     alone = [[answerer.answer_prompts([e], [task.name], spec, 4, None)[0] for e in task.test] for task in suite.tasks]
     for size in (1, 3, 99):
-        assert answerer.answer(suite.tasks, asked, spec.model_copy(update={"batch_size": size})) == alone
+        assert answerer.answer(suite.tasks, instances, spec.model_copy(update={"batch_size": size})) == alone
     assert any(len(set(answers)) > 1 for answers in alone), "answers in a wrong order would be seen"
 
 

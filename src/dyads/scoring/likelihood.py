@@ -86,17 +86,17 @@ def log_likelihoods(
     order = sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt))
     while order:
         at, order = _batch(order, questions, batch_size)
-        asked = [questions[i] for i in at]
-        rows = [place for place, question in enumerate(asked) for _ in question.answers]
+        batch = [questions[i] for i in at]
+        rows = [place for place, question in enumerate(batch) for _ in question.answers]
         call = _Call(
             model=model,
             base=base,
-            prompts=[question.prompt for question in asked],
-            answers=[answer for question in asked for answer in question.answers],
+            prompts=[question.prompt for question in batch],
+            answers=[answer for question in batch for answer in question.answers],
             rows=torch.tensor(rows, device=base.device),
             pad=pad,
-            task={"task": [question.task for question in asked]} if tasks else {},
-            row_task={"task": [asked[row].task for row in rows]} if tasks else {},
+            task={"task": [question.task for question in batch]} if tasks else {},
+            row_task={"task": [batch[row].task for row in rows]} if tasks else {},
         )
         sums = iter(score(call).tolist())
         for i in at:
