@@ -37,7 +37,7 @@ from dyads.recipe.yaml_source import read_file, read_overrides, read_text, to_ya
 from dyads.runs.adapter import check_adapter, fingerprint, load_adapter
 from dyads.runs.folder import RunFolder
 from dyads.tasks import Task
-from dyads.tuner import DyadsLayer, add_task, similarity_to_tasks
+from dyads.tuner import DyadsLinear, add_task, similarity_to_tasks
 from dyads.tuner.routing import find_routing
 
 __all__ = [
@@ -86,7 +86,7 @@ class ExtendedAdapter:
 
         Rows of new heads train in any case.
         """
-        cores = [m.core(_ADAPTER) for m in self.model.modules() if isinstance(m, DyadsLayer)]
+        cores = [m.core(_ADAPTER) for m in self.model.modules() if isinstance(m, DyadsLinear)]
         gates = [p for core in cores for p in core.parameters()]
         trained: list[nn.Parameter] = []
         if parts == "gate":
@@ -273,7 +273,7 @@ def choose_start(recipe: Recipe, extended: ExtendedAdapter) -> str:
         return "none"
     if recipe.adapt.start is not None:
         return recipe.adapt.start
-    layers = (m for m in extended.model.modules() if isinstance(m, DyadsLayer))
+    layers = (m for m in extended.model.modules() if isinstance(m, DyadsLinear))
     return "nearest" if any(layer.core(_ADAPTER).compares_samples for layer in layers) else "mean"
 
 
