@@ -303,7 +303,7 @@ def train(toy: Toy, variant: Variant, cells: Sequence[Cell], seed: int, data: Da
         for kind in ("kaiming", "orthogonal", "normal"):  # all are drawn, so that none depends on which are asked for
             starts[kind] = start_of_a(kind, core.p, toy.d)
         stacked[f"A{i}"] = torch.stack([starts[cell.a_init] for cell in cells])
-        stacked[f"B{i}"] = torch.zeros(n, core.q, toy.d)
+        stacked[f"B{i}"] = torch.zeros(n, toy.d, core.q)
     rates = {}
     for name, value in stacked.items():
         which = {"A": "a", "B": "b"}.get(name[0]) or ROLES[name.split(".", 2)[2]]
