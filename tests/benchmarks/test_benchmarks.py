@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +16,11 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.bars import BARS, Bar
 from benchmarks.contenders import SETTINGS, TINY
-from benchmarks.environment import commit, cpu, environment
+from benchmarks.environment import MEASURED, commit, cpu, environment
 from benchmarks.gate import OPERATORS, GateError, check
 from benchmarks.measure import Bench
 from benchmarks.plan import Job, estimate, groups_with_bars, plan
-from benchmarks.rounds import Worker, WorkerError, child_environment, measure_group, metrics_of, rotated
+from benchmarks.rounds import ROOT, Worker, WorkerError, child_environment, measure_group, metrics_of, rotated
 from click.testing import CliRunner
 
 from benchmarks import page, profile, startup
@@ -358,6 +359,15 @@ def test_only_results_of_the_same_commit_and_settings_are_kept(monkeypatch: pyte
     run(rounds=3)
     assert measured == [2, 3, 3]
     assert (tmp_path / "0123abc" / "startup-all.json").is_file()
+
+
+def test_only_code_that_measures_makes_another_commit() -> None:
+    listed = subprocess.run(["git", "ls-files", "--", *MEASURED], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git checkout")
+    files = set(listed.stdout.split())
+    assert {"benchmarks/measure.py", "src/dyads/__init__.py"} <= files
+    assert not files & {"benchmarks/page.py", "benchmarks/bars.py", "docs/benchmarks.md"}
 
 
 def test_the_page_is_not_written_from_uncommitted_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
