@@ -21,7 +21,7 @@ import dyads.tuner  # noqa: F401  # PEFT has to know the methods
 from benchmarks.contenders import TASKS, Contender
 from dyads.methods import Core, build_config, methods
 from dyads.ops import dyadic, dyadic_sum, fused
-from dyads.tuner.layer import DyadsLayer
+from dyads.tuner.layer import DyadsLinear
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 4e-2}
 """Largest difference, as a share of the largest entry: bf16 keeps 8 bits, and a gradient passes several roundings."""
@@ -109,19 +109,19 @@ def _gradients(output: Tensor, weight: Tensor, leaves: list[Tensor]) -> list[Ten
     return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
 
 
-def _weights(layer: DyadsLayer) -> tuple[nn.Parameter, nn.Parameter]:
+def _weights(layer: DyadsLinear) -> tuple[nn.Parameter, nn.Parameter]:
     """A (p d) and B (o q) of a layer."""
     return layer.lora_A["default"].weight, layer.lora_B["default"].weight  # type: ignore[return-value]
 
 
-def _core(layer: DyadsLayer) -> Core:
+def _core(layer: DyadsLinear) -> Core:
     return layer.core("default")
 
 
 class _ByTheSum(nn.Module):
     """Reference of an adapted layer: the base layer plus the double sum, in float64."""
 
-    def __init__(self, layer: DyadsLayer) -> None:
+    def __init__(self, layer: DyadsLinear) -> None:
         super().__init__()
         self.base = copy.deepcopy(layer.get_base_layer()).double()
         self.A, self.B = (nn.Parameter(weight.detach().double()) for weight in _weights(layer))
@@ -138,7 +138,7 @@ class _ByTheSum(nn.Module):
         return [self.A, self.B, *self.core.parameters()]
 
 
-def _leaves(layer: DyadsLayer) -> list[Tensor]:
+def _leaves(layer: DyadsLinear) -> list[Tensor]:
     return [*_weights(layer), *_core(layer).parameters()]
 
 
@@ -152,7 +152,7 @@ class _One(nn.Module):
         return out
 
 
-def _start(layers: Iterable[DyadsLayer]) -> None:
+def _start(layers: Iterable[DyadsLinear]) -> None:
     """Draw all parameters at random: at their usual start, B = 0 and even gates would hide differences."""
     for layer in layers:
         A, B = _weights(layer)
@@ -164,12 +164,12 @@ def _start(layers: Iterable[DyadsLayer]) -> None:
 
 def _one(
     method: str, options: dict[str, Any], dtype: torch.dtype, width: int, in_fp32: bool = True
-) -> tuple[Any, DyadsLayer, _ByTheSum]:
+) -> tuple[Any, DyadsLinear, _ByTheSum]:
     """A model of one layer, that layer, and its reference."""
     torch.manual_seed(4)
     config = build_config(method, {**options, "target_modules": ["lin"]})
     model = get_peft_model(_One(width).to(dtype), config, autocast_adapter_dtype=in_fp32)
-    layer = next(m for m in model.modules() if isinstance(m, DyadsLayer))
+    layer = next(m for m in model.modules() if isinstance(m, DyadsLinear))
     _start([layer])
     return model, layer, _ByTheSum(layer)
 
@@ -219,7 +219,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 def _model(what: str, method: str, options: dict[str, Any]) -> None:
     """Compare logits, gradients and generated tokens of a whole model."""
     model = get_peft_model(_tiny_llama(), build_config(method, {**options, "target_modules": TARGETS})).double()
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, DyadsLayer)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, DyadsLinear)}
     _start(layers.values())
     plain: Any = _tiny_llama().double().requires_grad_(False)
     written = {name: _ByTheSum(layer) for name, layer in layers.items()}
@@ -248,7 +248,7 @@ def _one_expert_is_lora() -> None:
     mine: list[Tensor] = []
     theirs: list[Tensor] = []
     for name, layer in ours.named_modules():
-        if isinstance(layer, DyadsLayer):
+        if isinstance(layer, DyadsLinear):
             _start([layer])
             twin = lora.get_submodule(name)
             A, B = twin.lora_A["default"].weight, twin.lora_B["default"].weight

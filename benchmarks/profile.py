@@ -108,13 +108,13 @@ def shapes(bench: Bench) -> Counter[tuple[int, int, int, int, bool]]:
     adapted layer, and how often."""
     from peft.tuners.lora import LoraLayer
 
-    from dyads.tuner import DyadsLayer
+    from dyads.tuner import DyadsLinear
 
     found: Counter[tuple[int, int, int, int, bool]] = Counter()
 
     def count(module: Any, args: tuple[Any, ...]) -> None:
         wanted = bool(args[0].requires_grad)
-        if isinstance(module, DyadsLayer):
+        if isinstance(module, DyadsLinear):
             core = module.core("default")
             R = core.router_weight()
             down = core.p + (0 if R is None or core.router_input == "h" else len(R))
@@ -123,7 +123,7 @@ def shapes(bench: Bench) -> Counter[tuple[int, int, int, int, bool]]:
             r = module.r["default"]
             found[module.in_features, module.out_features, r, r, wanted] += 1
 
-    adapted = [m for m in bench.model.modules() if isinstance(m, DyadsLayer | LoraLayer)]
+    adapted = [m for m in bench.model.modules() if isinstance(m, DyadsLinear | LoraLayer)]
     hooks = [module.register_forward_pre_hook(count) for module in adapted]
     bench.model.train()
     bench.loss()

@@ -131,7 +131,8 @@ class Scoring:
 
     def dyads(self) -> list[str]:
         """Predictions as `dyads evaluate` makes them."""
-        return list(self.answerer.answers(self.examples, self.tasks, self.spec, self.new_tokens, self.prompt_tokens))
+        limits = self.new_tokens, self.prompt_tokens
+        return list(self.answerer.answer_prompts(self.examples, self.tasks, self.spec, *limits))
 
     @torch.inference_mode()
     def plain(self) -> list[str]:

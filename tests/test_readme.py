@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding
 
 from dyads.cli.methods import command as methods_command
 from dyads.methods import methods
-from dyads.recipe.spec import load_recipe, parse_recipe
+from dyads.recipe.load import load_recipe, parse_recipe
 from dyads.runs.folder import RunFolder
 from dyads.training.adapt import adapt_recipe
 from tiny import tiny_model

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from dyads.recipe.spec import load_recipe
+from dyads.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from dyads.methods import Core, DyadsConfig, methods
-from dyads.tuner import DyadsLayer
+from dyads.tuner import DyadsLinear
 
 TASKS = ("rte", "cola", "sst2")
 
@@ -162,5 +162,5 @@ class MLP(nn.Module):
         return self.head(torch.relu(self.lin1(torch.tanh(self.lin0(x)))))
 
 
-def adapted_layers(model: nn.Module) -> list[DyadsLayer]:
-    return [m for m in model.modules() if isinstance(m, DyadsLayer)]
+def adapted_layers(model: nn.Module) -> list[DyadsLinear]:
+    return [m for m in model.modules() if isinstance(m, DyadsLinear)]

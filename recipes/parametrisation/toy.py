@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Regret of a shared learning rate, per parametrisation, measured on a small regression over several tasks.
 
-    python recipes/parametrisation/toy.py [--stage NAME …] [--out runs/parametrisation] [--quick] [--table]
+    python recipes/parametrisation/toy.py [--stage NAME …] [--out runs/parametrisation] [--variants] [--quick]
 
-A frozen network of two linear layers with a ReLU between them is adapted to a teacher: the same network, whose weights
-differ by a low-rank map per task and one that all tasks share. Tokens carry their task's mean, so that a token router
-can find the task. Every method trains on the same batches with Adam (no weight decay) and a linear warm-up and decay.
+A frozen network of four residual layers is adapted to a teacher: the same network, whose weights differ by a low-rank
+map per task and one that all tasks share. Tokens carry their task's mean, so that a token router can find the task.
+Every method trains on the same batches with AdamW (no weight decay) and a linear warm-up and decay of the rate.
 
 A parametrisation (`Rule`) turns one base rate into the rates of A, B, routers and embeddings, given the rank r that a
 token passes through and the number of experts m. The scale of the update is part of it: B starts at zero, so Adam with
@@ -13,7 +13,8 @@ scale s and rate λ on B takes the same steps as scale 1 with rate sλ. Rules ar
 trainings at scale 1, and two rules that lead to the same rates share them. Rates lie on a lattice of half octaves.
 
 Per rule the table gives the base rate with the least worst regret, and over the variants (methods × ranks) there:
-    regret     (loss − best loss of this rule over the rates) / best loss: worst and mean
+    regret     (loss − best loss of this rule over the rates) / best loss: worst and mean; also at half and twice the
+               rate
     shortfall  (loss − best loss of any rule in the table) / that: worst and mean. A rule that is equally bad at all
                rates has no regret; it has a shortfall.
 Losses are validation errors over the variance of what there is to learn: 1 + noise before training, noise at best.

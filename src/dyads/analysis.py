@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What can be read from a trained adapter without giving it an input?
+"""Inspection of a saved adapter without inputs: config, sizes, modules, and the ranks that tasks use.
 
-For every method its config, its sizes and the modules it adapts. Where the gates look at the task and nothing else, the
-method is written out for every task and layer as a matrix G (q p); a task *uses* an outer direction where its row of G
-is not zero, and how many it uses is its rank there. For MoRE that is the rank its gate chose; with its soft selector,
-which uses all of them a little, the expected rank.
+Where the gates look at the task alone, the method is a matrix G (q p) for every task and layer. A task *uses* an outer
+direction where its row of G is not zero; the number of directions that it uses is its rank in that layer. For MoRE this
+is the rank that its gate chose, or, with its soft selector, which gives no gate 0, the expected rank.
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ class Module:
 
     name: str
     kind: str
-    """Its name without what it shares with all others and without the numbers of layers, such as q_proj."""
+    """The parts of its name that distinguish it from other modules of a layer, such as q_proj."""
     place: str
-    """The numbers in its path that differ between modules: that of its layer."""
+    """The numbers in its name that differ between modules, such as that of its layer."""
     in_features: int | None
     out_features: int | None
     parameters: int
     rank: int | None
-    """The largest number of outer directions a task can use; None for PEFT's own LoRA."""
+    """The number of outer directions, which bounds `ranks`; None for PEFT's own LoRA."""
     ranks: tuple[float, ...]
-    """How many each task uses, in the order of the tasks; empty where no task chooses."""
+    """The rank of every task, in the order of the tasks; empty where tasks do not choose ranks."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How alike two tasks choose."""
+    """Agreement of two tasks' choices of ranks."""
 
     tasks: tuple[str, str]
     same: float
@@ -53,21 +52,21 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was read."""
+    """The contents of an adapter."""
 
     path: str
     method: str
     base_model: str | None
     config: dict[str, Any]
-    """What differs from the method's defaults, and r."""
+    """Options that differ from the method's defaults, and r."""
     parameters: int
     looks_at: tuple[str, ...]
-    """What the gates depend on: x (the token), h (A x), task."""
+    """What the gates depend on: x (the layer's input), h (A x), task."""
     tasks: tuple[str, ...]
-    """Those that the gates look at, in the order of their ids."""
+    """The tasks that the gates distinguish, in the order of their ids."""
     modules: tuple[Module, ...]
     agreement: tuple[Agreement, ...]
-    """Of every two tasks, where tasks choose ranks."""
+    """For every pair of tasks, where tasks choose ranks."""
     notes: tuple[str, ...]
 
     @property
@@ -76,7 +75,7 @@ class Inspection:
         return bool(self.modules[0].ranks)
 
     def of_kind(self, kind: str | None) -> list[Module]:
-        """The modules of a kind; of all for None."""
+        """The modules of a kind; all modules for None."""
         return [module for module in self.modules if kind in (None, module.kind)]
 
     def used(self, task: int) -> float:
@@ -92,7 +91,7 @@ class Inspection:
 def inspect(adapter: SavedAdapter) -> Inspection:
     """Read an adapter."""
     names = adapter.task_names
-    used: list[list[Tensor]] = []  # by layer and task: which outer directions
+    used: list[list[Tensor]] = []  # by layer and task: a mask of outer directions
     ranks: list[tuple[float, ...]] = [()] * len(adapter.layers)
     if adapter.looks_at == {"task"}:
         used = [[layer.matrix(t).ne(0).any(1) for t in range(len(names))] for layer in adapter.layers]
@@ -143,40 +142,40 @@ def _notes(adapter: SavedAdapter, chooses: bool, agreement: list[Agreement]) -> 
     elif adapter.looks_at & {"x", "h"}:
         seen = " and ".join([*(["the task"] if "task" in adapter.looks_at else []), "the layer's input"])
         notes.append(
-            f"the gates look at {seen}: which experts and ranks are used differs from token to token, and cannot be"
-            " read without inputs. Config, sizes and modules are what the folder says"
+            f"the gates look at {seen}: the experts and ranks in use differ from token to token and cannot be read"
+            " without inputs; config, sizes and modules can"
         )
     elif adapter.looks_at:
         if not chooses:
-            notes.append("every task weighs all directions by gates of its own: no rank is chosen")
-        notes.append("the gates look at the task alone: `dyads export --task NAME` writes a task as a plain LoRA")
+            notes.append("every task weights all directions by its own gates and chooses no ranks")
+        notes.append("the gates look at the task alone: `dyads export --task NAME` writes a task as an ordinary LoRA")
     else:
-        notes.append("the gates look at nothing: `dyads export` writes the adapter as a plain LoRA")
+        notes.append("the gates look at nothing: `dyads export` writes the adapter as an ordinary LoRA")
     if getattr(adapter.config, "selector", "") == "soft":
-        notes.append("soft gates use all ranks a little: what is shown is the expected rank")
+        notes.append("soft gates give no rank weight 0: the ranks shown are expected ranks")
     if agreement and all(pair.same == 1 for pair in agreement):
-        notes.append("all tasks choose the same everywhere")
+        notes.append("all tasks choose the same ranks in all modules")
     if adapter.others:
         trained = sum(value.numel() for value in adapter.others.values())
-        notes.append(f"{trained:,} of the parameters are those of whole modules saved beside the adapter")
+        notes.append(f"{trained:,} of the parameters belong to whole modules saved beside the adapter")
     return notes
 
 
 def _config(config: Any) -> dict[str, Any]:
-    """What a config says that its class does not, but for what PEFT keeps there about the model and itself."""
+    """Options that differ from the config's defaults, without PEFT's own fields (base model, versions, …); and r."""
     about_peft = {f.name for f in dataclasses.fields(PeftConfig)} | {"tasks"}
     shown: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        plain = isinstance(value, (bool, int, float, str, list, tuple, set, dict))
-        if f.name == "r" or (f.name not in about_peft and plain and value != default):
+        printable = isinstance(value, (bool, int, float, str, list, tuple, set, dict))
+        if f.name == "r" or (f.name not in about_peft and printable and value != default):
             shown[f.name] = sorted(value) if isinstance(value, set) else value
     return shown
 
 
 def _kinds(names: list[str]) -> tuple[list[str], list[str]]:
-    """What kind each module is and where it stands: its words without those that all have, and its numbers likewise.
+    """The kind and the place of each module: the words and the numbers in its name that not all modules share.
 
     >>> _kinds(["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.mlp.c_proj"])
     (['attn.c_proj', 'mlp.c_proj', 'mlp.c_proj'], ['0', '0', '1'])

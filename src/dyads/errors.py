@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which errors does dyads raise, and how do they offer a way out?
+"""Exceptions of dyads, and the suggestion at the end of an error about an unknown name.
 
 DyadsError
 ├── ConfigError   a config, recipe or option contradicts itself   (also a ValueError)
 ├── TaskError     a task, its data or its name
-├── RunError      a run folder, a checkpoint, a training that cannot go on
-├── RoutingError  a task that is missing, unknown or does not fit the batch   (also a ValueError)
+├── RunError      a run folder, a checkpoint, a training that cannot continue
+├── RoutingError  a task that is missing, unknown or does not match the batch   (also a ValueError)
 └── MergeError    a merge that would not be exact   (also a ValueError)
 """
 
@@ -18,11 +18,11 @@ __all__ = ["ConfigError", "DyadsError", "MergeError", "RoutingError", "RunError"
 
 
 class DyadsError(Exception):
-    """Anything dyads refuses on purpose. The message names the thing, the value, the reason and the way out."""
+    """Base class. The message says what was given, what is allowed, and the command or argument that mends it."""
 
 
 class ConfigError(DyadsError, ValueError):
-    """A config, a recipe or an option that contradicts itself or names something unknown."""
+    """A config, recipe or option that contradicts itself or has an unknown name in it."""
 
 
 class TaskError(DyadsError):
@@ -30,11 +30,11 @@ class TaskError(DyadsError):
 
 
 class RunError(DyadsError):
-    """A run folder, a checkpoint, or a training that cannot go on."""
+    """A run folder, a checkpoint, or a training that cannot continue."""
 
 
 class RoutingError(DyadsError, ValueError):
-    """A task that is missing, unknown, or does not fit the batch."""
+    """A task that is missing, unknown, or does not match the batch."""
 
 
 class MergeError(DyadsError, ValueError):
@@ -42,7 +42,7 @@ class MergeError(DyadsError, ValueError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The tail of an error about an unknown name: the nearest known names, or all of them when none is near.
+    """The end of an error about an unknown name: the most similar known names, else all known names.
 
     >>> did_you_mean("lerning_rate", ["learning_rate", "steps"])
     " – did you mean 'learning_rate'?"

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does an adapter become an ordinary PEFT LoRA, which needs no dyads to be loaded or served?
+"""Export of an adapter as an ordinary PEFT LoRA, which loads and serves without dyads.
 
     ΔW = scale · Bᵀ G A = (scale · Bᵀ U) (V A)        G = U V, (q p) = (q k)(k p)
 
-Where the gates look at nothing or at a task that is named, G is made of numbers, and the two factors are a LoRA of
-rank k. Only what G uses is kept: for a prefix of ranks exactly those, otherwise the smaller side of G, or its rank
-where that is smaller still (Poly, whose skills share r coefficients). The scale goes into lora_B, and lora_alpha = r.
+Where the gates look at nothing, or at a task that is named, G is a constant matrix, and its factors give a LoRA of rank
+k. Rows and columns of zeros are dropped: a prefix of ranks exports at exactly that rank. Otherwise k is the smaller
+side of G, or its numerical rank where that is smaller (Poly, whose skills share r coefficients). The scale is
+multiplied into lora_B, so that lora_alpha = r.
 """
 
 from __future__ import annotations
@@ -41,43 +42,44 @@ __all__ = ["Exported", "export", "export_all", "factors"]
 
 @dataclass(frozen=True)
 class Exported:
-    """A LoRA that was written."""
+    """A LoRA that `export` wrote."""
 
     path: Path
     task: str | None
     rank: int
-    """The largest of its layers."""
+    """The largest of `ranks`."""
     ranks: dict[str, int]
-    """What every module needs; without `trim` smaller ones are filled up with zeros."""
+    """The rank that every module needs; without `trim` smaller ones are padded with zeros."""
 
 
 def export(adapter: SavedAdapter, out: Path, *, task: str | None = None, trim: bool = False) -> Exported:
-    """Write the adapter, for a task where its gates look at one, as a LoRA into an empty or new folder.
+    """Write the adapter as a LoRA into an empty or new folder; `task` is needed where its gates look at the task.
 
-    All layers get the largest rank that one needs, filled up with zeros, as serving engines want it; with `trim` each
-    has its own (`rank_pattern`). MergeError where the gates look at the layer's input, RoutingError where the task is
-    missing, unknown or makes no difference, RunError where the folder is not empty.
+    All layers get the largest rank that one of them needs, padded with zeros, as serving engines require; with `trim`
+    each has its own (`rank_pattern`). MergeError where the gates look at the layer's input; RoutingError where the task
+    is missing or unknown, or given although the gates do not look at it; RunError where the folder is not empty.
     """
     _check(adapter, task)
-    with _whole_or_not_at_all(out) as folder:
+    with _written_atomically(out) as folder:
         return _write(adapter, folder, out, task, trim)
 
 
 def export_all(adapter: SavedAdapter, out: Path, *, trim: bool = False) -> list[Exported]:
-    """The same for every task, each into a folder of its name; characters that file systems refuse become %XX."""
+    """`export` for every task, each into a folder of its name; characters that file systems refuse become %XX."""
     tasks = adapter.task_names
     _check(adapter, tasks[0] if tasks else "…")
-    with _whole_or_not_at_all(out) as folder:
+    with _written_atomically(out) as folder:
         names = [_folder_name(task) for task in tasks]
         return [_write(adapter, folder / n, out / n, t, trim) for n, t in zip(names, tasks, strict=True)]
 
 
 @torch.no_grad()
 def factors(G: Tensor) -> tuple[Tensor, Tensor]:
-    """U (q k) and V (k p) with U V = G and k as small as it gets; by selection, without rounding, where that does it.
+    """U (q k) and V (k p) with U V = G and the smallest k.
 
-    Gates that leave one entry in every row, or column, make it a matter of selection, however small they are. Else the
-    rank is counted as torch.linalg.matrix_rank does: what is below the rounding of G's own dtype is nothing.
+    Where every row, or every column, of G has at most one entry, the factors select rows or columns of G, without
+    rounding and however small the entries are. Otherwise k is torch.linalg.matrix_rank(G), which counts singular values
+    below the rounding of G's dtype as zero.
     """
     used = G.ne(0)
     rows, columns = used.any(1).nonzero().flatten(), used.any(0).nonzero().flatten()
@@ -94,18 +96,20 @@ def factors(G: Tensor) -> tuple[Tensor, Tensor]:
 def _check(adapter: SavedAdapter, task: str | None) -> None:
     what = f"cannot export the adapter in '{adapter.path}' ({adapter.method})"
     if adapter.method == "lora":
-        raise RunError(f"{what}: it is an ordinary PEFT LoRA already; take that folder as it is")
+        raise RunError(f"{what}: it is already an ordinary PEFT LoRA; use that folder itself")
     if adapter.looks_at & {"x", "h"}:
         raise MergeError(
-            f"{what}: its gates look at the layer's input, so no plain LoRA equals it. Use it with dyads (`import"
+            f"{what}: its gates look at the layer's input, so no ordinary LoRA equals it. Load it with dyads (`import"
             " dyads` before PEFT loads it), or train a method whose gates look at nothing or at the task."
         )
     names = adapter.task_names
     if not names and task is not None:
-        raise RoutingError(f"{what} for a task: its gates look at none, and one LoRA serves all tasks; leave it out")
+        raise RoutingError(
+            f"{what} for a task: its gates do not look at it, and one LoRA is for all tasks; leave --task out"
+        )
     if names and task is None:
         raise RoutingError(
-            f"{what} without a task, as every task has its own update: name one (--task), or take --all-tasks"
+            f"{what} without a task: every task has its own update; name one (--task), or use --all-tasks"
             f"{did_you_mean('', names)}"
         )
     if names and task not in names:
@@ -124,16 +128,16 @@ def _write(adapter: SavedAdapter, folder: Path, out: Path, task: str | None, tri
         U, V = factors(G)
         downs[layer.module] = V @ layer.A.to(G.dtype)
         ups[layer.module] = scale * (layer.B.to(G.dtype) @ U)
-    ranks = {module: max(1, len(down)) for module, down in downs.items()}  # PEFT knows no LoRA of rank 0
+    ranks = {module: max(1, len(down)) for module, down in downs.items()}  # PEFT has no LoRA of rank 0
     largest = max(ranks.values())
-    # PEFT takes the keys for regular expressions of a name's end, so these say that they are whole.
+    # PEFT matches the keys as regular expressions at the end of a module's name; "^" makes them match whole names.
     smaller = {f"^{re.escape(module)}": r for module, r in ranks.items() if trim and r < largest}
     config = LoraConfig(
         r=largest,
         lora_alpha=largest,
         rank_pattern=smaller,
         alpha_pattern=dict(smaller),
-        # As the adapter's own, so that PEFT finds the same modules by the same rules.
+        # Copied from the adapter, so that PEFT adapts the same modules.
         target_modules=source.target_modules,
         exclude_modules=source.exclude_modules,
         layers_to_transform=source.layers_to_transform,
@@ -146,7 +150,7 @@ def _write(adapter: SavedAdapter, folder: Path, out: Path, task: str | None, tri
         inference_mode=True,
         fan_in_fan_out=_stored_in_by_out(source.base_model_name_or_path, source.revision, tuple(ranks)),
     )
-    # The heads of an encoder are no module that PEFT could put into a bare model: they lie beside, with their meaning.
+    # An encoder's heads are no module of a base model, where PEFT could load them: they get files of their own.
     heads = {key: value for key, value in adapter.others.items() if f".{HEADS}." in key}
     state = {key: value for key, value in adapter.others.items() if key not in heads}
     for module, r in ranks.items():
@@ -170,9 +174,9 @@ def _write(adapter: SavedAdapter, folder: Path, out: Path, task: str | None, tri
 
 @lru_cache(maxsize=1)
 def _stored_in_by_out(model: str | None, revision: str | None, modules: tuple[str, ...]) -> bool:
-    """Whether the base model keeps these weights as (in, out), as GPT-2's Conv1D; looked up without its weights.
+    """Whether the base model stores these weights as (in, out), as GPT-2's Conv1D does; loads no weights.
 
-    Where the model cannot be asked, False: PEFT sets it right when it loads the LoRA, with a warning.
+    False where the model cannot be built: PEFT then corrects it, with a warning, when it loads the LoRA.
     """
     if model is None:
         return False
@@ -182,23 +186,21 @@ def _stored_in_by_out(model: str | None, revision: str | None, modules: tuple[st
             skeleton = AutoModel.from_config(config)
     except (DyadsError, ValueError, ImportError):
         return False
-    turned = [name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)]
-    # A bare model's names lack what a head's model puts before them ("transformer.").
-    return any(module == name or module.endswith(f".{name}") for module in modules for name in turned)
+    transposed = [name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)]
+    # Names in a model without a head lack the prefix ("transformer.") of those in a model with one.
+    return any(module == name or module.endswith(f".{name}") for module in modules for name in transposed)
 
 
 _HEADS_NOTE = (
-    f"`{HEADS}.safetensors` holds the heads of all tasks: `weight` and `bias` of one linear map on the pooled hidden"
-    f" states. `{HEADS}.json` says, task by task, what the rows stand for."
+    f"`{HEADS}.safetensors` has the heads of all tasks: `weight` and `bias` of one linear map on the pooled hidden"
+    f" states. `{HEADS}.json` lists, task by task, the meaning of its rows."
 )
 
 
 def _card(adapter: SavedAdapter, task: str | None, ranks: dict[str, int], trim: bool, heads: bool) -> str:
     base = adapter.config.base_model_name_or_path
     low, high = min(ranks.values()), max(ranks.values())
-    rank = (
-        f"{high}" if low == high else f"{low} to {high}, " + ("each layer its own" if trim else "filled up with zeros")
-    )
+    rank = f"{high}" if low == high else f"{low} to {high}, " + ("each layer its own" if trim else "padded with zeros")
     of_task = "" if task is None else f" for task `{task}`"
     head = [
         "---",
@@ -244,8 +246,8 @@ def _folder_name(task: str) -> str:
 
 
 @contextmanager
-def _whole_or_not_at_all(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when all is written."""
+def _written_atomically(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that is renamed to it when everything is written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"'{out}' is {'not empty' if out.is_dir() else 'a file'}; choose another --out")
     partial = out.absolute().parent / f".{out.name}-{uuid4().hex}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter is read from its folder alone, and says what its tasks chose."""
+"""Inspection of saved adapters, without a base model: sizes, modules, and the ranks that tasks chose."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_soft_gates_show_the_expected_rank_and_say_so(tmp_path: Path) -> None:
     saved(tmp_path, Variant("more", (("r", 7), ("selector", "soft"))))
     shown = read(tmp_path)
     assert all(1 < rank < 7 for module in shown.modules for rank in module.ranks)
-    assert "soft gates use all ranks a little: what is shown is the expected rank" in shown.notes
+    assert "soft gates give no rank weight 0: the ranks shown are expected ranks" in shown.notes
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,10 @@ def test_soft_gates_show_the_expected_rank_and_say_so(tmp_path: Path) -> None:
     [
         (
             Variant("mode"),
-            "the gates look at the layer's input: which experts and ranks are used differs from token to",
+            "the gates look at the layer's input: the experts and ranks in use differ from token to token",
         ),
-        (Variant("task_mode"), "the gates look at the task and the layer's input: which experts"),
-        (Variant("mtl_lora"), "every task weighs all directions by gates of its own: no rank is chosen"),
+        (Variant("task_mode"), "the gates look at the task and the layer's input: the experts"),
+        (Variant("mtl_lora"), "every task weights all directions by its own gates and chooses no ranks"),
         (Variant("mode", (("num_experts", 1),)), "the gates look at nothing: `dyads export` writes the adapter"),
         (Variant("more"), "the gates look at the task alone: `dyads export --task NAME` writes a task"),
     ],
@@ -142,7 +142,7 @@ def test_whole_modules_beside_the_adapter_are_counted_and_named(tmp_path: Path) 
     model = saved(tmp_path, Variant("more"), "bert", modules_to_save=["classifier"])
     shown = read(tmp_path)
     assert shown.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert "66 of the parameters are those of whole modules saved beside the adapter" in shown.notes
+    assert "66 of the parameters belong to whole modules saved beside the adapter" in shown.notes
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from click.testing import CliRunner
 
 from benchmarks import page, profile, startup
 from dyads.methods import methods
-from dyads.tuner.layer import DyadsLayer
+from dyads.tuner.layer import DyadsLinear
 
 MODE = {"mode-16x4": TINY.contenders["mode-16x4"]}
 
@@ -72,8 +72,8 @@ class Doubled(torch.autograd.Function):
 
 
 def test_a_wrong_gradient_in_a_layer_leaves_no_numbers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    right = DyadsLayer.forward
-    monkeypatch.setattr(DyadsLayer, "forward", lambda self, x: Doubled.apply(right(self, x)))
+    right = DyadsLinear.forward
+    monkeypatch.setattr(DyadsLinear, "forward", lambda self, x: Doubled.apply(right(self, x)))
     done = CliRunner().invoke(main, ["--quick", "--setting", "tiny", "--only", "mode-16x4", "--out", str(tmp_path)])
     assert done.exit_code == 1
     assert "nothing is measured, because a result is wrong – mode-16x4, one layer: gradient" in done.output
@@ -81,12 +81,12 @@ def test_a_wrong_gradient_in_a_layer_leaves_no_numbers(monkeypatch: pytest.Monke
 
 
 def test_a_wrong_path_of_decoding_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = DyadsLayer.forward
+    right = DyadsLinear.forward
 
-    def broken(self: DyadsLayer, x: torch.Tensor) -> torch.Tensor:
+    def broken(self: DyadsLinear, x: torch.Tensor) -> torch.Tensor:
         return right(self, x) if torch.is_grad_enabled() else right(self, x).flip(0)
 
-    monkeypatch.setattr(DyadsLayer, "forward", broken)
+    monkeypatch.setattr(DyadsLinear, "forward", broken)
     with pytest.raises(GateError, match="without gradients"):
         check(MODE, dtype="float32", width=16, say=silent)
 
@@ -100,22 +100,22 @@ def test_a_contender_with_the_same_options_is_compared_in_its_own_dtype_only() -
 
 def test_adapters_in_half_precision_and_merged_weights_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = replace(MODE["mode-16x4"], options={**MODE["mode-16x4"].options, "autocast_adapter_dtype": False})
-    right = DyadsLayer.forward
+    right = DyadsLinear.forward
 
-    def wrong(self: DyadsLayer, x: torch.Tensor) -> torch.Tensor:
+    def wrong(self: DyadsLinear, x: torch.Tensor) -> torch.Tensor:
         y = right(self, x)
         trained = next(parameter for parameter in self.parameters() if parameter.requires_grad)
         return y * 1.2 if trained.dtype == torch.bfloat16 else y
 
-    monkeypatch.setattr(DyadsLayer, "forward", wrong)
+    monkeypatch.setattr(DyadsLinear, "forward", wrong)
     check(MODE, dtype="bfloat16", width=16, say=silent)
     with pytest.raises(GateError, match="in bf16, one layer: the output differs"):
         check({**MODE, "in bf16": loaded}, dtype="bfloat16", width=16, say=silent)
     monkeypatch.undo()
-    delta = DyadsLayer.get_delta_weight
+    delta = DyadsLinear.get_delta_weight
     merged = {"more-merged": replace(TINY.contenders["more-merged"], options={"num_tasks": 8, "r": 4, "merged": True})}
     check(merged, dtype="float32", width=16, say=silent)
-    monkeypatch.setattr(DyadsLayer, "get_delta_weight", lambda self, adapter: delta(self, adapter) * 1.1)
+    monkeypatch.setattr(DyadsLinear, "get_delta_weight", lambda self, adapter: delta(self, adapter) * 1.1)
     with pytest.raises(GateError, match="more-merged, merged: the output differs"):
         check(merged, dtype="float32", width=16, say=silent)
 
@@ -481,8 +481,8 @@ def test_the_floor_counts_the_products_that_an_adapter_cannot_do_without(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     bench = Bench(TINY, MODE["mode-16x4"], tmp_path)
-    core = next(m for m in bench.model.modules() if isinstance(m, DyadsLayer)).core("default")
-    W = core.router_rows()
+    core = next(m for m in bench.model.modules() if isinstance(m, DyadsLinear)).core("default")
+    W = core.router_weight()
     assert W is not None
     rows = (core.p + len(W), core.q)
     # Two layers of q (32 → 32) and v (32 → 16); what comes into the first ones wants no gradient.

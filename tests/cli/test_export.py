@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dyads export` writes what was asked and says which ranks it needed."""
+"""`dyads export` writes one LoRA or one per task, and prints the ranks that they need."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def test_all_tasks_become_a_folder_each(adapter: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "loras").iterdir()) == sorted(TASKS)
 
 
-def test_contradictions_and_refusals_arrive_with_their_way_out(adapter: Path, tmp_path: Path) -> None:
+def test_contradictions_and_refusals_name_the_options_that_mend_them(adapter: Path, tmp_path: Path) -> None:
     both = export(adapter, "--task", "cola", "--all-tasks", "--out", tmp_path / "x")
     assert (both.exit_code, "give either --task or --all-tasks" in both.output) == (2, True)
     none = export(adapter, "--out", tmp_path / "x")
     assert none.output == (
-        f"Error: cannot export the adapter in '{adapter}' (more) without a task, as every task has its own update:"
-        " name one (--task), or take --all-tasks – known: rte, cola, sst2\n"
+        f"Error: cannot export the adapter in '{adapter}' (more) without a task: every task has its own update; name"
+        " one (--task), or use --all-tasks – known: rte, cola, sst2\n"
     )
     assert not (tmp_path / "x").exists()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dyads.cli import main
 from dyads.methods.more import MoRE
-from dyads.recipe.spec import parse_recipe
+from dyads.recipe.load import parse_recipe
 from dyads.runs.folder import RunFolder
 from tiny import Variant
 
@@ -69,7 +69,7 @@ def test_many_tasks_and_layers_fit_80_columns(run: Path) -> None:
     assert "Ranks in every layer" not in inspect(run).output
 
 
-def test_the_adapters_own_folder_is_as_good_as_the_runs(run: Path) -> None:
+def test_the_folder_of_an_adapter_gives_the_same_as_that_of_its_run(run: Path) -> None:
     assert inspect(run / "adapter").output == inspect(run).output
 
 

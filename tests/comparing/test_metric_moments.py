@@ -35,9 +35,8 @@ def whole(metric: str, rows: list[Prediction]) -> float:
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("n", [1, 2, 7, 40])
-def test_pseudo_values_are_those_of_the_metric_without_each_instance(metric: str, n: int) -> None:
-    for seed in range(4):
+def test_pseudo_values_are_those_of_the_metric_without_each_instance(metric: str) -> None:
+    for seed, n in enumerate((1, 2, 2, 7, 7, 30)):
         for words in (None, ["no"], ["no", "yes"]):
             rows = answers(metric, n, seed, words)
             score, values = contributions(metric, rows, LABELS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokenizers do these tests use? Built here: bytes like GPT-2's, words with bos and eos, and pairs."""
+"""Tokenizers built in code: bytes like GPT-2's, words with bos and eos, and pairs."""
 
 from __future__ import annotations
 

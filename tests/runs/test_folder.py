@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run folder keeps what it is given, whole, and says what is wrong with one that is not."""
+"""Run folders: files are written whole and read back equal; damaged ones are refused with the reason."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def test_a_run_starts_with_its_resolved_recipe(tmp_path: Path, recipe: Make) -> 
 
 def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(tmp_path: Path, recipe: Make) -> None:
     RunFolder.create(tmp_path / "a", recipe("a"))
-    with pytest.raises(RunError, match=r"a' already holds a run \(method mode\); go on with it by --resume"):
+    with pytest.raises(RunError, match=r"a' already holds a run \(method mode\); continue it with --resume"):
         RunFolder.create(tmp_path / "a", recipe("a"))
-    assert RunFolder.create(tmp_path / "a", recipe("a"), resume=True).is_run
+    assert RunFolder.create(tmp_path / "a", recipe("a"), resume=True).recipe() == recipe("a")
+    assert RunFolder.create(tmp_path / "new", recipe("b"), resume=True).recipe() == recipe("b")
 
 
 def test_resuming_with_another_recipe_names_what_differs(tmp_path: Path, recipe: Make) -> None:
@@ -40,15 +41,11 @@ def test_resuming_with_another_recipe_names_what_differs(tmp_path: Path, recipe:
         RunFolder.create(tmp_path / "a", recipe("a", train={"steps": 6}), resume=True)
 
 
-def test_resuming_where_nothing_is_starts_a_run(tmp_path: Path, recipe: Make) -> None:
-    assert RunFolder.create(tmp_path / "a", recipe("a"), resume=True).is_run
-
-
-def test_a_run_does_not_spill_into_other_files(tmp_path: Path, recipe: Make) -> None:
+def test_a_run_is_not_started_among_other_files(tmp_path: Path, recipe: Make) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunError, match="is not empty and holds no run"):
         RunFolder.create(tmp_path, recipe("a"))
-    with pytest.raises(RunError, match=r"notes\.txt' is a file; a run needs a folder"):
+    with pytest.raises(RunError, match=r"notes\.txt' is a file; choose a folder for --out"):
         RunFolder.create(tmp_path / "notes.txt", recipe("a"))
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
@@ -60,7 +57,7 @@ def test_a_folder_that_is_no_run_says_why(tmp_path: Path, recipe: Make) -> None:
     with pytest.raises(RunError, match=r"is no run: it has no config\.yaml \(it contains runs: mode-seed0\)"):
         RunFolder.open(tmp_path / "runs")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunError, match=r"it has no config\.yaml; `dyads train` makes such folders"):
+    with pytest.raises(RunError, match=r"it has no config\.yaml; `dyads train` writes run folders"):
         RunFolder.open(tmp_path / "empty")
 
 
@@ -69,11 +66,12 @@ def test_the_environment_holds_what_a_result_may_depend_on(tmp_path: Path, recip
     assert facts["command"] == sys.argv
     assert {"torch", "transformers", "peft", "dyads"} <= facts["versions"].keys()
     folder = RunFolder.create(tmp_path / "a", recipe("a"))
-    folder.write_environment(seed=3)
-    folder.write_environment(seed=3)
+    assert folder.task_names() == ()
+    folder.write_environment(seed=3, tasks=["rte", "cola"])
+    folder.write_environment(seed=4)
     kept = folder.environment()
-    assert kept["seed"] == 3
-    assert [again["seed"] for again in kept["resumed"]] == [3]
+    assert (kept["seed"], [again["seed"] for again in kept["resumed"]]) == (3, [4])
+    assert folder.task_names() == ("rte", "cola")
 
 
 def test_the_log_survives_a_line_that_was_cut_off(tmp_path: Path, recipe: Make) -> None:
@@ -84,13 +82,6 @@ def test_the_log_survives_a_line_that_was_cut_off(tmp_path: Path, recipe: Make) 
         file.write('{"step": 2, "lo')
     folder.append_log({"step": 3, "loss": float("nan"), "by_task": {"rte": float("inf")}})
     assert folder.log() == [{"step": 1, "loss": 2.0}, {"step": 3, "loss": None, "by_task": {"rte": None}}]
-
-
-def test_the_tasks_a_run_began_with_are_kept(tmp_path: Path, recipe: Make) -> None:
-    folder = RunFolder.create(tmp_path / "a", recipe("a"))
-    assert folder.task_names() == ()
-    folder.write_environment(tasks=["rte", "cola"])
-    assert folder.task_names() == ("rte", "cola")
 
 
 def test_predictions_keep_any_text_and_any_task_name(run: Run) -> None:
@@ -154,7 +145,9 @@ def test_results_replace_earlier_ones_whole(run: Run) -> None:
 
 
 @pytest.mark.parametrize("crash", ["write", "rmtree", "rename", "last write"])
-def test_scores_never_stand_beside_other_predictions(run: Run, crash: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_never_stand_beside_predictions_of_another_evaluation(
+    run: Run, crash: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = RunFolder(run("a", {"t": [1, 2]}))
     before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
     scores, write, remove = folder.scores(), folder_module._write, shutil.rmtree
@@ -179,7 +172,7 @@ def test_scores_never_stand_beside_other_predictions(run: Run, crash: str, monke
     if crash == "write":
         assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
     else:
-        with pytest.raises(RunError, match=r"has no scores\.json: it was not evaluated, or not to the end"):
+        with pytest.raises(RunError, match=r"has no scores\.json: it was not evaluated, or the evaluation did not end"):
             folder.scores()
     folder.write_results({"v": []}, scores)
     assert sorted(p.name for p in folder.path.rglob("*")) == ["config.yaml", "predictions", "scores.json", "v.jsonl"]
@@ -193,7 +186,7 @@ def test_a_damaged_config_is_refused_with_its_line(run: Run) -> None:
         RunFolder.open(path).recipe()
 
 
-def test_files_are_as_readable_as_others(run: Run, tmp_path: Path) -> None:
+def test_files_have_the_permissions_of_any_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     written = run("a", {"t": [1, 2]}) / "scores.json"
     assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run scores can be scored again, whatever the batches; what does not belong together is refused."""
+"""Evaluation of runs: repeatable for any batch size, and refused where adapter, model or tasks do not fit."""
 
 from __future__ import annotations
 
@@ -26,28 +26,7 @@ from dyads.training.train import train
 from dyads.tuner.routing import RoutingState
 
 Tiny = Callable[..., Recipe]
-Trained = Callable[[str], RunFolder]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, RunFolder]:
-    return {}
-
-
-@pytest.fixture
-def trained(
-    runs: dict[str, RunFolder], tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> Trained:
-    """A copy of a trained run of a method, which is trained once."""
-
-    def copy(method: str) -> RunFolder:
-        if method not in runs:
-            out = tmp_path_factory.mktemp("runs") / method
-            runs[method] = train(tiny(method, train={"learning_rate": 0.05}), out)
-        shutil.copytree(runs[method].path, tmp_path / method)
-        return RunFolder.open(tmp_path / method)
-
-    return copy
+Trained = Callable[..., RunFolder]
 
 
 def files(folder: RunFolder) -> dict[str, bytes]:
@@ -64,7 +43,7 @@ def change_model(folder: RunFolder, model: Path) -> None:
     config.write_text(config.read_text().replace(folder.recipe().model.name, str(model)))
 
 
-@pytest.mark.parametrize("method", ["lora", "mode", "molora-sd", "more", "majority"])
+@pytest.mark.parametrize("method", ["lora", "more", "majority"])
 def test_scoring_again_gives_the_same_predictions_and_scores(method: str, trained: Trained) -> None:
     folder = trained(method)
     before, scores = predictions(folder), folder.scores()
@@ -82,20 +61,17 @@ def test_training_changed_the_answers(trained: Trained) -> None:
 def test_batches_have_no_influence_on_answers(method: str, trained: Trained) -> None:
     folder = trained(method)
     answerer, suite = Answerer(folder), load_suite(folder.recipe().tasks)
-    spec, asked = folder.recipe().evaluate, [task.test for task in suite.tasks]
-    alone = [[answerer.answers([e], [task.name], spec, 4, None)[0] for e in task.test] for task in suite.tasks]
+    spec, instances = folder.recipe().evaluate, [task.test for task in suite.tasks]
+    alone = [[answerer.answer_prompts([e], [task.name], spec, 4, None)[0] for e in task.test] for task in suite.tasks]
     for size in (1, 3, 99):
-        assert answerer.answer(suite.tasks, asked, spec.model_copy(update={"batch_size": size})) == alone
+        assert answerer.answer(suite.tasks, instances, spec.model_copy(update={"batch_size": size})) == alone
     assert any(len(set(answers)) > 1 for answers in alone), "answers in a wrong order would be seen"
 
 
-@pytest.mark.parametrize("method", ["mode", "more"])
-def test_answers_are_those_of_the_models_own_generate(
-    method: str, trained: Trained, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = trained(method)
+def test_answers_are_those_of_the_models_own_generate(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = trained("more")
     before, scores = predictions(folder), folder.scores()
-    monkeypatch.setattr("dyads.scoring.answerer.refusal", lambda model: "it is asked to")
+    monkeypatch.setattr("dyads.scoring.answerer.refusal", lambda model: "not served")
     evaluate(folder)
     assert predictions(folder) == before
     assert folder.scores()["scores"] == scores["scores"]
@@ -115,13 +91,13 @@ def test_every_task_keeps_its_own_limits(trained: Trained) -> None:
     answerer, tasks = Answerer(folder), load_suite(folder.recipe().tasks).tasks
     limited = [replace(task, max_new_tokens=1 + i, max_prompt_tokens=8 + i) for i, task in enumerate(tasks)]
     spec = folder.recipe().evaluate.model_copy(update={"max_new_tokens": None})
-    expected = [answerer.answers(t.test, [t.name] * 4, spec, 1 + i, 8 + i) for i, t in enumerate(tasks)]
+    expected = [answerer.answer_prompts(t.test, [t.name] * 4, spec, 1 + i, 8 + i) for i, t in enumerate(tasks)]
     assert answerer.answer(limited, [task.test for task in tasks], spec) == expected
-    assert expected != [answerer.answers(task.test, [task.name] * 4, spec, 3, None) for task in tasks]
+    assert expected != [answerer.answer_prompts(task.test, [task.name] * 4, spec, 3, None) for task in tasks]
 
 
-def test_an_encoder_decoder_is_scored_again_alike(tiny: Tiny, t5: Path, tmp_path: Path) -> None:
-    folder = train(tiny("more", t5, train={"learning_rate": 1e-3}), tmp_path / "run")
+def test_an_encoder_decoder_is_scored_again_alike(trained: Trained) -> None:
+    folder = trained("more", "t5")
     before = predictions(folder)
     evaluate(folder)
     assert predictions(folder) == before
@@ -195,16 +171,16 @@ def test_micro_is_over_instances_and_macro_over_tasks(tiny: Tiny, tmp_path: Path
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def test_gates_are_told_the_names_of_tasks(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gates_get_the_names_of_tasks(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = trained("more")
-    told: list[Any] = []
+    routed: list[Any] = []
     state = RoutingState.__init__
-    monkeypatch.setattr(RoutingState, "__init__", lambda self, task: told.append(task) or state(self, task))
+    monkeypatch.setattr(RoutingState, "__init__", lambda self, task: routed.append(task) or state(self, task))
     evaluate(folder)
-    assert {name for tasks in told for name in tasks} == set(folder.recipe().tasks.names)
+    assert {name for tasks in routed for name in tasks} == set(folder.recipe().tasks.names)
 
 
-def test_gates_that_are_told_how_many_tasks_there_are_know_their_names(tiny: Tiny, tmp_path: Path) -> None:
+def test_gates_configured_with_num_tasks_know_the_names_too(tiny: Tiny, tmp_path: Path) -> None:
     folder = train(tiny("more", options={"num_tasks": 3}), tmp_path / "run")
     names = Answerer(folder).task_names
     assert names == folder.task_names()
@@ -231,9 +207,8 @@ def test_a_method_that_looks_at_no_task_answers_any(trained: Trained) -> None:
 
 def test_generating_needs_a_task_only_where_gates_look_at_it(trained: Trained) -> None:
     prompts = ["Words: river stone lamp\nHow many words are there?\nAnswer:"] * 2
-    plain = generate(trained("mode"), prompts, [None, None], max_new_tokens=3)
-    assert len(plain) == 2
-    assert plain[0] == plain[1]
+    first, second = generate(trained("mode"), prompts, [None, None], max_new_tokens=3)
+    assert first == second
     more = trained("more")
     with pytest.raises(ConfigError, match=r"prompt 2 has no task, and the gates of 'more' look at the task: name one"):
         generate(more, prompts, ["first_word", None])
@@ -251,7 +226,7 @@ def test_generating_needs_a_task_only_where_gates_look_at_it(trained: Trained) -
     assert mixed == generate(more, prompts, [0, 2], max_new_tokens=3)
 
 
-# --- what does not belong together ------------------------------------------------------------------------------------
+# --- adapters and models that do not fit ------------------------------------------------------------------------------
 
 
 def test_a_run_without_an_adapter_says_how_to_go_on(trained: Trained) -> None:
@@ -279,13 +254,20 @@ def test_a_truncated_adapter_is_refused(file: str, trained: Trained) -> None:
         evaluate(folder)
 
 
-@pytest.mark.parametrize("method", ["lora", "mode"])
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("method", "changes", "reason"),
     [
-        ({"hidden_size": 48}, "size mismatch"),
-        ({"num_hidden_layers": 3}, r"\d+ weights are in one of them only, such as base_model.model.model.layers.2"),
-        ({"num_hidden_layers": 1}, r"\d+ weights are in one of them only, such as base_model.model.model.layers.1"),
+        ("lora", {"hidden_size": 48}, "size mismatch"),
+        (
+            "mode",
+            {"num_hidden_layers": 3},
+            r"\d+ weights are in one of them only, such as base_model.model.model.layers.2",
+        ),
+        (
+            "mode",
+            {"num_hidden_layers": 1},
+            r"\d+ weights are in one of them only, such as base_model.model.model.layers.1",
+        ),
     ],
 )
 def test_an_adapter_of_another_model_is_refused(

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chosen answer is the one with the highest sum of log-probabilities, whatever stands beside it in a batch."""
+"""Choices are scored by their log-likelihood given the prompt, independently of the rest of the batch."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from dyads.recipe.spec import EvaluateSpec, Recipe
 from dyads.runs.folder import RunFolder
 from dyads.scoring import likelihood
 from dyads.scoring.evaluate import evaluate
-from dyads.scoring.likelihood import Choice, log_likelihoods
+from dyads.scoring.likelihood import ChoiceQuestion, log_likelihoods
 from dyads.tasks import load_suite
 from dyads.training.train import train
 from tiny import batch, tiny_model
@@ -31,12 +32,12 @@ TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"], "t5": ["q", "wo
 YES_NO = {"family": "starter", "names": ["has_animal"], "train_per_task": 8, "test_per_task": 6}
 
 
-def questions() -> list[Choice]:
+def questions() -> list[ChoiceQuestion]:
     """Prompts and answers of unequal lengths, and unequal numbers of answers."""
     rows = batch("llama", rows=5, width=9)["input_ids"].tolist()
     answers = [[[7, 2], [9, 11, 12, 2]], [[5, 6, 2], [5, 2], [8, 2]], [[2], [3, 2]], [[20, 21, 22, 2], [4, 2]]]
     return [
-        Choice(row[: 9 - 2 * i], [f"{i}{k}" for k in range(len(given))], given, i % 2)
+        ChoiceQuestion(row[: 9 - 2 * i], [f"{i}{k}" for k in range(len(given))], given, i % 2)
         for i, (row, given) in enumerate(zip(rows, answers, strict=False))
     ]
 
@@ -48,7 +49,7 @@ def adapted(kind: str) -> nn.Module:
     return get_peft_model(tiny_model(kind), config).eval()
 
 
-def by_hand(model: nn.Module, kind: str, question: Choice, **task: Any) -> list[float]:
+def by_hand(model: nn.Module, kind: str, question: ChoiceQuestion, **task: Any) -> list[float]:
     """Each choice alone and token by token: the log-probability of each, given all before it."""
     sums = []
     for answer in question.answers:
@@ -70,7 +71,7 @@ def by_hand(model: nn.Module, kind: str, question: Choice, **task: Any) -> list[
 def test_sums_are_those_of_every_token_after_all_before_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if "without" in kind:
         kind = "llama"
-        monkeypatch.setattr(likelihood, "refusal", lambda model: "it is asked to")
+        monkeypatch.setattr(likelihood, "refusal", lambda model: "not served")
     model = adapted(kind)
     found = log_likelihoods(model, questions(), batch_size=8, pad=0, tasks=True)
     for question, sums in zip(questions(), found, strict=True):
@@ -89,7 +90,7 @@ def test_a_batch_of_any_size_gives_the_same(kind: str) -> None:
     assert reported == [4, 4, 4]
 
 
-def test_what_pads_a_batch_has_no_influence() -> None:
+def test_the_padding_token_has_no_influence() -> None:
     model = adapted("llama")
     with_pad, with_other = (log_likelihoods(model, questions(), batch_size=99, pad=p, tasks=True) for p in (0, 33))
     assert [x for s in with_pad for x in s] == pytest.approx([x for s in with_other for x in s], abs=1e-5)
@@ -106,7 +107,7 @@ def test_a_prompt_is_read_once_for_all_its_choices() -> None:
 
 
 def test_the_best_is_the_highest_sum_or_mean_and_the_first_of_equals() -> None:
-    choice = Choice([1], ["long", "short"], [[1, 1, 1, 2], [1, 2]])
+    choice = ChoiceQuestion([1], ["long", "short"], [[1, 1, 1, 2], [1, 2]])
     assert choice.best([-4.0, -3.0]) == "short"
     assert choice.best([-4.0, -3.0], length_normalise=True) == "long"
     assert choice.best([-3.0, -3.0]) == "long"
@@ -138,16 +139,14 @@ def test_an_encoder_decoder_is_scored_by_likelihood(tiny: Make, t5: Path, tmp_pa
 
 
 def test_examples_may_have_choices_of_their_own(tiny: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     recipe = tiny("zero-shot", tasks=YES_NO, evaluate={"answer": "likelihood"})
     suite = load_suite(recipe.tasks)
     task = suite.tasks[0]
-    told = [replace(e, choices=(e.references[0], "fox"), references=e.references[:1]) for e in task.test]
-    own = replace(task, labels=(), train=(), validation=(), test=tuple(told))
+    examples = [replace(e, choices=(e.references[0], "fox"), references=e.references[:1]) for e in task.test]
+    own = replace(task, labels=(), train=(), validation=(), test=tuple(examples))
     RunFolder.create(tmp_path / "run", recipe)
     evaluate(RunFolder.open(tmp_path / "run"), suite=replace(suite, tasks=(own,)))
-    choices = {example.id: example.choices for example in told}
+    choices = {example.id: example.choices for example in examples}
     found = RunFolder.open(tmp_path / "run").predictions("has_animal")
     assert {p["prediction"] for p in found} >= {"fox"} or len({p["prediction"] for p in found}) == 2
     assert all(p["prediction"] in choices[p["id"]] for p in found)
@@ -166,7 +165,7 @@ def test_a_task_of_free_text_is_refused_before_the_folder_is_touched(tiny: Make,
     ("options", "message"),
     [
         ({"length_normalise": True}, "length_normalise is for answer: likelihood, but answer is generate"),
-        ({"answer": "likelihood", "num_beams": 2}, "num_beams is 2, but answer: likelihood searches for nothing"),
+        ({"answer": "likelihood", "num_beams": 2}, "num_beams is 2, but answer: likelihood uses no beams"),
     ],
 )
 def test_options_that_contradict_are_refused(options: dict[str, Any], message: str) -> None:
@@ -179,7 +178,7 @@ def test_eos_decides_between_a_choice_and_one_that_it_begins() -> None:
     short, long = [5, 2], [5, 6, 2]
     with torch.no_grad():
         logits: Tensor = model(torch.tensor([[7, 5]])).logits[0, -1].log_softmax(-1)
-    ((first, second),) = log_likelihoods(model, [Choice([7], ["a", "ab"], [short, long])], batch_size=2, pad=0)
+    ((first, second),) = log_likelihoods(model, [ChoiceQuestion([7], ["a", "ab"], [short, long])], batch_size=2, pad=0)
     with torch.no_grad():
         after = model(torch.tensor([[7, 5, 6]])).logits[0, -1].log_softmax(-1)
     assert second - first == pytest.approx(float(logits[6] + after[2] - logits[2]), abs=1e-4)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A task that the gates do not know is refused, or answered as another to the bit; the run's own results stay."""
+"""Unseen tasks are refused or get a stand-in, whose answers equal those of the known task; the run is unchanged."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,8 @@ from dyads.comparing.comparison import compare
 from dyads.errors import ConfigError, RoutingError, RunError, TaskError
 from dyads.methods import Core
 from dyads.models.load import load_model, load_tokenizer
-from dyads.recipe.spec import AdaptSpec, EvaluateSpec, Recipe, parse_recipe
+from dyads.recipe.load import parse_recipe
+from dyads.recipe.spec import AdaptSpec, EvaluateSpec, Recipe
 from dyads.runs.folder import RunFolder
 from dyads.scoring.answerer import Answerer
 from dyads.scoring.evaluate import evaluate, generate
@@ -30,29 +30,9 @@ from dyads.tasks.starter import StarterSpec
 from dyads.training.train import train
 
 Tiny = Callable[..., Recipe]
+Trained = Callable[..., RunFolder]
 KNOWN = ("first_word", "count_words", "has_animal")
 OTHERS = StarterSpec(names=("last_word", "no_animal"), test_per_task=4, train_per_task=4)
-
-
-@pytest.fixture(scope="module")
-def runs() -> dict[str, RunFolder]:
-    return {}
-
-
-@pytest.fixture
-def trained(
-    runs: dict[str, RunFolder], tiny: Tiny, t5: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> Callable[[str], RunFolder]:
-    """A copy of a trained run, which is trained once."""
-
-    def copy(key: str) -> RunFolder:
-        if key not in runs:
-            recipe = tiny("more", t5) if key == "more-t5" else tiny(key, train={"learning_rate": 0.05})
-            runs[key] = train(recipe, tmp_path_factory.mktemp("runs") / key)
-        shutil.copytree(runs[key].path, tmp_path / key)
-        return RunFolder.open(tmp_path / key)
-
-    return copy
 
 
 def files(folder: RunFolder) -> dict[str, bytes]:
@@ -75,12 +55,12 @@ def answers(folder: RunFolder, task: str) -> list[str]:
 # --- policies ---------------------------------------------------------------------------------------------------------
 
 
-def test_unless_a_policy_is_named_an_unseen_task_is_refused(trained: Callable[[str], RunFolder]) -> None:
+def test_unless_a_policy_is_named_an_unseen_task_is_refused(trained: Trained) -> None:
     folder = trained("more")
     before = files(folder)
     message = (
         r"trained on 3 tasks and does not know 'last_word' – did you mean 'first_word'.*\?; score the tasks that it was"
-        r" trained on, or say what stands in for others \(evaluate\.unseen: nearest or mean\)$"
+        r" trained on, or choose a stand-in for others \(evaluate\.unseen: nearest or mean\)$"
     )
     for unseen in (None, "error"):
         with pytest.raises(RunError, match=message):
@@ -89,30 +69,31 @@ def test_unless_a_policy_is_named_an_unseen_task_is_refused(trained: Callable[[s
     assert not (folder.path.parent / "new").exists()
 
 
-@pytest.mark.parametrize("key", ["more", "more-t5"])
-def test_the_nearest_answers_as_itself(key: str, trained: Callable[[str], RunFolder]) -> None:
-    folder, told = trained(key), []
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_the_nearest_answers_as_itself(kind: str, trained: Trained) -> None:
+    folder, stand_ins = trained("more", kind), []
     tasks = own(folder)
     evaluate(folder, split="train")
     before = {task.name: answers(folder, task.name) for task in tasks}
-    evaluate(folder, split="test", suite=Suite(tuple(map(renamed, tasks))), unseen="nearest", told=told.append)
-    for task, stand_in in zip(tasks, told, strict=True):
+    evaluate(
+        folder, split="test", suite=Suite(tuple(map(renamed, tasks))), unseen="nearest", on_stand_in=stand_ins.append
+    )
+    for task, stand_in in zip(tasks, stand_ins, strict=True):
         assert stand_in.task == f"new {task.name}"
         assert stand_in.known == task.name
         assert stand_in.similarity == pytest.approx(1, abs=1e-4)
         assert stand_in.runner_up_similarity < 0.9
         assert answers(folder, stand_in.task) == before[task.name]
     logged = [line for line in folder.log() if line.get("event") == "unseen"]
-    assert [line["known"] for line in logged] == [stand_in.known for stand_in in told]
+    assert [line["known"] for line in logged] == [stand_in.known for stand_in in stand_ins]
     assert logged[0].keys() == {"event", "task", "known", "similarity", "runner_up", "runner_up_similarity"}
 
 
-@pytest.mark.parametrize("kind", ["more", "more-t5"])
-def test_similarity_is_of_centred_states_of_the_base_model_alone(
-    kind: str, trained: Callable[[str], RunFolder]
-) -> None:
-    folder = trained(kind)
-    model, tokenizer = (load(folder) for load in (_base, _tokenizer))
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_similarity_is_of_centred_states_of_the_base_model_alone(kind: str, trained: Trained) -> None:
+    folder = trained("more", kind)
+    spec = folder.recipe().model
+    model, tokenizer = load_model(spec), load_tokenizer(spec.name)
     body = model.get_encoder() if model.config.is_encoder_decoder else model.model
 
     def vector(texts: list[str]) -> torch.Tensor:
@@ -122,45 +103,37 @@ def test_similarity_is_of_centred_states_of_the_base_model_alone(
     with torch.no_grad():
         known = torch.stack([vector([e.prompt.strip() for e in task.train[:INPUTS]]) for task in own(folder)])
         unseen = [vector([e.prompt.strip() for e in task.test[:INPUTS]]) for task in OTHERS.load().tasks]
-    told: list[StandIn] = []
-    evaluate(folder, suite=OTHERS, limit=2, unseen="nearest", told=told.append)
-    for v, stand_in in zip(unseen, told, strict=True):
+    stand_ins: list[StandIn] = []
+    evaluate(folder, suite=OTHERS, limit=2, unseen="nearest", on_stand_in=stand_ins.append)
+    for v, stand_in in zip(unseen, stand_ins, strict=True):
         similarities = F.cosine_similarity(v - known.mean(0), known - known.mean(0))
         first, second = similarities.argsort(descending=True)[:2].tolist()
         assert (stand_in.known, stand_in.runner_up) == (KNOWN[first], KNOWN[second])
         assert stand_in.similarity == pytest.approx(float(similarities[first]), abs=1e-4)
         assert stand_in.runner_up_similarity == pytest.approx(float(similarities[second]), abs=1e-4)
-    assert str(told[0]) == (
-        f"last_word is unseen: answered as {told[0].known} (similarity {told[0].similarity:.2f}; next"
-        f" {told[0].runner_up}, {told[0].runner_up_similarity:.2f})"
+    assert str(stand_ins[0]) == (
+        f"last_word is unseen: answered as {stand_ins[0].known} (similarity {stand_ins[0].similarity:.2f}; next"
+        f" {stand_ins[0].runner_up}, {stand_ins[0].runner_up_similarity:.2f})"
     )
 
 
-def _base(folder: RunFolder) -> Any:
-    return load_model(folder.recipe().model)
-
-
-def _tokenizer(folder: RunFolder) -> Any:
-    return load_tokenizer(folder.recipe().model.name)
-
-
-def test_descriptions_tell_the_nearest_whatever_the_inputs(trained: Callable[[str], RunFolder]) -> None:
-    folder, told = trained("more"), []
+def test_the_nearest_by_description_does_not_depend_on_inputs(trained: Trained) -> None:
+    folder, stand_ins = trained("more"), []
     first, count, _ = own(folder)
     new = replace(renamed(first), description=count.description)
-    evaluate(folder, suite=Suite((new,)), unseen="nearest", nearest_by="description", told=told.append)
-    assert told[0].known == "count_words"
-    assert told[0].similarity == pytest.approx(1, abs=1e-4)
-    message = r"nearest_by 'description' .* but new first_word has no description: choose inputs, or unseen: mean$"
+    evaluate(folder, suite=Suite((new,)), unseen="nearest", nearest_by="description", on_stand_in=stand_ins.append)
+    assert stand_ins[0].known == "count_words"
+    assert stand_ins[0].similarity == pytest.approx(1, abs=1e-4)
+    message = r"nearest_by 'description' .* but new first_word has none: choose nearest_by: inputs, or unseen: mean$"
     with pytest.raises(TaskError, match=message):
         evaluate(
             folder, suite=Suite((replace(new, description=""),)), unseen="nearest", nearest_by="description", limit=1
         )
 
 
-def test_mean_is_the_mean_row_for_every_unseen_task(trained: Callable[[str], RunFolder]) -> None:
+def test_mean_is_the_mean_row_for_every_unseen_task(trained: Trained) -> None:
     answerer = Answerer(trained("more"))
-    stand_ins = answerer.let_stand_in(OTHERS.load().tasks, EvaluateSpec(unseen="mean"))
+    stand_ins = answerer.add_unseen(OTHERS.load().tasks, EvaluateSpec(unseen="mean"))
     assert stand_ins == [StandIn("last_word"), StandIn("no_animal")]
     assert str(stand_ins[0]) == "last_word is unseen: answered with the mean over the known tasks"
     assert answerer.task_names == (*KNOWN, "last_word", "no_animal")
@@ -171,50 +144,44 @@ def test_mean_is_the_mean_row_for_every_unseen_task(trained: Callable[[str], Run
         assert torch.equal(row[4], row[3])
 
 
-def test_known_tasks_beside_unseen_ones_are_answered_as_before(trained: Callable[[str], RunFolder]) -> None:
-    folder, told = trained("more"), []
+def test_known_tasks_beside_unseen_ones_are_answered_as_before(trained: Trained) -> None:
+    folder, stand_ins = trained("more"), []
     tasks = own(folder)
     before = {task.name: answers(folder, task.name) for task in tasks}
-    evaluate(folder, suite=Suite((renamed(tasks[2]), *tasks)), unseen="mean", told=told.append)
-    assert [stand_in.task for stand_in in told] == ["new has_animal"]
+    evaluate(folder, suite=Suite((renamed(tasks[2]), *tasks)), unseen="mean", on_stand_in=stand_ins.append)
+    assert [stand_in.task for stand_in in stand_ins] == ["new has_animal"]
     assert {task.name: answers(folder, task.name) for task in tasks} == before
 
 
-@pytest.mark.parametrize("method", ["lora", "mode", "zero-shot", "majority"])
-def test_a_method_that_looks_at_no_task_needs_no_policy(
-    method: str, trained: Callable[[str], RunFolder], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("method", ["lora", "mode", "majority"])
+def test_a_method_that_looks_at_no_task_needs_no_policy(method: str, trained: Trained, tmp_path: Path) -> None:
     folder = trained(method)
     scores = evaluate(folder, suite=OTHERS)
     places = [tmp_path / f"by-{unseen}" for unseen in ("nearest", "mean")]
     for place, unseen in zip(places, ("nearest", "mean"), strict=True):
-        again = evaluate(folder, suite=OTHERS, unseen=unseen, into=place, told=pytest.fail)
+        again = evaluate(folder, suite=OTHERS, unseen=unseen, into=place, on_stand_in=pytest.fail)
         assert {**again, "seconds": None} == {**scores, "seconds": None}
         assert not any(line.get("event") == "unseen" for line in RunFolder(place).log())
 
 
-@pytest.mark.parametrize("unseen", ["error", "nearest", "mean"])
-def test_an_encoder_has_no_head_for_an_unseen_task_whatever_the_policy(
-    unseen: str, tiny: Tiny, bert: Path, pairs: dict[str, Any], tmp_path: Path
-) -> None:
-    folder = train(tiny("more", bert, tasks=pairs, train={"steps": 1}), tmp_path / "run", evaluate=False)
+def test_an_encoder_has_no_head_for_an_unseen_task_whatever_the_policy(trained: Trained, pairs: dict[str, Any]) -> None:
+    folder = trained("more", "bert")
     task = renamed(load_suite(pairs).tasks[0])
     message = (
-        r"has heads for 2 tasks and none for 'new mnli'.*; score the tasks that it was trained on; no head can stand in"
-        r" for another, but `dyads adapt` learns a new one from a few examples$"
+        r"has heads for 2 tasks and none for 'new mnli'.*; score the tasks that it was trained on; a head cannot stand"
+        r" in for another, but `dyads adapt` learns a new one from a few examples$"
     )
-    with pytest.raises(RunError, match=message):
-        evaluate(folder, suite=Suite((task,)), unseen=unseen)
-    with pytest.raises(ConfigError, match=r"^prompt 1: the run does not know task 'qqp'"):
-        generate(folder, ["fox"], ["qqp"], unseen=unseen)
+    for unseen in ("error", "nearest", "mean"):
+        with pytest.raises(RunError, match=message):
+            evaluate(folder, suite=Suite((task,)), unseen=unseen)
+        with pytest.raises(ConfigError, match=r"^prompt 1: the run does not know task 'qqp'"):
+            generate(folder, ["fox"], ["qqp"], unseen=unseen)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def test_contradictions_and_unknown_policies_are_refused(
-    trained: Callable[[str], RunFolder], tiny: Tiny, tmp_path: Path
-) -> None:
+def test_contradictions_and_unknown_policies_are_refused(trained: Trained, tiny: Tiny, tmp_path: Path) -> None:
     folder = trained("more")
     wrong: list[tuple[dict[str, Any], str]] = [
         (
@@ -233,25 +200,25 @@ def test_contradictions_and_unknown_policies_are_refused(
     text = tiny("more").resolved_yaml().replace("nearest_by: inputs", "nearest_by: description")
     with pytest.raises(ConfigError, match=r"'evaluate': nearest_by is for unseen: nearest, but unseen is error$"):
         parse_recipe(text, "recipe.yaml")
-    with pytest.raises(ConfigError, match="is to say which tasks were scored: give their family and its options"):
+    with pytest.raises(ConfigError, match="writes a recipe with these tasks: suite must be a FamilySpec, got a Suite"):
         evaluate(folder, suite=OTHERS.load(), into=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
-def test_a_model_in_hand_names_the_function_that_adds_a_task(trained: Callable[[str], RunFolder]) -> None:
+def test_a_model_in_hand_names_the_function_that_adds_a_task(trained: Trained) -> None:
     model = Answerer(trained("more")).model
     with pytest.raises(RoutingError, match=r"does not know task 'new'.* \(`dyads\.add_task\(model, 'new'\)` would add"):
         model(input_ids=torch.tensor([[4]]), task="new")
 
 
-def test_a_policy_of_the_recipe_holds_until_another_is_asked_for(trained: Callable[[str], RunFolder]) -> None:
-    folder, told = trained("more"), []
+def test_arguments_override_the_policy_of_the_recipe(trained: Trained) -> None:
+    folder, stand_ins = trained("more"), []
     config = folder.path / "config.yaml"
     text = config.read_text().replace("unseen: error", "unseen: nearest")
     config.write_text(text.replace("nearest_by: inputs", "nearest_by: description"))
     for how in ({}, {"unseen": "mean"}):
-        evaluate(folder, suite=OTHERS, limit=1, told=told.append, **how)
-    assert [stand_in.similarity is None for stand_in in told] == [False, False, True, True]
+        evaluate(folder, suite=OTHERS, limit=1, on_stand_in=stand_ins.append, **how)
+    assert [stand_in.similarity is None for stand_in in stand_ins] == [False, False, True, True]
 
 
 def test_without_the_data_of_the_known_tasks_there_is_no_nearest_but_a_mean(tiny: Tiny, tmp_path: Path) -> None:
@@ -266,30 +233,30 @@ def test_without_the_data_of_the_known_tasks_there_is_no_nearest_but_a_mean(tiny
     tasks = {"family": "files", "path": str(path)}
     folder = train(tiny("more", tasks=tasks, train={"steps": 1}), tmp_path / "run", evaluate=False)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:4]))
-    with pytest.raises(RunError, match=r"but the tasks of its recipe lack b: put their data back, or choose mean$"):
+    with pytest.raises(
+        RunError, match=r"but the tasks of its recipe lack b: restore their data, or choose unseen: mean$"
+    ):
         evaluate(folder, suite=OTHERS, unseen="nearest")
     path.unlink()
-    message = rf"which cannot be read: no file or folder {path}; put their data back, or choose mean$"
+    message = rf"which cannot be read: no file or folder {path}; restore their data, or choose unseen: mean$"
     with pytest.raises(RunError, match=message):
         evaluate(folder, suite=OTHERS, unseen="nearest")
     assert evaluate(folder, suite=OTHERS, unseen="mean", limit=1)["scores"]
 
 
-def test_an_adapted_run_knows_the_tasks_of_the_run_before_it_too(trained: Callable[[str], RunFolder]) -> None:
+def test_an_adapted_run_knows_the_tasks_of_the_run_before_it_too(trained: Trained) -> None:
     folder = trained("more")
     adapted = folder.recipe().model_copy(update={"tasks": OTHERS, "adapt": AdaptSpec(run=str(folder.path))})
     assert [task.name for task in own_tasks(adapted)] == [*KNOWN, "last_word", "no_animal"]
     gone = adapted.model_copy(update={"adapt": AdaptSpec(run="no-such-run")})
-    with pytest.raises(RunError, match=r"which cannot be read: there is no folder 'no-such-run'; put their data back"):
+    with pytest.raises(RunError, match=r"which cannot be read: there is no folder 'no-such-run'; restore their data"):
         own_tasks(gone)
 
 
 # --- beside the run's own scores --------------------------------------------------------------------------------------
 
 
-def test_scores_of_other_tasks_stand_beside_the_runs_own_and_can_be_compared(
-    trained: Callable[[str], RunFolder], tmp_path: Path
-) -> None:
+def test_scores_of_other_tasks_stand_beside_the_runs_own_and_can_be_compared(trained: Trained, tmp_path: Path) -> None:
     more, mode = trained("more"), trained("mode")
     before = files(more), files(mode)
     for folder, unseen in ((more, "nearest"), (more, "mean"), (mode, "nearest")):
@@ -310,13 +277,11 @@ def test_scores_of_other_tasks_stand_beside_the_runs_own_and_can_be_compared(
     assert {column.label for column in compare([tmp_path / "new"]).columns} == {"more-nearest", "more-mean", "mode"}
 
 
-def test_scores_without_an_adapter_say_where_it_is_and_are_not_overwritten(
-    trained: Callable[[str], RunFolder], tmp_path: Path
-) -> None:
+def test_scores_without_an_adapter_say_where_it_is_and_are_not_overwritten(trained: Trained, tmp_path: Path) -> None:
     folder, new = trained("mode"), tmp_path / "new"
     evaluate(folder, suite=OTHERS, limit=1, into=new)
     before = files(RunFolder(new))
-    with pytest.raises(RunError, match=rf"^'{new}' holds scores of the adapter in '{folder.path}' and none itself: na"):
+    with pytest.raises(RunError, match=rf"^'{new}' has scores of the adapter in '{folder.path}' but no adapter: gi"):
         evaluate(RunFolder(new))
     for there in (new, folder.path):
         with pytest.raises(RunError, match=rf"^'{there}' already holds a run: choose another --out for these scores$"):
@@ -324,9 +289,7 @@ def test_scores_without_an_adapter_say_where_it_is_and_are_not_overwritten(
     assert files(RunFolder(new)) == before
 
 
-def test_another_split_of_the_runs_own_tasks_can_stand_beside_too(
-    trained: Callable[[str], RunFolder], tmp_path: Path
-) -> None:
+def test_another_split_of_the_runs_own_tasks_can_stand_beside_too(trained: Trained, tmp_path: Path) -> None:
     folder = trained("more")
     assert evaluate(folder, split="validation", into=tmp_path / "new")["run"] == "more"
     assert RunFolder(tmp_path / "new").recipe().evaluate.split == "validation"
@@ -336,33 +299,50 @@ def test_another_split_of_the_runs_own_tasks_can_stand_beside_too(
 # --- generating -------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_of_an_unseen_task_are_answered_as_those_of_the_nearest(trained: Callable[[str], RunFolder]) -> None:
-    folder, told = trained("more"), []
+def test_prompts_of_an_unseen_task_are_answered_as_those_of_the_nearest(trained: Trained) -> None:
+    folder, stand_ins = trained("more"), []
     tasks = own(folder)
     prompts = [e.prompt for task in tasks for e in task.train]
     names = [task.name for task in tasks for _ in task.train]
     as_known = generate(folder, prompts, names, max_new_tokens=3)
     as_new = generate(
-        folder, prompts, [f"my {name}" for name in names], max_new_tokens=3, unseen="nearest", told=told.append
+        folder,
+        prompts,
+        [f"my {name}" for name in names],
+        max_new_tokens=3,
+        unseen="nearest",
+        on_stand_in=stand_ins.append,
     )
     assert as_new == as_known
-    assert [(s.task, s.known) for s in told] == [(f"my {name}", name) for name in KNOWN]
+    assert [(s.task, s.known) for s in stand_ins] == [(f"my {name}", name) for name in KNOWN]
     assert len({tuple(generate(folder, prompts, [name] * len(prompts), max_new_tokens=3)) for name in KNOWN}) > 1
 
 
-def test_a_description_or_the_mean_can_stand_for_an_unseen_task(trained: Callable[[str], RunFolder]) -> None:
-    folder, told = trained("more"), []
+def test_a_description_or_the_mean_can_stand_for_an_unseen_task(trained: Trained) -> None:
+    folder, stand_ins = trained("more"), []
     prompt, short = ["Words: river stone lamp"], {"max_new_tokens": 2}
     for task in own(folder):
-        generate(folder, prompt, ["new"], **short, unseen="nearest", description=task.description, told=told.append)
-    generate(folder, prompt * 2, ["new", "first_word"], **short, unseen="mean", told=told.append)
-    assert [stand_in.known for stand_in in told] == [*KNOWN, None]
+        generate(
+            folder,
+            prompt,
+            ["new"],
+            **short,
+            unseen="nearest",
+            description=task.description,
+            on_stand_in=stand_ins.append,
+        )
+    generate(folder, prompt * 2, ["new", "first_word"], **short, unseen="mean", on_stand_in=stand_ins.append)
+    assert [stand_in.known for stand_in in stand_ins] == [*KNOWN, None]
     wrong: list[tuple[list[Any], dict[str, Any], str]] = [
         (["new"], {}, r"^prompt 1: the run does not know task 'new'"),
         ([3], {"unseen": "nearest"}, r"^prompt 1: the run does not know task '3'"),
         ([None], {"unseen": "nearest"}, r"^prompt 1 has no task, and the gates of 'more' look at the task"),
         (["new"], {"description": "a"}, r"nearest_by is for unseen: nearest, but unseen is error$"),
-        (["new"], {"unseen": "nearest", "description": " "}, r"^the description is empty: say what the task asks"),
+        (
+            ["new"],
+            {"unseen": "nearest", "description": " "},
+            r"^the description is empty: describe the task in a sentence",
+        ),
         (
             ["new", "newer"],
             {"unseen": "nearest", "description": "a"},
@@ -374,13 +354,15 @@ def test_a_description_or_the_mean_can_stand_for_an_unseen_task(trained: Callabl
             generate(folder, prompt * len(names), names, **how)
 
 
-def test_where_no_gate_looks_a_policy_lets_any_name_pass(trained: Callable[[str], RunFolder]) -> None:
+def test_where_no_gate_looks_a_policy_lets_any_name_pass(trained: Trained) -> None:
     folder, prompt = trained("lora"), ["Words: river stone lamp"]
-    plain = generate(folder, prompt, [None], max_new_tokens=2)
-    assert generate(folder, prompt, ["new"], max_new_tokens=2, unseen="nearest", told=pytest.fail) == plain
+    without_task = generate(folder, prompt, [None], max_new_tokens=2)
+    assert (
+        generate(folder, prompt, ["new"], max_new_tokens=2, unseen="nearest", on_stand_in=pytest.fail) == without_task
+    )
 
 
-def test_a_file_of_ones_own_is_a_suite_of_unseen_tasks(trained: Callable[[str], RunFolder], tmp_path: Path) -> None:
+def test_a_file_of_ones_own_is_a_suite_of_unseen_tasks(trained: Trained, tmp_path: Path) -> None:
     path = tmp_path / "new.jsonl"
     rows = [{"task": "new", "input": "river stone", "output": "river", "split": split} for split in ("train", "test")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

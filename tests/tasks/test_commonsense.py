@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do the commonsense sets ask what their files ask, with the choices of each question?"""
+"""The commonsense family: prompts, choices of each question, missing train files."""
 
 from __future__ import annotations
 
@@ -60,10 +60,12 @@ def test_an_input_follows_the_instruction(commonsense_folder):
 def test_an_answer_that_is_no_choice_is_refused(commonsense_folder):
     row = {"instruction": "Choose.\n\nAnswer format: answer1/answer2", "input": "", "answer": "answer3"}
     listed(commonsense_folder / "openbookqa" / "test.json", row)
-    with pytest.raises(TaskError, match=r"test.json, row 1: label 'answer3' is none of answer1, answer2"):
+    with pytest.raises(TaskError, match=r"test.json, row 1: label 'answer3' is not one of answer1, answer2"):
         read(commonsense_folder)
     listed(commonsense_folder / "openbookqa" / "test.json", {**row, "instruction": "Answer format: a/b", "answer": "a"})
-    with pytest.raises(TaskError, match=r"task 'obqa': answer 'a' of example 'test-0' is none of its labels answer1"):
+    with pytest.raises(
+        TaskError, match=r"task 'obqa': answer 'a' of example 'test-0' is not one of its labels answer1"
+    ):
         read(commonsense_folder)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are splits disjoint in prompts, near their size, and the same for a seed?"""
+"""Splits: disjoint in prompts, of the requested size, and the same for a seed."""
 
 from __future__ import annotations
 
@@ -82,10 +82,9 @@ def test_a_group_stays_on_one_side_and_is_taken_whole():
     assert len(take(grouped, 2, salt="s")) == 3, "nothing at all would be no training split"
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 277, 1043])
-def test_halves_are_those_of_torchs_permutation(n):
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(1189)).tolist()
-    first, second = halve(examples(f"prompt {i}" for i in range(n)), seed=1189)
-    assert {int(e.id) for e in first} == set(order[: n // 2])
-    assert {int(e.id) for e in second} == set(order[n // 2 :])
-    assert list(first) == sorted(first, key=lambda e: int(e.id))
+def test_halves_are_those_of_torchs_permutation():
+    for n in (1, 2, 7, 277, 1043):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(1189)).tolist()
+        first, second = halve(examples(f"prompt {i}" for i in range(n)), seed=1189)
+        assert [int(e.id) for e in first] == sorted(order[: n // 2])
+        assert [int(e.id) for e in second] == sorted(order[n // 2 :])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do your own files become tasks, and is every fault named with its file and line?"""
+"""The files family: tasks from JSONL and CSV, and errors that name file and line."""
 
 from __future__ import annotations
 
@@ -43,11 +43,12 @@ def test_csv_with_quotes_line_breaks_and_lists(tmp_path):
         tmp_path / "a.csv",
         "task,split,input,output",
         't,train,"one, two\nthree",[note] plain',
+        "",
         't,test,four,"[""a"", ""b""]"',
     )
     (task,) = read(path).tasks
     assert (task.train[0].prompt, task.train[0].references) == ("one, two\nthree\n", ("[note] plain",))
-    assert (task.test[0].id, task.test[0].references) == ("a.csv:4", ("a", "b"))
+    assert (task.test[0].id, task.test[0].references) == ("a.csv:5", ("a", "b"))
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
@@ -117,7 +118,7 @@ def test_files_of_the_same_name_in_two_folders_do_not_collide(tmp_path):
 
 def test_test_prompts_that_were_trained_on_are_noted(tmp_path):
     path = write(tmp_path / "a.jsonl", row(0), row(0, split="test"), row(1, split="test"))
-    assert read(path).notes == ("t: 1 of 2 test prompts also stand in its train split",)
+    assert read(path).notes == ("t: 1 of 2 test prompts are also in its train split",)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +139,9 @@ def test_test_prompts_that_were_trained_on_are_noted(tmp_path):
         ([row(0, task="a/b"), row(1, "a/b", "test")], "'a/b' has the character '/'"),
         ([row(0)], "task 't' has no test rows"),
         ([row(0, split="test")], "task 't' has no train rows"),
-        ([row(0), row(1, split="test"), row(2, split=None)], "line 3: task 't' gives a split for 2 rows but not for 1"),
+        ([row(0), row(1, split="test"), row(2, split=None)], "line 3: task 't' has a split in 2 rows and none in 1"),
         ([row(0, split=None), row(1, split=None)], "cannot be divided into 3 splits"),
-        ([row(0, id="x"), row(1, split="test", id="x")], "line 2: id 'x' of task 't' already stands in .*, line 1"),
+        ([row(0, id="x"), row(1, split="test", id="x")], "line 2: id 'x' of task 't' is already used in .*, line 1"),
         ([row(0, metric="bleu"), row(1, split="test")], "line 1: unknown metric 'bleu'"),
         ([row(0, metric="accuracy"), row(1, split="test", metric="rouge_l")], "two metrics: 'accuracy' in .*, line 1"),
         ([""], "no rows in"),
@@ -159,9 +160,9 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, rows, message):
             r"a\.csv, line 1: column 'input' is missing; it has task, question, output",
         ),
         (["task,input,output", "t,x,y", "t,x,y,z"], "line 3: 4 cells for 3 columns"),
-        (["task,input,output", 't,x,"[""a"", b"'], "line 2: output starts like a JSON list but is none"),
+        (["task,input,output", 't,x,"[""a"", b"'], "line 2: output starts like a JSON list but is not valid JSON"),
         (["task,input,output", 't,"x,y'], r"a\.csv, line 2: not valid CSV: unexpected end of data"),
-        (["task,input,output,input", "t,x,y,z"], "line 1: a column stands twice"),
+        (["task,input,output,input", "t,x,y,z"], "line 1: a column name is used twice"),
         ([""], "column 'task' is missing; it has none"),
     ],
 )
@@ -175,7 +176,7 @@ def test_bad_paths_are_refused(tmp_path):
         read(tmp_path / "nowhere.jsonl")
     with pytest.raises(TaskError, match=r"no \*.jsonl or \*.csv file in folder"):
         read(tmp_path)
-    with pytest.raises(TaskError, match=r"read twice: .*c.jsonl; give every file once"):
+    with pytest.raises(TaskError, match=r"`path` has a file twice: .*c.jsonl; give every file once"):
         read((write(tmp_path / "c.jsonl", row(0)), tmp_path / "c.jsonl"))
     with pytest.raises(TaskError, match=r"cannot read '.txt' files; use .jsonl or .csv"):
         read(write(tmp_path / "a.txt", row(0)))
@@ -206,5 +207,5 @@ def test_labels_are_checked(tmp_path):
     path = write(tmp_path / "a.jsonl", row(0, output="no"), row(1, split="test", output="maybe"))
     with pytest.raises(TaskError, match=r"labels for an unknown task 'tt' – (did you mean|known:)"):
         read(path, labels={"tt": ["no", "yes"]})
-    with pytest.raises(TaskError, match=r"answer 'maybe' of example 'a.jsonl:2' is none of its labels no, yes"):
+    with pytest.raises(TaskError, match=r"answer 'maybe' of example 'a.jsonl:2' is not one of its labels no, yes"):
         read(path, labels={"t": ["no", "yes"]})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are GLUE's files read with all their quirks, and are the paper's protocol and metrics kept?"""
+"""The GLUE family: file formats, the protocols, labels and metrics, limits and errors."""
 
 from __future__ import annotations
 
@@ -142,15 +142,15 @@ def test_prompts_on_both_sides_are_counted(glue_folder):
     tsv(glue_folder / "SST-2" / "dev.tsv", *glue_rows("SST-2", 0, 12))
     held_out = {e.prompt for e in one(glue_folder, "sst2").validation}
     shared = sum(e.prompt not in held_out for e in one(glue_folder, "sst2").test)
-    assert f"sst2: {shared} of 12 test prompts also stand in its train split" in read(glue_folder).notes
+    assert f"sst2: {shared} of 12 test prompts are also in its train split" in read(glue_folder).notes
 
 
 def test_a_task_with_a_dev_file_only_is_left_out_or_refused(glue_folder):
     (glue_folder / "QNLI" / "train.tsv").unlink()
     suite = read(glue_folder)
     assert "qnli" not in [t.name for t in suite.tasks]
-    assert any(n.startswith("left out: task 'qnli' has no train file: add it, or say") for n in suite.notes)
-    with pytest.raises(TaskError, match=r"task 'qnli' has no train file: .* `split_dev: 0.5` \(0: it is scored"):
+    assert any(n.startswith("left out: task 'qnli' has no train file: add it, or set") for n in suite.notes)
+    with pytest.raises(TaskError, match=r"task 'qnli' has no train file: .* `split_dev: 0.5` .* \(0: score it"):
         read(glue_folder, names="qnli")
 
 
@@ -160,10 +160,10 @@ def test_a_share_of_dev_can_be_trained_on_and_a_note_says_so(glue_folder):
     task = suite.tasks[0]
     assert (len(task.train), len(task.validation), len(task.test)) == (5, 1, 6)
     assert len({e.prompt for e in task.train + task.validation + task.test}) == 12
-    assert "6 of the 12 examples that are scored elsewhere are trained on" in suite.notes[1]
+    assert "6 of the 12 examples of the test file are trained on" in suite.notes[1]
     untrained = read(glue_folder, names="qnli", split_dev=0)
     assert (len(untrained.tasks[0].train), len(untrained.tasks[0].test)) == (0, 12)
-    assert untrained.notes[1] == "qnli: no train file; it is scored and not trained"
+    assert untrained.notes[1] == "qnli: no train file; it is scored without training"
     assert read(glue_folder, names="rte", split_dev=0.5).tasks == read(glue_folder, names="rte").tasks
 
 
@@ -183,8 +183,12 @@ def test_nothing_is_held_out_on_request(glue_folder):
 @pytest.mark.parametrize(
     ("folder", "row", "message"),
     [
-        ("RTE", ("0", "a", "b", "maybe"), r"RTE/dev.tsv, line 2: label 'maybe' is none of entailment, not_entailment"),
-        ("CoLA", ("x", "2", "", "a"), r"CoLA/dev.tsv, line 1: label '2' is none of unacceptable, acceptable, 0, 1"),
+        (
+            "RTE",
+            ("0", "a", "b", "maybe"),
+            r"RTE/dev.tsv, line 2: label 'maybe' is not one of entailment, not_entailment",
+        ),
+        ("CoLA", ("x", "2", "", "a"), r"CoLA/dev.tsv, line 1: label '2' is not one of unacceptable, acceptable, 0, 1"),
         ("STS-B", (*"012345678", "5.1"), "score '5.1' is not a number from 0 to 5"),
         ("STS-B", (*"012345678", "nan"), "score 'nan' is not a number from 0 to 5"),
     ],
@@ -209,7 +213,9 @@ def test_a_sentence_of_the_json_form_that_is_no_pair_is_refused(tmp_path):
 
 
 def test_missing_files_and_folders_are_refused(glue_folder, tmp_path):
-    with pytest.raises(TaskError, match=r"no folder .*nowhere: `path` is where the files of family 'glue' lie"):
+    with pytest.raises(
+        TaskError, match=r"no folder .*nowhere: `path` must be a folder with the files of family 'glue'"
+    ):
         read(tmp_path / "nowhere")
     with pytest.raises(TaskError, match=r"task 'cola' has no file CoLA/train.tsv, CoLA/dev.tsv or dev.json in"):
         read(tmp_path, names="cola")

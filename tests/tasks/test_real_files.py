@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do the readers hold on the real files? They lie in `$DYADS_DATA`, else beside the repository."""
+"""The families on the real files, in `$DYADS_DATA` or else beside the repository."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Are rows read as they stand, and is the place of every fault named?"""
+"""Readers of records: unchanged texts, and errors that name file and line."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Is SciTail the same from every form of its files?"""
+"""The SciTail family: the same examples from every file format."""
 
 from __future__ import annotations
 
@@ -84,5 +84,5 @@ def test_faults_are_named(scitail_folder, tmp_path):
         "scitail: scitail_1.0_test.tsv: dropped 1 row without a label",
     )
     tsv(scitail_folder / "tsv_format" / "scitail_1.0_test.tsv", ("a", "b", "contradiction"))
-    with pytest.raises(TaskError, match=r"test.tsv, line 1: label 'contradiction' is none of entails, neutral"):
+    with pytest.raises(TaskError, match=r"test.tsv, line 1: label 'contradiction' is not one of entails, neutral"):
         read(scitail_folder)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does the reader of Super-NaturalInstructions keep the protocols, and name the place of every fault?"""
+"""The Super-NaturalInstructions family: both protocols, names of tasks, errors with their place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from dyads.errors import TaskError
-from dyads.tasks import load, load_suite
+from dyads.tasks import load_suite
 from dyads.tasks.sni import MODE_CASE_STUDY, MODE_CASE_STUDY_STAND_INS, STAND_INS, SNISpec
 
 
@@ -50,7 +50,7 @@ def test_official_takes_the_first_hundred_and_trains_on_the_rest_of_seen_tasks(s
     assert (len(short.train), len(short.test)) == (0, 40)
     assert (len(unseen.train), len(unseen.validation), len(unseen.test)) == (0, 0, 100)
     assert seen.max_prompt_tokens == 1024
-    assert any("task001_colour_naming: nothing to train on, 0 usable" in note for note in suite.notes)
+    assert any("task001_colour_naming: no train split, 0 usable" in note for note in suite.notes)
     assert "found 1 of 2 tasks" in suite.notes[1]
 
 
@@ -77,7 +77,7 @@ def test_equal_inputs_never_stand_on_two_sides(sni_folder, protocol):
     rewrite(
         sni_folder,
         "task001_colour_naming",
-        Instances=[{**i, "input": f"early {k % 5}"} for k, i in enumerate(instances[:100])] + instances,
+        Instances=[{**i, "input": f"thing {k % 5}"} for k, i in enumerate(instances[:100])] + instances,
     )
     task = read(sni_folder, names="task001", protocol=protocol).tasks[0]
     assert task.train
@@ -151,10 +151,13 @@ def test_the_case_study_has_fifteen_tasks_and_six_stand_ins(sni_folder):
     [
         ({"names": "task001_color_naming"}, "unknown task 'task001_color_naming' .* mean 'task001_colour_naming'"),
         ({"names": "mode-case-studdy"}, "did you mean 'mode-case-study"),
-        ({"names": "task003_colour_missing"}, r"task003_colour_missing.json is missing: .* 3 task files"),
+        ({"names": "task003_colour_missing"}, r"has no file .*task003_colour_missing.json \(there are 3 task files"),
         ({"names": "task055"}, r"no task file task055_\*.json"),
         ({"names": ["1", "task001"]}, "task001_colour_naming twice, as '1' and 'task001'"),
-        ({"names": "task001", "split_file": "test"}, "is in the train list of track 'default', but split_file: test"),
+        (
+            {"names": "task001", "split_file": "test"},
+            "is in the train list of track 'default', not in that of split_file: test",
+        ),
     ],
 )
 def test_wrong_names_are_refused(sni_folder, options, message):
@@ -166,7 +169,7 @@ def test_missing_folders_and_lists_are_refused(sni_folder, tmp_path):
     with pytest.raises(TaskError, match=r"no folder .*nowhere: `path` must be a checkout of natural-instructions"):
         read(tmp_path / "nowhere")
     (sni_folder / "splits" / "default" / "test_tasks.txt").unlink()
-    with pytest.raises(TaskError, match=r"no file .*test_tasks.txt: it lists the test tasks of track 'default'"):
+    with pytest.raises(TaskError, match=r"no file .*test_tasks.txt: it must list the test tasks of track 'default'"):
         read(sni_folder)
 
 
@@ -188,7 +191,7 @@ def test_a_truncated_file_is_named_with_line_and_column(sni_folder):
     path = sni_folder / "tasks" / "task001_colour_naming.json"
     text = json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=1)
     path.write_text(text[: len(text) // 2], encoding="utf-8")
-    with pytest.raises(TaskError, match=r"task001_colour_naming.json, line \d+, column \d+: .* it seems truncated"):
+    with pytest.raises(TaskError, match=r"task001_colour_naming.json, line \d+, column \d+: .* seems truncated"):
         read(sni_folder)
 
 
@@ -213,8 +216,7 @@ def test_unusable_contents_are_refused_with_the_place(sni_folder, changes, messa
     path = rewrite(sni_folder, "task001_colour_naming", **changes)
     with pytest.raises(TaskError, match=message) as error:
         read(sni_folder)
-    assert "task001_colour_naming" in str(error.value)
-    assert path.exists()
+    assert str(path) in str(error.value) or "task 'task001_colour_naming'" in str(error.value)
 
 
 def test_text_that_is_not_utf8_is_refused(sni_folder):
@@ -235,9 +237,3 @@ def test_text_that_is_not_utf8_is_refused(sni_folder):
 def test_contradicting_options_are_refused(options, message):
     with pytest.raises(ValidationError, match=message):
         SNISpec(path="x", **options)
-
-
-def test_a_spec_survives_being_written_out(sni_folder):
-    spec = SNISpec(path=sni_folder, names="task001")
-    assert SNISpec.model_validate(spec.model_dump(mode="json")) == spec
-    assert load(spec.model_dump(mode="json")) == load(spec)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does a task keep its promises: ids, splits, fingerprint, scores, refusals?"""
+"""Tasks and families: ids, splits, fingerprints, scores, the registry, errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_head_learns_the_class_id_or_the_exact_number():
     assert [task.target(e) for e in task.test] == [1, 0]
     task = labelled(labels=(), regression=True, test=(Example("a", "p", ("4.8", "4.75")), Example("b", "p", ("1",))))
     assert [task.target(e) for e in task.test] == [4.75, 1.0]
-    with pytest.raises(TaskError, match="task 'colours' has neither labels nor numbers: a head cannot learn it"):
+    with pytest.raises(TaskError, match="task 'colours' has neither labels nor numbers, so no head"):
         tiny().target(tiny().test[0])
 
 
@@ -103,44 +103,44 @@ def test_a_fingerprint_follows_the_texts_of_its_split_only():
     ("make", "message"),
     [
         (lambda: Example("x", "p", ()), "example 'x' has no reference"),
-        (lambda: tiny(name=" "), "needs a name"),
+        (lambda: tiny(name=" "), "a task has an empty name"),
         (lambda: tiny(name="a/b"), "'a/b' has the character '/'"),
         (lambda: tiny(name="..hidden"), "starts with a dot"),
         (lambda: tiny(version=0), "version starts at 1, got 0"),
-        (lambda: tiny(metric="rouge"), "headline metric 'rouge' must come first"),
+        (lambda: tiny(metric="rouge"), "headline metric 'rouge' must be the first of"),
         (lambda: tiny(metrics=("rouge_l", "bleu")), "unknown metric 'bleu'"),
-        (lambda: tiny(validation=(Example("a", "p", ("r",)),)), r"id 'a' stands twice \(in train and validation\)"),
+        (lambda: tiny(validation=(Example("a", "p", ("r",)),)), r"id 'a' is used twice \(in train and validation\)"),
         (
             lambda: Example("x", "p", ("r",), segments=("a", "b", "c")),
             "example 'x' has 3 segments: an encoder reads one",
         ),
         (lambda: Example("x", "p", ("r",), choices=("r",)), r"needs two or more different choices, got \['r'\]"),
         (lambda: Example("x", "p", ("r",), choices=("r", "r")), "two or more different choices"),
-        (lambda: Example("x", "p", ("r",), choices=("a", "b")), "the reference 'r' is none of its choices a, b"),
-        (lambda: labelled("maybe"), "task 'colours': answer 'maybe' of example '0' is none of its labels no, yes"),
+        (lambda: Example("x", "p", ("r",), choices=("a", "b")), "the reference 'r' is not one of its choices a, b"),
+        (lambda: labelled("maybe"), "task 'colours': answer 'maybe' of example '0' is not one of its labels no, yes"),
         (lambda: labelled("no", labels=("no",)), r"needs two or more labels that differ .*, got \['no'\]"),
         (lambda: labelled("no", labels=("no", "No ")), "needs two or more labels that differ in more than case"),
         (
             lambda: labelled(test=(Example("a", "p", ("no",), choices=("no", "none")),)),
-            "answer 'none' of example 'a' is none of its labels",
+            "answer 'none' of example 'a' is not one of its labels",
         ),
-        (lambda: labelled("no", regression=True), "has both labels and numbers: leave out `labels` or `regression`"),
+        (lambda: labelled("no", regression=True), "has both labels and regression: leave out `labels` or `regression`"),
         (
             lambda: labelled("four", labels=(), regression=True),
-            "reference 'four' of example '0' is not a number, and a regression task has only numbers",
+            "reference 'four' of example '0' is not a number, as regression needs",
         ),
         (lambda: labelled("nan", labels=(), regression=True), "reference 'nan' of example '0' is not a number"),
         (
             lambda: labelled("no", labels=(), metric="f1", metrics=("f1",)),
-            "metric 'f1' compares classes, but the task names none; give it `labels`, or use 'accuracy'",
+            "metric 'f1' needs class labels, but the task has none; give it `labels`, or use 'accuracy'",
         ),
         (
             lambda: tiny(metrics=("rouge_l", "group_accuracy")),
-            "metric 'group_accuracy' needs a group, but example 'a' has none",
+            "metric 'group_accuracy' needs groups, but example 'a' has none",
         ),
         (lambda: tiny().split("tests"), "unknown split 'tests' of task 'colours' – did you mean 'test'"),
         (lambda: tiny().score(["x"], tiny().test), "1 predictions for 2 examples"),
-        (lambda: tiny().score([], []), "nothing to score"),
+        (lambda: tiny().score([], []), "there are no examples to score"),
         (lambda: Suite((tiny(), tiny())), "two tasks have the same name: colours"),
     ],
 )
@@ -177,10 +177,9 @@ def test_a_recipe_field_picks_the_family_and_survives_being_written_out():
     assert [t.name for t in load(recipe.tasks)] == ["initials"]
 
 
-@pytest.mark.parametrize("name", sorted(families()))
-def test_every_family_documents_its_options(name):
-    assert families()[name].__doc__
-    assert families()[name].model_fields["family"].default == name
+def test_every_option_of_a_family_has_a_description():
+    options = {f"{name}.{key}": field for name, spec in families().items() for key, field in spec.model_fields.items()}
+    assert [name for name, field in options.items() if not field.description] == []
 
 
 def test_the_family_of_the_documentation_is_one_file_that_recipes_find(monkeypatch, tmp_path):

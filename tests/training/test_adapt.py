@@ -22,10 +22,10 @@ from dyads.recipe.spec import Recipe
 from dyads.runs.folder import RunFolder
 from dyads.scoring.answerer import Answerer
 from dyads.scoring.evaluate import evaluate, generate
-from dyads.tasks import Example, Suite, Task
+from dyads.tasks import Example, Suite, Task, load_suite
 from dyads.tasks.shots import few_shot
 from dyads.training.adapt import adapt_recipe
-from dyads.training.train import train
+from dyads.training.train import Training, train
 from dyads.training.trainer import TaskTrainer
 from made_runs import write_run
 
@@ -153,6 +153,18 @@ def test_known_tasks_stay_bit_identical_when_only_rows_of_new_tasks_train(
     start = adapt(run, source, "start", "train.learning_rate=1e-30", shots=4)
     assert not torch.equal(values(folder, new), values(start, new))
     assert torch.equal(values(start, old), values(run, old))
+
+
+def test_rows_of_known_tasks_get_no_gradient(trained: Trained, new_task: Path) -> None:
+    recipe = adapt_recipe(trained("more").path, new_task, {"shots": 4})
+    extended = Training(recipe, few_shot(load_suite(recipe.tasks), 4, 0)).extended
+    assert extended is not None
+    assert extended.frozen_rows
+    for parameter, frozen in extended.frozen_rows:
+        parameter.sum().backward()
+        assert parameter.grad is not None
+        assert not parameter.grad[: len(frozen)].any()
+        assert parameter.grad[len(frozen) :].all()
 
 
 @pytest.mark.parametrize("method", ["lora", "more"])

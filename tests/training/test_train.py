@@ -338,6 +338,7 @@ def test_a_run_that_lost_only_its_end_keeps_what_it_learned(tiny: Tiny, tmp_path
     before = adapter_of(folder)
     shutil.rmtree(folder.adapter)
     assert_close(adapter_of(train(recipe, folder.path, resume=True, evaluate=False)), before, rtol=0, atol=0)
+    assert [line["step"] for line in folder.log() if "loss" in line] == [1, 2, 3, 4], "the latest checkpoint is used"
 
 
 def test_resuming_without_a_checkpoint_starts_again(

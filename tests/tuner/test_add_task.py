@@ -157,7 +157,7 @@ def test_a_sample_is_most_like_the_task_whose_embedding_points_its_way() -> None
     model = get_peft_model(tiny_model("llama"), config).eval()
     inputs = batch("llama", rows=2)
     seen: list[Tensor] = []
-    layers = [m for m in model.modules() if isinstance(m, dyads.tuner.DyadsLayer)]
+    layers = [m for m in model.modules() if isinstance(m, dyads.tuner.DyadsLinear)]
     hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean(1)[0])) for layer in layers]
     logits(model, "rte", "rte", "rte")
     for hook in hooks:

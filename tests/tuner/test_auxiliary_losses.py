@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments
 import dyads
 from dyads import MoDEConfig, MoREConfig
 from dyads.errors import RoutingError
-from dyads.tuner import DyadsLayer
+from dyads.tuner import DyadsLinear
 from tiny import KINDS, TARGETS, TASKS, Variant, batch, task_of, tiny_model
 from tiny import adapted_layers as layers
 
@@ -92,7 +92,7 @@ def test_loss_is_the_models_own_and_the_mean_over_the_layers(lossy: Variant, kin
     of_decoder = inputs["labels"] != -100
     expected = []
 
-    def by_hand(layer: DyadsLayer, args: tuple[Tensor]) -> None:
+    def by_hand(layer: DyadsLinear, args: tuple[Tensor]) -> None:
         real = next((m for m in (mask, of_decoder) if m.shape == args[0].shape[:2]), None)
         assert (real is None) == (args[0].ndim == 2)  # BERT's pooler sees a row for every sample
         expected.append(layer.core("default").auxiliary_loss(args[0], tasks, real))

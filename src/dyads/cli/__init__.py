@@ -1,8 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `dyads`: which verbs are there, and how does a refusal reach the user?
+r"""The command `dyads`: a click group that finds its verbs, and prints a DyadsError as one message.
 
-One file a verb, each with a click command named `command`; a file put here is a verb. Verb files import at their top
-only click, so that `dyads --help` is quick, and everything heavy where it is used.
+Every module in this package is a verb. To add `dyads greet`, write the file `cli/greet.py`; nothing else changes, and
+the tests of the command line include it:
+
+    '''`dyads greet`: a greeting for a run.'''
+
+    from pathlib import Path
+
+    import click
+
+
+    @click.command(short_help="Greet a run.", epilog="\b\nExample:\n  dyads greet runs/demo/mode")
+    @click.argument("run", type=click.Path(path_type=Path))
+    def command(run: Path) -> None:
+        '''Greet the run in the folder RUN.'''
+        from dyads.runs.folder import RunFolder
+
+        click.echo(f"hello {RunFolder.open(run).recipe().name}")
+
+- The click command is named `command`, its `short_help` fits one line of `dyads --help`, and its epilog has an example.
+- At the top a verb imports only click and the standard library, so that `dyads --help` is quick; heavy imports (torch,
+  PEFT, pydantic, …) stand in the function that uses them.
+- A refusal is a DyadsError (dyads/errors.py) that says what was given, what is allowed and what mends it.
 """
 
 from __future__ import annotations
@@ -15,8 +35,8 @@ from typing import Any
 import click
 
 from dyads import __version__
-from dyads.cli._memory import keep_memory
 from dyads.errors import DyadsError, did_you_mean
+from dyads.training.memory import keep_memory
 
 __all__ = ["main"]
 
@@ -27,7 +47,7 @@ class _Refusal(click.ClickException):
 
 class _Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(module.name for module in iter_modules(__path__) if not module.name.startswith("_"))
+        return sorted(module.name for module in iter_modules(__path__) if module.name != "__main__")
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
@@ -68,6 +88,6 @@ From nothing to a comparison:
 @click.option("--debug", is_flag=True, help="Show the whole traceback of an error.")
 def main(debug: bool) -> None:
     """One adapter for many tasks: train it, score it, compare it."""
-    # PEFT 0.21 calls what transformers 5.23 renames; nobody who runs a command can act on that.
+    # PEFT 0.21 calls a method that transformers 5.23 renames; the user of a command cannot change that.
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
     keep_memory()

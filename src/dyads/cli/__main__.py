@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m dyads.cli`, where the command `dyads` is not on the path."""
+"""Entry point `python -m dyads.cli`, for an environment whose `dyads` command is not on the path."""
 
 from dyads.cli import main
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dyads adapt`: a trained adapter learns a new task from a few examples."""
+"""`dyads adapt`: few-shot training of a trained adapter on a new task."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import click
 @click.command(
     short_help="Teach a trained adapter a new task from a few examples.",
     epilog="""\b
-A task is a file of your own (JSONL or CSV, as for `tasks: {family: files}`),
-or a recipe (YAML) whose section `tasks` names it; what else stands in that
-recipe, such as `train`, holds here too.
+The task is a JSONL or CSV file of examples (as for `tasks: {family: files}`),
+or a recipe (YAML) with a section `tasks`; its section `train` and others
+override those of the run.
 \b
 Examples:
   dyads adapt runs/demo/more --task new.jsonl --shots 16
@@ -29,21 +29,21 @@ Examples:
 @click.option(
     "--parts",
     type=click.Choice(["task", "gate", "all"]),
-    help="What trains: what is kept for the new task alone, so that old tasks stay as they are to the bit; also"
+    help="What trains: the parameters of the new task alone, which leaves answers to known tasks bit-identical; all"
     " routers and gates; or everything that the run trained. Default: task.",
 )
 @click.option(
     "--start",
     type=click.Choice(["nearest", "mean", "fresh"]),
-    help="What the new task starts as: the most similar task, the mean of all, or drawn anew. Default: nearest where"
-    " the method can tell (it has a contrastive loss), else mean.",
+    help="How the new task's parameters start: as those of the most similar task, as the mean of all tasks, or random."
+    " Default: nearest where the method has a contrastive loss, else mean.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Chooses the examples. Default: the run's.")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a key of the recipe; repeatable.")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="The new run's folder. Default: RUN-FILE-SHOTS."
 )
-@click.option("--resume", is_flag=True, help="Go on with the run in that folder, from its last checkpoint.")
+@click.option("--resume", is_flag=True, help="Continue the run in that folder from its last checkpoint.")
 @click.option("--no-evaluate", is_flag=True, help="Train only; `dyads evaluate` scores later.")
 def command(
     run: Path,
@@ -57,14 +57,14 @@ def command(
     resume: bool,
     no_evaluate: bool,
 ) -> None:
-    """Teach the adapter in the folder RUN a new task, into a run of its own; RUN stays as it is.
+    """Train the adapter of the folder RUN on a new task, into a new run; RUN is unchanged.
 
-    It trains for 100 steps, with the run's other settings and batches of at most 16, unless the recipe or --set says
-    otherwise.
+    Defaults are 100 steps, batches of at most 16 examples, and otherwise the settings of RUN; the recipe and --set
+    override them.
     """
     from dyads.runs.folder import RunFolder
 
-    RunFolder.open(run)  # refused before torch is imported
+    RunFolder.open(run)  # a missing run is refused before torch is imported
     from dyads.training.adapt import adapt_recipe
     from dyads.training.train import train
 
@@ -73,7 +73,7 @@ def command(
     here = run if run.name else run.resolve()
     out = out or here.with_name("-".join([here.name, source.stem, *([str(shots)] if shots else [])]))
     folder = train(recipe, out, resume=resume, evaluate=not no_evaluate)
-    started = [line for line in folder.log() if line.get("event") == "adapted"][-1]  # again where it was resumed
+    started = [line for line in folder.log() if line.get("event") == "adapted"][-1]  # one entry per resumption
     for task, scores in started.get("similarity", {}).items():
         (best, score), *others = scores.items()
         runner_up = f"; next {others[0][0]} {others[0][1]:.3f}" if others else ""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dyads budget`: how many parameters does a method train, and what r or num_experts meets a budget?"""
+"""`dyads budget`: parameter counts of methods, and the r or num_experts that meets a budget."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ Examples:
 @click.option(
     "--like",
     metavar="METHOD:KEY=VALUE,...",
-    help="The budget is what this trains, on the same modules unless it says otherwise.",
+    help="The budget is this method's count, on the same modules unless it names others.",
 )
-@click.option("--solve", type=click.Choice(["r", "num_experts"]), help="What to choose. Default: the one not given.")
+@click.option(
+    "--solve", type=click.Choice(["r", "num_experts"]), help="The option to choose. Default: the one not given."
+)
 def command(
     model: str, method: str, options: tuple[str, ...], parameters: float | None, like: str | None, solve: str | None
 ) -> None:
     """Count the parameters that a method trains on a model; or find the r or num_experts that meets a budget."""
     from dyads.errors import ConfigError
-    from dyads.recipe.yaml_source import of_overrides
+    from dyads.recipe.yaml_source import read_overrides
 
     if parameters is not None and like is not None:
         raise click.UsageError("give either --parameters or --like")
@@ -46,12 +48,12 @@ def command(
         raise ConfigError(f"--parameters must be a whole number from 1, got {parameters:g}")
     if solve is not None and parameters is None and like is None:
         raise click.UsageError(f"--solve {solve} needs a budget: --parameters or --like")
-    given = of_overrides(options, "--option").data
+    given = read_overrides(options, "--option").data
     if solve in given:
-        raise ConfigError(f"--solve {solve} looks for {solve}, so --option {solve}={given[solve]} must go")
+        raise ConfigError(f"--solve {solve} chooses {solve}: remove --option {solve}={given[solve]}")
     free: Any = solve or ("num_experts" if "r" in given else "r")
     if free in given and (parameters is not None or like is not None):
-        raise ConfigError("r and num_experts are both given, so nothing is left to meet the budget with: drop one")
+        raise ConfigError("r and num_experts are both given, so neither can be chosen to meet the budget: remove one")
     from dyads.models import budget
 
     if parameters is None and like is None:
@@ -80,8 +82,8 @@ def _show(model: str, method: str, options: dict[str, Any], count: Any) -> None:
 
 def _parsed(text: str) -> tuple[str, dict[str, Any]]:
     """`lora:r=34,target_modules=[q_proj,v_proj]`: commas in brackets belong to the value."""
-    from dyads.recipe.yaml_source import of_overrides
+    from dyads.recipe.yaml_source import read_overrides
 
     method, _, rest = text.partition(":")
     parts = re.split(r",(?![^\[{]*[\]}])", rest) if rest else []
-    return method.strip(), of_overrides(parts, f"--like {method}:").data
+    return method.strip(), read_overrides(parts, f"--like {method}:").data

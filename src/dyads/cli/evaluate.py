@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 @click.command(
     short_help="Score the adapter of a run.",
     epilog="""\b
-Other tasks than the run's own are those of a recipe, of a .jsonl or .csv
-file (`dyads tasks --family files`), or of another run. A task that the gates
-do not know is refused, or answered as --unseen says: as the nearest of the
-tasks that they know, by a few inputs or by description, or with the mean
-over them. An encoder has no head for such a task: `dyads adapt` learns one.
+--tasks takes other tasks than the run's own from a recipe, a .jsonl or .csv
+file (`dyads tasks --family files`) or another run. Where gates depend on the
+task and do not know it, --unseen decides: refuse it, answer it as the nearest
+known task (by a few inputs or by description), or with the mean of all known
+tasks. An encoder has no head for such a task: `dyads adapt` learns one.
 \b
 Examples:
   dyads evaluate runs/demo/mode
@@ -35,7 +35,7 @@ Examples:
 @click.option(
     "--out",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep the scores in this new run folder, without the adapter; needed with --tasks.",
+    help="Write the scores to this new run folder, without an adapter; needed with --tasks.",
 )
 def command(
     run: Path,
@@ -49,7 +49,7 @@ def command(
     """Score the adapter in the folder RUN on all its tasks, replacing earlier scores, or on others."""
     from dyads.runs.folder import RunFolder
 
-    folder = RunFolder.open(run)  # refused before torch is imported
+    folder = RunFolder.open(run)  # a missing run is refused before torch is imported
     how: dict[str, Any] = {"split": split, "limit": limit, "unseen": unseen, "nearest_by": nearest_by, "into": out}
     if tasks is not None:
         if out is None:
@@ -57,7 +57,7 @@ def command(
         how["suite"] = _tasks(tasks)
     from dyads.scoring.evaluate import evaluate
 
-    scores = evaluate(folder, **how, told=click.echo)
+    scores = evaluate(folder, **how, on_stand_in=click.echo)
     rows = [row for row in scores["scores"] if row["headline"]]
     width = max(len(row["task"]) for row in rows)
     for row in rows:
@@ -68,9 +68,9 @@ def command(
 
 
 def _tasks(path: Path) -> FamilySpec:
-    """The tasks that a path means: a run's, those in a file, or a recipe's."""
-    from dyads.recipe.spec import parse_tasks
-    from dyads.recipe.yaml_source import of_file
+    """The tasks of a run folder, of a JSONL or CSV file, or of a recipe."""
+    from dyads.recipe.load import parse_tasks
+    from dyads.recipe.yaml_source import read_file
     from dyads.runs.folder import RunFolder
     from dyads.tasks.files import FilesSpec
 
@@ -78,4 +78,4 @@ def _tasks(path: Path) -> FamilySpec:
         return RunFolder.open(path).recipe().tasks
     if path.suffix.lower() in (".jsonl", ".csv"):
         return FilesSpec(path=(path,))
-    return parse_tasks(of_file(path), str(path), lambda key: f"add it to {path.name}")
+    return parse_tasks(read_file(path), str(path), lambda key: f"add it to {path.name}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dyads export`: the adapter of a run as an ordinary PEFT LoRA, for a task."""
+"""`dyads export`: ordinary PEFT LoRAs from a run's adapter, one per task."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ Examples:
 @click.option("--all-tasks", is_flag=True, help="Every task, each into a folder of its name below --out.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new or empty folder.")
 @click.option(
-    "--trim", is_flag=True, help="Every layer at its own rank, by rank_pattern. Not every serving engine reads that."
+    "--trim",
+    is_flag=True,
+    help="Give every layer its own rank, by rank_pattern, which not every serving engine supports.",
 )
 def command(run: Path, task: str | None, all_tasks: bool, out: Path, trim: bool) -> None:
-    """Write the adapter in RUN as an ordinary LoRA that equals it for a task, and that PEFT loads without dyads.
+    """Write the adapter in RUN as an ordinary LoRA, equal to it for one task, which PEFT loads without dyads.
 
-    RUN is the folder of a run or of an adapter. Exact for every method whose gates look at nothing or at the task;
-    others are refused. All layers get the largest rank that one of them needs, filled up with zeros.
+    RUN is the folder of a run or of an adapter. Methods whose gates look at nothing or at the task are exported
+    exactly; others are refused. All layers get the largest rank that one of them needs, padded with zeros.
     """
     if task is not None and all_tasks:
         raise click.UsageError("give either --task or --all-tasks")

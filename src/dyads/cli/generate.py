@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dyads generate`: let the adapter of a run answer."""
+"""`dyads generate`: answers of a run's model to prompts."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ _EXAMPLE = '{"prompt": "…", "task": "…"}'
 @click.command(
     short_help="Answer prompts with the adapter of a run.",
     epilog="""\b
-A file holds one JSON object a line with a "prompt" and, where the lines
-differ in it, a "task" (name or id):
+A file has one JSON object per line, with a "prompt" and optionally a "task"
+(name or id):
   {"prompt": "Words: fox lake\\nReverse them.\\nAnswer: ", "task": "sort_words"}
-The answers are the same objects with a "prediction". An encoder with heads
-reads a text or a pair, "prompt": ["…", "…"], always needs the task, and
-answers with one of its labels or a number.
+The output is the same objects with a "prediction". For an encoder with heads
+a prompt is a text or a pair of texts, "prompt": ["…", "…"], the task is
+needed, and the answer is one of its labels or a number.
 \b
-The name of a task that the run does not know is refused, or answered as
---unseen says: as the nearest of the known tasks, by the prompts given or by
---description, or with the mean over them. An encoder has no head for it.
+For a task name that the run does not know, --unseen decides: refuse it,
+answer as the nearest known task (by the prompts or by --description), or with
+the mean of all known tasks. An encoder has no head for such a task.
 \b
 Examples:
   dyads generate runs/demo/mode --task sort_words --prompt "Words: fox ..."
   dyads generate runs/demo/mode --file questions.jsonl --out answers.jsonl""",
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="What the model reads; repeatable.")
-@click.option("--file", type=click.Path(dir_okay=False, path_type=Path), help="Prompts from a JSONL file.")
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="A prompt; repeatable.")
+@click.option("--file", type=click.Path(dir_okay=False, path_type=Path), help="Read prompts from a JSONL file.")
 @click.option("--task", help="The task of the prompts; needed where the method looks at the task.")
 @click.option("--unseen", type=click.Choice(["error", "nearest", "mean"]), default="error", show_default=True)
-@click.option("--description", metavar="TEXT", help="What the unseen task asks; for --unseen nearest.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write JSONL there, not to the screen.")
+@click.option("--description", metavar="TEXT", help="Describes the unseen task; for --unseen nearest.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write JSONL to this file.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
 def command(
@@ -70,7 +70,7 @@ def command(
     if file is not None:
         questions = _read(file, task)
     else:
-        questions = [_Question(f"--prompt {prompt[:40]!r}", {"prompt": prompt}, task) for prompt in prompts]
+        questions = [_Prompt(f"--prompt {prompt[:40]!r}", {"prompt": prompt}, task) for prompt in prompts]
     _check_tasks(folder, questions, unseen)
     from dyads.scoring.evaluate import generate
 
@@ -82,7 +82,7 @@ def command(
         batch_size=batch_size,
         unseen=unseen,
         description=description,
-        told=partial(click.echo, err=True),
+        on_stand_in=partial(click.echo, err=True),
     )
     if file is None and out is None:
         for answer in answers:
@@ -98,29 +98,31 @@ def command(
 
 
 @dataclass(frozen=True)
-class _Question:
-    where: str  # file and line, or option
+class _Prompt:
+    """A prompt as it was given; `where` is its file and line, or its option, for messages."""
+
+    where: str
     row: dict[str, Any]
     task: str | int | None
 
 
-def _read(file: Path, task: str | None) -> list[_Question]:
-    """The lines of a file; `task` is that of the lines without one."""
+def _read(file: Path, task: str | None) -> list[_Prompt]:
+    """The prompts of a file; `task` is for lines without one."""
     from dyads.errors import ConfigError
     from dyads.tasks.rows import read_jsonl
 
     try:
-        rows = read_jsonl(file, error=ConfigError, remedy=f"write one line {_EXAMPLE} for every prompt")
+        rows = read_jsonl(file, error=ConfigError, remedy=f"write one line {_EXAMPLE} per prompt")
     except FileNotFoundError:
-        raise ConfigError(f"no file '{file}'; write one line {_EXAMPLE} for every prompt") from None
+        raise ConfigError(f"no file '{file}'; write one line {_EXAMPLE} per prompt") from None
     except OSError as error:
         raise ConfigError(f"cannot read '{file}': {error.strerror}") from error
     if not rows:
-        raise ConfigError(f"'{file}' is empty; write one line {_EXAMPLE} for every prompt")
-    return [_question(row.place, dict(row.fields), task) for row in rows]
+        raise ConfigError(f"'{file}' is empty; write one line {_EXAMPLE} per prompt")
+    return [_prompt(row.place, dict(row.fields), task) for row in rows]
 
 
-def _question(where: str, row: dict[str, Any], task: str | None) -> _Question:
+def _prompt(where: str, row: dict[str, Any], task: str | None) -> _Prompt:
     from dyads.errors import ConfigError
 
     if "prompt" not in row:
@@ -130,22 +132,22 @@ def _question(where: str, row: dict[str, Any], task: str | None) -> _Question:
     if not all(isinstance(part, str) for part in parts):
         raise ConfigError(f'{where}: "prompt" must be text, got {json.dumps(row["prompt"])[:60]}; put it in quotes')
     if not all(part.strip() for part in parts):
-        raise ConfigError(f'{where}: "prompt" is empty; write what the model is to read, or drop the line')
+        raise ConfigError(f'{where}: "prompt" is empty; write the text for the model, or remove the line')
     if isinstance(row.get("task"), bool) or not isinstance(row.get("task"), str | int | None):
         raise ConfigError(f'{where}: "task" must be a name or an id, got {json.dumps(row["task"])[:60]}')
-    return _Question(where, row, task if row.get("task") is None else row["task"])
+    return _Prompt(where, row, task if row.get("task") is None else row["task"])
 
 
-def _check_tasks(folder: RunFolder, questions: Sequence[_Question], unseen: str) -> None:
-    """Refuse a task that is missing or unknown where it was written, and before a model is loaded.
+def _check_tasks(folder: RunFolder, questions: Sequence[_Prompt], unseen: str) -> None:
+    """Refuse a missing or unknown task, with its file and line, before a model is loaded.
 
-    An unknown name is left to the policy for unseen tasks.
+    With a policy for unseen tasks, unknown names pass.
     """
     from dyads.errors import ConfigError, did_you_mean
 
     method, known = folder.recipe().method, folder.task_names()
     if not known:
-        return  # an older run: what its adapter knows is only seen once that is loaded
+        return  # an older run, whose tasks are known only once its adapter is loaded
     heads = folder.heads.is_file()
     gates = getattr(method.peft_config(known), "task_names", None) if method.trains else None
     for question in questions:

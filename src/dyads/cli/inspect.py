@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dyads inspect`: what is in an adapter, and which ranks its tasks chose?"""
+"""`dyads inspect`: sizes and modules of an adapter, and the ranks that its tasks chose."""
 
 from __future__ import annotations
 
@@ -27,9 +27,14 @@ Examples:
   dyads inspect runs/more/adapter --format csv > ranks.csv""",
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--layers", is_flag=True, help="The rank of every task in every layer too.")
+@click.option("--layers", is_flag=True, help="Also show the rank of every task in every layer.")
 @click.option(
-    "--format", "form", type=click.Choice(["text", "json", "csv"]), default="text", show_default=True, help="json: all."
+    "--format",
+    "form",
+    type=click.Choice(["text", "json", "csv"]),
+    default="text",
+    show_default=True,
+    help="json has all details.",
 )
 def command(run: Path, layers: bool, form: str) -> None:
     """Show the method, config, sizes and modules of the adapter in RUN, the folder of a run or of an adapter.
@@ -52,13 +57,13 @@ def command(run: Path, layers: bool, form: str) -> None:
 
 def _json(inspection: Inspection) -> str:
     content = {"schema": 1, **dataclasses.asdict(inspection)}
-    for module, plain in zip(inspection.modules, content["modules"], strict=True):
-        plain["ranks"] = dict(zip(inspection.tasks, module.ranks, strict=True)) if module.ranks else {}
+    for module, entry in zip(inspection.modules, content["modules"], strict=True):
+        entry["ranks"] = dict(zip(inspection.tasks, module.ranks, strict=True)) if module.ranks else {}
     return json.dumps(content, ensure_ascii=False, indent=1, default=str) + "\n"
 
 
 def _csv(inspection: Inspection) -> str:
-    """A line for every module, and for every task in it where tasks choose ranks."""
+    """One line per module, or per module and task where tasks choose ranks."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(("module", "kind", "in_features", "out_features", "parameters", "largest_rank", "task", "rank"))
@@ -74,7 +79,7 @@ def _text(inspection: Inspection, layers: bool, width: int) -> str:
     out = [
         _wrapped(f"{inspection.method} adapter in {inspection.path}", width, bold=True),
         _wrapped(f"base model  {inspection.base_model or 'not named'}", width),
-        _wrapped(f"config      {', '.join(f'{k}={_plain(v)}' for k, v in inspection.config.items())}", width),
+        _wrapped(f"config      {', '.join(f'{k}={_cell(v)}' for k, v in inspection.config.items())}", width),
         f"parameters  {inspection.parameters:,} in {count} module{'' if count == 1 else 's'}",
     ]
     rows = []
@@ -88,7 +93,7 @@ def _text(inspection: Inspection, layers: bool, width: int) -> str:
         out += _ranks(inspection, width)
         if layers:
             out += _by_layer(inspection, width)
-        out += _alike(inspection, width)
+        out += _agreement(inspection, width)
     elif layers:
         rows = [[m.name, f"{m.parameters:,}"] for m in inspection.modules]
         out += _table("Every module", ["module"], ["parameters"], rows, width)
@@ -124,8 +129,8 @@ def _by_layer(inspection: Inspection, width: int) -> list[str]:
     return out
 
 
-def _alike(inspection: Inspection, width: int) -> list[str]:
-    """For every task the one that chooses most alike, and the one that chooses least so."""
+def _agreement(inspection: Inspection, width: int) -> list[str]:
+    """For every task the other task whose choices agree most with its own, and the one whose choices agree least."""
     tasks = inspection.tasks
     if len(tasks) < 2:
         return []
@@ -146,14 +151,14 @@ def _alike(inspection: Inspection, width: int) -> list[str]:
 
 
 def _numbered(tasks: Sequence[str]) -> list[str]:
-    """Task names after their numbers, long ones without their middle: the numbers keep them apart."""
+    """Task names with their numbers; long names lose their middle, and the numbers keep them distinct."""
     return [f"{i:2} " + (name if len(name) <= 30 else f"{name[:19]}…{name[-10:]}") for i, name in enumerate(tasks)]
 
 
 def _table(
     title: str, left: list[str], header: list[str], rows: list[list[str]], width: int, gap: int = 2
 ) -> list[str]:
-    """A table with as many columns at a time as fit; the first one is repeated in every part."""
+    """A table, split into parts that fit the width; every part repeats the first column."""
     first = max(len(row[0]) for row in [left, *rows])
     sizes = [max(len(name), *(len(row[j + 1]) for row in rows)) for j, name in enumerate(header)]
     parts: list[list[int]] = [[]]
@@ -179,5 +184,5 @@ def _number(rank: float) -> str:
     return str(rank) if isinstance(rank, int) else f"{rank:.1f}"  # soft gates have expected ranks
 
 
-def _plain(value: object) -> str:
+def _cell(value: object) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)

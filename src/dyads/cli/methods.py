@@ -16,9 +16,9 @@ LORA = "PEFT's LoRA, the baseline; its scale is 1 unless lora_alpha is set"
     epilog="""\b
 Examples:
   dyads methods
-  dyads methods mode          # its options, and those that all have
+  dyads methods mode          # its options, and those that all methods share
   dyads methods --format markdown
-  dyads budget --help         # how many parameters they cost""",
+  dyads budget --help         # how many parameters they train""",
 )
 @click.argument("names", nargs=-1, metavar="[NAME...]")
 @click.option(
@@ -30,7 +30,7 @@ Examples:
     help="markdown: one table row for each method that is trained, without options (the README's table).",
 )
 def command(names: tuple[str, ...], form: str) -> None:
-    """List the methods: a line each, their own options and defaults; with NAME also the options all share."""
+    """List the methods with their own options and defaults; with NAME also the options that all methods share."""
     from dataclasses import fields
 
     from peft import LoraConfig, PeftConfig
@@ -59,9 +59,9 @@ def command(names: tuple[str, ...], form: str) -> None:
         if name in family:
             method = family[name]
             usual = {f.name for f in shared}
-            # Its own: those that only it has, and the shared ones that it declares anew.
-            anew = method.config.__annotations__
-            own = [f for f in fields(method.config) if f.name in anew or f.name not in hidden | usual]
+            # Its own options are those that it declares, which may be shared ones with another default.
+            declared = method.config.__annotations__
+            own = [f for f in fields(method.config) if f.name in declared or f.name not in hidden | usual]
             own.sort(key=lambda f: f.name in usual and f.name != "r")
             _head(name, method.summary, width)
             _options([*own, *(f for f in shared if names and f.name not in {o.name for o in own})], width)

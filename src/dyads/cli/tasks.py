@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dyads tasks`: what is in a suite of tasks?"""
+"""`dyads tasks`: list of a suite's tasks with their sizes and metrics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Examples:
   dyads tasks --recipe recipes/demo/mode.yaml --show reverse_words""",
 )
 @click.option("--family", help="A family of tasks: starter, sni, files, …")
-@click.option("--path", help="Where the tasks' files lie.")
+@click.option("--path", help="The folder or file of the tasks' data.")
 @click.option(
     "--option", "options", multiple=True, metavar="KEY=VALUE", help="Another option of the family; repeatable."
 )
@@ -29,23 +29,23 @@ def command(
 ) -> None:
     """List the tasks of a family or recipe: id, name, sizes, metric, version and fingerprint."""
     from dyads.errors import ConfigError, TaskError, did_you_mean
-    from dyads.recipe.spec import parse_tasks
-    from dyads.recipe.yaml_source import Layer, of_file, of_overrides
+    from dyads.recipe.load import parse_tasks
+    from dyads.recipe.yaml_source import YamlSource, read_file, read_overrides
 
     if (family is None) == (recipe is None):
         raise click.UsageError("give either --family or --recipe")
-    layer = Layer({}, {}) if recipe is None else of_file(recipe)
-    given = of_overrides(options, "--option")
+    chosen = YamlSource({}, {}) if recipe is None else read_file(recipe)
+    given = read_overrides(options, "--option")
     for key, value in (("family", family), ("path", path)):
         if value is not None and key in given.data:
-            raise ConfigError(f"--{key} {value} and --option {key}={given.data[key]} are both given: drop one")
+            raise ConfigError(f"--{key} {value} and --option {key}={given.data[key]} are both given: remove one")
         if value is not None:
-            layer = Layer({"tasks": {key: value}}, {("tasks", key): f"--{key} {value}"}).over(layer)
+            chosen = YamlSource({"tasks": {key: value}}, {("tasks", key): f"--{key} {value}"}).over(chosen)
     if options:
         origins = {("tasks", *place): origin for place, origin in given.origins.items()}
-        layer = Layer({"tasks": given.data}, origins).over(layer)
+        chosen = YamlSource({"tasks": given.data}, origins).over(chosen)
     source = f"--family {family}" if recipe is None else str(recipe)
-    suite = parse_tasks(layer, source, _how_to_give).load()
+    suite = parse_tasks(chosen, source, _how_to_give).load()
     if show is not None:
         found = [task for task in suite.tasks if task.name == show]
         if not found:

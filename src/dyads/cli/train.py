@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dyads train`: from a recipe to a run folder with an adapter and scores."""
+"""`dyads train`: training and scoring of one recipe, into a run folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import click
 def _show_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if not value or ctx.resilient_parsing:
         return
-    from dyads.recipe.spec import recipe_keys
+    from dyads.recipe.load import recipe_keys
 
     for key in recipe_keys():
         variant = len(key.choices) == 1
-        told = f": {key.choices[0]}" if variant else f" = {key.default}" if key.default else ""
-        click.echo(click.wrap_text(f"{key.name}{told}", subsequent_indent="        "))
+        value_text = f": {key.choices[0]}" if variant else f" = {key.default}" if key.default else ""
+        click.echo(click.wrap_text(f"{key.name}{value_text}", subsequent_indent="        "))
         choices = [f"One of: {', '.join(key.choices)}"] if key.choices and not variant else []
         for text in (*choices, key.help):
             click.echo(click.wrap_text(text, initial_indent="    ", subsequent_indent="    "))
@@ -24,7 +24,7 @@ def _show_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 @click.command(
-    short_help="Train and score one adapter as a recipe says.",
+    short_help="Train and score the adapter of a recipe.",
     epilog="""\b
 The smallest recipe:
   name: mode-16x4
@@ -35,7 +35,7 @@ The smallest recipe:
 Examples:
   dyads train recipes/demo/mode.yaml
   dyads train recipes/demo/mode.yaml --set seed=1 --set train.steps=200
-  dyads train recipes/demo/mode.yaml --resume    # go on after an interruption
+  dyads train recipes/demo/mode.yaml --resume    # continue an interrupted run
   dyads train --keys                             # what a recipe can hold
   dyads methods                                  # what `method:` can hold
   dyads tasks --family starter                   # what `tasks:` gives""",
@@ -45,14 +45,14 @@ Examples:
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="The run's folder. Default: runs/NAME-seedSEED."
 )
-@click.option("--resume", is_flag=True, help="Go on with the run in that folder, from its last checkpoint.")
+@click.option("--resume", is_flag=True, help="Continue the run in that folder from its last checkpoint.")
 @click.option("--no-evaluate", is_flag=True, help="Train only; `dyads evaluate` scores later.")
 @click.option(
     "--keys", is_flag=True, is_eager=True, expose_value=False, callback=_show_keys, help="List every key of a recipe."
 )
 def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, no_evaluate: bool) -> None:
-    """Train one adapter as RECIPE (a YAML file) says, and score it."""
-    from dyads.recipe.spec import load_recipe
+    """Train and score the adapter that RECIPE, a YAML file, describes."""
+    from dyads.recipe.load import load_recipe
     from dyads.training.train import train
 
     loaded = load_recipe(recipe, overrides)

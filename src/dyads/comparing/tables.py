@@ -15,6 +15,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
@@ -221,8 +222,7 @@ def _spread(column: Column) -> str:
 def _loss(curves: Sequence[Curve]) -> str:
     if not curves:
         return "–"
-    mean = sum(c.last for c in curves) / len(curves)
-    return f"{mean:.3f}" + (" falling" if any(c.falls for c in curves) else "")
+    return f"{fmean(c.last for c in curves):.3f}" + (" falling" if any(c.falls for c in curves) else "")
 
 
 def _time(seconds: float) -> str:
@@ -321,7 +321,7 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0), pad_edge=False)
 
 
-def _by_task(comparison: Comparison, heads: Sequence[str], part: Iterable[int]) -> Table:
+def _by_task(comparison: Comparison, heads: Sequence[str], part: Sequence[int]) -> Table:
     """Scores of some columns; names of tasks are shortened, and more so below letters."""
     columns, tasks = comparison.columns, comparison.tasks
     names = _shortened([t.task for t in tasks], 34 if heads[0] == columns[0].label else 27)
@@ -331,7 +331,6 @@ def _by_task(comparison: Comparison, heads: Sequence[str], part: Iterable[int]) 
     if len(metrics) > 1:
         table.add_column("metric", overflow="fold")
     table.add_column("n", justify="right")
-    part = list(part)
     for j in part:
         table.add_column(heads[j], justify="right", no_wrap=True)
     for i, (name, task) in enumerate(zip(names, tasks, strict=True)):
@@ -341,9 +340,8 @@ def _by_task(comparison: Comparison, heads: Sequence[str], part: Iterable[int]) 
     return table
 
 
-def _win_rates(comparison: Comparison, heads: Sequence[str], part: Iterable[int]) -> Table:
+def _win_rates(comparison: Comparison, heads: Sequence[str], part: Sequence[int]) -> Table:
     labels = [c.label for c in comparison.columns]
-    part = list(part)
     table = _table("Win rates over tasks, %")
     table.add_column("row ahead of column", overflow="fold")
     for j in part:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do tasks become batches?
+"""Data: from the examples of tasks to batches.
 
-`mixture` decides which example is read when (no torch needed), `tokens` turns an example into token ids and labels, and
-`batches` turns those into tensors.
+`mixture` computes the schedule, the examples of every batch (without torch); `tokens` turns an example into token ids
+and labels, and `batches` turns those into tensors.
 """

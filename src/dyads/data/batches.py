@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do tokens become tensors: padding, masks, task ids, and the order in which a loader reads them?
+"""Batches: padded tensors with attention masks and task ids, in the order of a schedule.
 
-What passes through this door is a `Batch` (training), a `PromptBatch` (generation) or a `PairBatch` (an encoder's
-heads). Padding is told by the attention mask, never by a token's id: pad and eos may be the same token, and eos is a
-label.
+There are three types: `Batch` (training), `PromptBatch` (generation) and `PairBatch` (heads of an encoder). The
+attention mask marks padding; token ids cannot, since pad and eos may be the same token and eos is a label.
 """
 
 from __future__ import annotations
@@ -43,35 +42,35 @@ Side = Literal["left", "right"]
 
 
 class PromptBatch(TypedDict):
-    """Prompts to be answered, padded on the left (on the right for an encoder-decoder)."""
+    """Prompts for generation, padded on the left (on the right for an encoder-decoder)."""
 
     input_ids: Tensor  # (b t)
-    attention_mask: Tensor  # (b t) 1 where a token is
-    task: Tensor  # (b) integer ids
+    attention_mask: Tensor  # (b t) 1 for tokens, 0 for padding
+    task: Tensor  # (b) task ids
 
 
 class Batch(PromptBatch):
-    """Examples to be trained on, padded on the right."""
+    """Training examples, padded on the right."""
 
-    labels: Tensor  # (b t), or (b target) for an encoder-decoder; -100 where nothing is learned
+    labels: Tensor  # (b t), or (b target) for an encoder-decoder; IGNORED (-100) where there is no loss
 
 
 class PairBatch(Batch, total=False):
-    """Texts or pairs of texts for an encoder's heads, padded on the right; labels (b) are ids or numbers, as floats."""
+    """Texts or pairs for the heads of an encoder, padded on the right; labels (b) hold class ids or numbers."""
 
-    token_type_ids: Tensor  # (b t) which of the two texts a token belongs to; only where the model asks
+    token_type_ids: Tensor  # (b t) 0 or 1, the text of the pair; only for models with token types
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Turns encoded examples into a batch as wide as its longest."""
+    """Pads encoded examples to the longest and stacks them."""
 
     pad_id: int
     side: Side = "right"
     encoder_decoder: bool = False
-    """Labels then have their own width, and are padded on the right whatever the side."""
+    """Labels then have their own width, and are padded on the right for either `side`."""
     multiple_of: int = 1
-    """Widths are rounded up to this; 8 suits GPUs."""
+    """Widths are rounded up to a multiple of this; 8 suits GPUs."""
 
     def __call__(self, examples: Sequence[Encoded]) -> Batch:
         if not self.encoder_decoder:
@@ -79,7 +78,7 @@ class Collator:
                 if len(e.labels) != len(e.input_ids):
                     raise ConfigError(
                         f"an example has {len(e.input_ids)} tokens and {len(e.labels)} labels: it was encoded for an "
-                        f"encoder-decoder, set encoder_decoder=True here too"
+                        f"encoder-decoder; pass encoder_decoder=True to the Collator too"
                     )
         ids = [e.input_ids for e in examples]
         return {
@@ -95,7 +94,7 @@ class Collator:
         }
 
     def prompts(self, ids: Sequence[Sequence[int]], tasks: Sequence[int]) -> PromptBatch:
-        """The same for prompts alone."""
+        """Pad tokenised prompts and stack them."""
         return {
             "input_ids": _pad(ids, self.pad_id, self.side, self.multiple_of),
             "attention_mask": _pad([[1] * len(i) for i in ids], 0, self.side, self.multiple_of),
@@ -105,11 +104,11 @@ class Collator:
 
 @dataclass(frozen=True)
 class PairCollator:
-    """Turns encoded pairs into a batch as wide as its longest."""
+    """Pads encoded pairs to the longest and stacks them."""
 
     pad_id: int
     types: bool = True
-    """Whether the model wants to know which text a token belongs to."""
+    """Whether the model has token types."""
 
     def __call__(self, examples: Sequence[EncodedPair]) -> PairBatch:
         ids = [e.input_ids for e in examples]
@@ -134,7 +133,7 @@ def _pad(rows: Sequence[Sequence[int]], value: int, side: Side = "right", multip
 
 
 def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token to pad with: pad, or eos where there is no pad (the attention mask hides it either way)."""
+    """The id of the pad token, or of eos where there is none (the attention mask hides both)."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     if pad is None:
         raise ConfigError(
@@ -145,13 +144,13 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 @dataclass
 class TaskDataset(Dataset[Encoded | EncodedPair]):
-    """One split of all tasks, read by (task, index); encodes an example when it is first read and then keeps it."""
+    """One split of all tasks, indexed by (task, index). An example is tokenised when it is first read, then cached."""
 
     tasks: Sequence[Task]
     prompt_tokenizer: PromptTokenizer | PairTokenizer
     split: str = "train"
     places: Sequence[int] = ()
-    """The tasks' ids for gates and heads; not given: 0, 1, …"""
+    """The ids of the tasks for gates and heads; empty: 0, 1, …"""
     _encoded: dict[tuple[int, int], Encoded | EncodedPair] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -168,7 +167,7 @@ class TaskDataset(Dataset[Encoded | EncodedPair]):
         return sum(len(task.split(self.split)) for task in self.tasks)
 
     def lengths(self) -> list[list[int]]:
-        """Tokens of every example of every task: what `mixture.schedule` sorts by."""
+        """Token counts of every example of every task, for `mixture.schedule`."""
         return [self.prompt_tokenizer.lengths(task.split(self.split), self._limit(task)) for task in self.tasks]
 
     def _limit(self, task: Task) -> int | None:
@@ -177,14 +176,14 @@ class TaskDataset(Dataset[Encoded | EncodedPair]):
 
 
 class ScheduledBatches(Sampler[list[tuple[int, int]]]):
-    """A batch sampler that plays a schedule from its start.
+    """A batch sampler that yields the batches of a schedule, for `DataLoader(dataset, batch_sampler=…)`.
 
-    For `DataLoader(dataset, batch_sampler=…)`; resuming skips batches from outside (accelerate's `skip_first_batches`).
+    It always starts at the first batch; to resume, skip batches with accelerate's `skip_first_batches`.
     """
 
     def __init__(self, batches: Sequence[list[tuple[int, int]]]) -> None:
         if not batches:
-            raise TaskError("the schedule has no batches: train for at least one step")
+            raise TaskError("the schedule has no batches; train for at least one step")
         self.batches = list(batches)
         # Read by accelerate when it shards batches over processes (checked with accelerate 1.15).
         self.batch_size = len(self.batches[0])
@@ -204,15 +203,15 @@ def prompt_batches(
     *,
     tasks: int | Sequence[int] = 0,
 ) -> Iterator[tuple[list[int], PromptBatch]]:
-    """(positions in `prompts`, those prompts as a batch), longest first: what does not fit in memory fails at once.
+    """Batches of prompts with their positions in `prompts`, longest first: too large a batch fails at once.
 
-    `tasks` is the id of every prompt's task, or one for all.
+    `tasks` holds the task id of every prompt, or is one id for all.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     ids_of = [tasks] * len(prompts) if isinstance(tasks, int) else list(tasks)
     if len(ids_of) != len(prompts):
-        raise TaskError(f"{len(ids_of)} task ids for {len(prompts)} prompts; give one for each, or one for all")
+        raise TaskError(f"{len(ids_of)} task ids for {len(prompts)} prompts; give one per prompt, or one for all")
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     collator = Collator(
         pad_id_of(prompt_tokenizer.tokenizer), side="right" if prompt_tokenizer.encoder_decoder else "left"

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How often is each task drawn, and which example stands in which batch?
+"""Mixture: how often each task is drawn, and the schedule of batches.
 
     proportional   p_i ∝ n_i
     temperature    p_i ∝ n_i^(1/T)            T = 1 is proportional, large T tends to uniform
     uniform        p_i ∝ 1
     balanced       p_i ∝ exp(n_i / Σ n)       MoRE's sampling weights, between uniform and e : 1
-    round_robin    the tasks in turn, no chance involved
+    round_robin    the tasks in turn, without randomness
 
-A task without examples gets 0. The schedule is computed before training from sizes, lengths and a seed alone, so that
-every method of a seed reads the same examples in the same order.
+A task without examples gets 0. The schedule is computed before training from sizes, lengths and a seed only, so that
+all methods trained with one seed see the same examples in the same order.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ __all__ = ["KINDS", "WINDOW", "Kind", "MixtureSpec", "draw_probabilities", "sche
 Kind = Literal["proportional", "temperature", "uniform", "balanced", "round_robin"]
 KINDS: tuple[Kind, ...] = ("proportional", "temperature", "uniform", "balanced", "round_robin")
 WINDOW = 8
-"""Batches that are sorted by length together."""
+"""Number of batches whose examples are sorted by length together."""
 
 Batch = list[tuple[int, int]]
 
 
 class MixtureSpec(BaseModel):
-    """A recipe's `mixture:` section."""
+    """The section `mixture` of a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -44,7 +44,7 @@ class MixtureSpec(BaseModel):
     temperature: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """T of kind temperature."""
     batches: Literal["mixed", "one_task"] = "mixed"
-    """Whether a batch holds examples of any task, or of one."""
+    """Batches with examples of several tasks, or of one."""
 
     @model_validator(mode="after")
     def _temperature_has_its_kind(self) -> MixtureSpec:
@@ -56,13 +56,15 @@ class MixtureSpec(BaseModel):
 
 
 def draw_probabilities(sizes: Sequence[int], kind: Kind, temperature: float | None = None) -> list[float]:
-    """Chance of drawing each task, from the numbers of its examples; formulas above. The result sums to 1.
+    """Probability of drawing each task, from its number of examples; formulas above. The result sums to 1.
 
-    For round_robin these are its shares, which are equal. `temperature` is read by kind temperature only.
+    For round_robin these are the shares of the tasks. Only kind temperature uses `temperature`.
     """
     n = np.asarray(sizes, dtype=np.float64)
     if n.ndim != 1 or n.size == 0 or n.min() < 0 or n.sum() == 0:
-        raise TaskError(f"there is nothing to draw from: the tasks have {list(sizes)} train examples")
+        raise TaskError(
+            f"nothing to draw from: the tasks have {list(sizes)} training examples; at least one task needs some"
+        )
     if kind == "proportional":
         weights = n
     elif kind == "temperature":
@@ -82,13 +84,13 @@ def draw_probabilities(sizes: Sequence[int], kind: Kind, temperature: float | No
 def schedule(
     lengths: Sequence[Sequence[int]], *, spec: MixtureSpec, steps: int, batch_size: int, seed: int, window: int = WINDOW
 ) -> list[Batch]:
-    """For every step its batch, a list of (task, index), given `lengths[task][index]` in tokens or any other unit.
+    """The batch of every step, a list of (task, index), given `lengths[task][index]` in tokens or any other unit.
 
-    - A task's examples are read in shuffled passes: each once before any of them again.
-    - Within a window of batches the examples are sorted by length and cut into batches, and the batches are shuffled; a
-      window so holds the examples that it would hold without, in other batches. With `one_task` this happens among the
-      batches of the same task, and the order of tasks stays. `window=1` keeps the drawn batches as they are.
-    - A longer schedule starts with the shorter one (same window): whole windows are made, the last one is cut off.
+    - The examples of a task are drawn in shuffled passes: all of them once before any of them again.
+    - The examples of `window` batches are sorted by length and cut into batches again, which are shuffled. This saves
+      padding and leaves the set of examples of a window unchanged. With `one_task`, only batches of the same task
+      exchange examples, and the order of tasks is kept. `window=1` disables it.
+    - A longer schedule starts with the shorter one (same window): whole windows are drawn and the last one is cut off.
     """
     if steps < 0 or batch_size < 1 or window < 1:
         raise ConfigError(
@@ -111,7 +113,7 @@ def schedule(
 def _bucket(
     drawn: list[Batch], lengths: Sequence[Sequence[int]], spec: MixtureSpec, random: np.random.Generator
 ) -> list[Batch]:
-    groups: dict[int, list[int]] = {}  # batches whose examples may be exchanged
+    groups: dict[int, list[int]] = {}  # positions of batches that may exchange examples
     for position, batch in enumerate(drawn):
         groups.setdefault(batch[0][0] if spec.batches == "one_task" else -1, []).append(position)
     size = len(drawn[0])
@@ -129,13 +131,13 @@ def _tasks(sizes: Sequence[int], spec: MixtureSpec, seed: int) -> Iterator[int]:
     if spec.kind == "round_robin":
         yield from cycle(task for task, chance in enumerate(chances) if chance)
     random = _generator(seed, "tasks")
-    block = 1024  # a fixed block: the stream must not depend on how much of it is read
+    block = 1024  # a fixed size: the stream must not depend on how much of it is used
     while True:
         yield from random.choice(len(sizes), size=block, p=chances).tolist()
 
 
 def _passes(seed: int, task: int, size: int) -> Iterator[int]:
-    """The endless stream of a task's indices: a new order for every pass."""
+    """The endless stream of indices of a task: a new permutation for every pass."""
     number = 0
     while True:
         order: NDArray[np.int64] = _generator(seed, "pass", task, number).permutation(size)
@@ -144,6 +146,6 @@ def _passes(seed: int, task: int, size: int) -> Iterator[int]:
 
 
 def _generator(seed: int, *purpose: str | int) -> np.random.Generator:
-    """Independent random numbers for every purpose, so that no choice shifts another."""
+    """An independent random generator for every purpose, so that no choice affects another."""
     text = "/".join(map(str, ("mixture", seed, *purpose)))
     return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big"))

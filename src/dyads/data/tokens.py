@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does an example become token ids and labels, the same way in training and in generation?
+"""Tokenisation: from an example to token ids and labels, alike in training and generation.
 
     decoder only     input_ids = prompt + target + eos      labels = -100 … -100 + target + eos
     encoder-decoder  input_ids = prompt (with its special tokens)      labels = target + eos
-    encoder          input_ids = [CLS] text [SEP] text [SEP]           target = a number for the task's head
+    encoder          input_ids = [CLS] text [SEP] text [SEP]           target = a number for the head of the task
 
-Prompt and target are tokenised apart and joined, with nothing in between: the model then sees the prompt cut into the
-same tokens when it generates. Blanks at the end of a decoder's prompt move to the front of its target ("Output:" +
-" Paris"), because most tokenizers join a blank to the word that follows; the text stays the same.
+Prompt and target are tokenised separately and concatenated, so that a prompt has the same tokens in training and in
+generation. Spaces at the end of a decoder's prompt move to the start of its target ("Output:" + " Paris"), because most
+tokenizers join a space to the next word; the text is unchanged.
 
-Too long: of a prompt that has shorter versions (fewer demonstrations) the first that fits is taken. What is still too
+Limits: if a prompt has shorter versions (fewer demonstrations), the first that fits is used. A prompt that is still too
 long loses its middle for a decoder, which needs the definition at the start and the cue at the end, and its end for an
-encoder-decoder, as the official Super-NaturalInstructions scoring has it. A target is kept whole up to its limit, which
-counts eos; a longer one is cut and then gets no eos, so that nobody learns to stop in the middle of a sentence. An
-encoder loses the end of the longer text of its pair.
+encoder-decoder, as in the official Super-NaturalInstructions scoring. The limit of a target includes eos; a longer
+target is cut and gets no eos, so that the model does not learn to stop in the middle of a sentence. Of a pair of texts
+for an encoder, the longer one loses its end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["IGNORED", "Encoded", "EncodedPair", "PairTokenizer", "PromptTokenizer", "encode"]
 
 IGNORED = -100
-"""The label of a position that is not trained on."""
+"""The label of positions without loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Encoded:
     task: int
 
     def __len__(self) -> int:
-        """Tokens that the model works through: what batches are sorted by."""
+        """Number of input tokens, by which examples are sorted."""
         return len(self.input_ids)
 
 
@@ -54,21 +54,21 @@ class EncodedPair:
 
     input_ids: list[int]
     types: list[int]
-    """Which of the two texts a token belongs to, 0 or 1."""
+    """The text of the pair that each token belongs to, 0 or 1."""
     target: float
-    """What the task's head is to give: a class id, or a number."""
+    """Training target of the head: a class id, or a number."""
     task: int
 
     def __len__(self) -> int:
-        """Tokens that the model works through: what batches are sorted by."""
+        """Number of input tokens, by which examples are sorted."""
         return len(self.input_ids)
 
 
 class PromptTokenizer:
-    """A tokenizer with its limits.
+    """Tokenises prompts and targets within limits.
 
-    Special tokens stand around the prompt only where the tokenizer puts them by itself; a decoder's prompt keeps those
-    at its start (bos) and drops those at its end (eos, [SEP]), since the answer follows.
+    A prompt has the special tokens that the tokenizer adds by default. For a decoder, those at the start (bos) are kept
+    and those at the end (eos, [SEP]) are left out, since the answer follows.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PromptTokenizer:
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
-                f"the tokenizer {type(tokenizer).__name__} has no eos token, so that no answer could end; "
+                f"the tokenizer {type(tokenizer).__name__} has no eos token to end an answer with; "
                 f"set tokenizer.eos_token"
             )
         self.tokenizer, self.encoder_decoder = tokenizer, encoder_decoder
@@ -99,11 +99,11 @@ class PromptTokenizer:
             raise ConfigError(f"max_target_tokens is {max_target_tokens}, a target needs at least 1")
 
     def prompt(self, example: Example, limit: int | None = None) -> list[int]:
-        """The tokens that the model reads before it answers, at most `limit` (default: the object's own)."""
+        """The tokens of the prompt, at most `limit` (default: `max_prompt_tokens`)."""
         limit = self.max_prompt_tokens if limit is None else limit
         room = None if limit is None else max(1, limit - len(self.start) - len(self.end))
         for text in (example.prompt, *example.shorter):
-            ids = self._ids(self._read(text))
+            ids = self._ids(self._prompt_text(text))
             if room is None or len(ids) <= room:
                 break
         if room is not None and len(ids) > room:
@@ -112,39 +112,39 @@ class PromptTokenizer:
         return self.start + ids + self.end
 
     def target(self, example: Example) -> list[int]:
-        """The tokens that the model should answer, eos included where the target was not cut."""
+        """The tokens of the first reference, with eos unless they were cut."""
         return self.choice(example, example.references[0])[: self.max_target_tokens]
 
     def choice(self, example: Example, answer: str) -> list[int]:
-        """The tokens of one possible answer with eos, never cut."""
-        return [*self._ids(self._answered(example, answer)), self.eos]
+        """The tokens of one candidate answer with eos, never cut."""
+        return [*self._ids(self._answer_text(example, answer)), self.eos]
 
     def encode(self, example: Example, task: int, limit: int | None = None) -> Encoded:
-        """The example for training. It always has a label."""
+        """The example for training; at least one position has a label."""
         prompt, target = self.prompt(example, limit), self.target(example)
         if self.encoder_decoder:
             return Encoded(prompt, target, task)
         return Encoded(prompt + target, [IGNORED] * len(prompt) + target, task)
 
     def lengths(self, examples: Sequence[Example], limit: int | None = None) -> list[int]:
-        """`len(self.encode(e, …))` of every example, to sort by; faster, and shorter prompts are not tried."""
+        """`len(self.encode(e, …))` of every example, but faster; shorter prompts are not tried."""
         if not examples:
             return []
         limit = self.max_prompt_tokens if limit is None else limit
         special = len(self.start) + len(self.end)
-        prompts = [len(ids) + special for ids in self._many([self._read(e.prompt) for e in examples])]
+        prompts = [len(ids) + special for ids in self._many([self._prompt_text(e.prompt) for e in examples])]
         prompts = prompts if limit is None else [min(n, limit) for n in prompts]
         if self.encoder_decoder:
             return prompts
-        targets = [len(ids) + 1 for ids in self._many([self._answered(e, e.references[0]) for e in examples])]
+        targets = [len(ids) + 1 for ids in self._many([self._answer_text(e, e.references[0]) for e in examples])]
         most = self.max_target_tokens
         return [p + (t if most is None else min(t, most)) for p, t in zip(prompts, targets, strict=True)]
 
-    def _read(self, prompt: str) -> str:
+    def _prompt_text(self, prompt: str) -> str:
         return prompt if self.encoder_decoder else prompt.rstrip(" ")
 
-    def _answered(self, example: Example, answer: str) -> str:
-        return example.prompt[len(self._read(example.prompt)) :] + answer
+    def _answer_text(self, example: Example, answer: str) -> str:
+        return example.prompt[len(self._prompt_text(example.prompt)) :] + answer
 
     def _ids(self, text: str) -> list[int]:
         return self._many([text])[0]
@@ -157,10 +157,10 @@ class PromptTokenizer:
 
 
 class PairTokenizer:
-    """The tokenizer of an encoder with heads, which reads the segments of an example: one text, or a pair.
+    """Tokenises the segments of an example, one text or a pair, for an encoder with heads.
 
-    An example without segments is read by its prompt. `target` tells, from the number of a task and an example, what
-    the task's head is to learn.
+    For an example without segments it uses the prompt. `target` maps task id and example to the training target of the
+    head.
     """
 
     def __init__(
@@ -178,24 +178,24 @@ class PairTokenizer:
         self.tokenizer, self.target, self.max_prompt_tokens = tokenizer, target, max_prompt_tokens
 
     def read(self, examples: Sequence[Example], limit: int | None = None) -> list[tuple[list[int], list[int]]]:
-        """(tokens, which text each belongs to) of every example, at most `limit` (default: the object's own)."""
+        """(token ids, token types) of every example, at most `limit` (default: `max_prompt_tokens`)."""
         limit = self.max_prompt_tokens if limit is None else limit
-        found: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
+        encoded: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
         for many in (1, 2):  # a tokenizer takes a list of texts, or a list of pairs
             rows = [(i, segments) for i, e in enumerate(examples) if len(segments := e.segments or (e.prompt,)) == many]
             if not rows:
                 continue
             cut = {"truncation": "longest_first", "max_length": limit} if limit is not None else {}
-            encoded = self.tokenizer(
+            batch = self.tokenizer(
                 *([segments[k] for _, segments in rows] for k in range(many)),
                 return_attention_mask=False,
                 return_token_type_ids=True,
                 verbose=False,
                 **cut,
             )
-            for (i, _), ids, types in zip(rows, encoded["input_ids"], encoded["token_type_ids"], strict=True):
-                found[i] = (ids, types)
-        return found
+            for (i, _), ids, types in zip(rows, batch["input_ids"], batch["token_type_ids"], strict=True):
+                encoded[i] = (ids, types)
+        return encoded
 
     def encode(self, example: Example, task: int, limit: int | None = None) -> EncodedPair:
         """The example for training."""
@@ -203,7 +203,7 @@ class PairTokenizer:
         return EncodedPair(ids, types, self.target(task, example), task)
 
     def lengths(self, examples: Sequence[Example], limit: int | None = None) -> list[int]:
-        """`len(self.encode(e, …))` of every example, to sort by."""
+        """`len(self.encode(e, …))` of every example."""
         return [len(ids) for ids, _ in self.read(examples, limit)]
 
 
@@ -216,7 +216,7 @@ def encode(
     max_target_tokens: int | None = None,
     encoder_decoder: bool = False,
 ) -> Encoded:
-    """One example in tokens and labels; see the top of the file. For many examples keep an `PromptTokenizer`."""
+    """Tokenise one example; for many, keep a `PromptTokenizer`."""
     prompt_tokenizer = PromptTokenizer(
         tokenizer,
         max_prompt_tokens=max_prompt_tokens,
@@ -227,10 +227,10 @@ def encode(
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text by itself, found by looking."""
+    """The special tokens that the tokenizer adds before and after a text, found by tokenising one."""
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    dressed: list[int] = tokenizer("a")["input_ids"]
-    for at in range(len(dressed) - len(bare) + 1):
-        if dressed[at : at + len(bare)] == bare:
-            return dressed[:at], dressed[at + len(bare) :]
+    with_special: list[int] = tokenizer("a")["input_ids"]
+    for at in range(len(with_special) - len(bare) + 1):
+        if with_special[at : at + len(bare)] == bare:
+            return with_special[:at], with_special[at + len(bare) :]
     return [], []

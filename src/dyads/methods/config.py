@@ -24,13 +24,16 @@ PEFT_TYPE_PREFIX = "DYADS_"
 
 
 class PeftTypeName(str):
-    """Name of a PEFT method outside of PEFT's enum, with the `.value` that PEFT and transformers read from a type."""
+    """Name of a PEFT method outside of PEFT's enum, with what PEFT and transformers read from a member of the enum."""
 
     __slots__ = ()
 
     @property
     def value(self) -> str:
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"  # as an enum member; PEFT's model status cuts off the part before the dot
 
 
 _IMPORT_NOTE = """

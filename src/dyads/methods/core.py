@@ -143,6 +143,8 @@ class Core(nn.Module):
         generator = torch.Generator().manual_seed(0)
         h, x, du = (torch.randn(2, n, generator=generator, dtype=torch.float32) for n in (self.p, d, self.q))
         device = next((t.device for t in (*self.parameters(), *self.buffers())), h.device)
+        if device.type == "meta":
+            probe = probe.to("meta")  # PEFT's low_cpu_mem_usage leaves buffers on the CPU
         h, x, du = h.to(device), x.to(device), du.to(device)
         task = torch.tensor([0, num_tasks - 1], device=device) if num_tasks else None
         probe = probe.float()

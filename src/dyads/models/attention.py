@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How is attention computed on a CPU without copying keys and values for every query head?
+"""Grouped attention: eager attention without copies of the keys and values that query heads share.
 
 Where several query heads share a key/value head, transformers' eager attention first repeats keys and values for each
-of them. Here those query heads become rows of one product with the keys that they share:
+of them. Here the query heads of a group are rows of one product with their common keys:
 
     softmax(scale · Q Kᵀ + mask) V        Q (b h·n t d), K and V (b h s d), read as Q (b h n·t d)
 
-with n query heads to each of h key/value heads. The sums and roundings are eager attention's own, the softmax is in
-fp32. Importing this file makes it known to transformers under the name "grouped".
+with n query heads to each of h key/value heads. Sums and roundings are those of eager attention, the softmax is in
+fp32. Importing this module registers it with transformers under the name "grouped".
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from transformers.masking_utils import eager_mask
 
 from dyads.errors import ConfigError
 
-__all__ = ["GROUPED", "grouped_attention", "is_plain"]
+__all__ = ["GROUPED", "GROUPED_TYPES", "grouped_attention", "supports_grouped"]
 
 GROUPED = "grouped"
-PLAIN = frozenset({"gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"})
-"""Kinds of models whose attention is the formula above, unless their config says otherwise (each is tested)."""
-NOT_PLAIN = ("sliding_window", "attention_chunk_size", "attn_logit_softcapping", "alibi")
-UNKNOWN = ("softcap", "s_aux", "position_bias", "sliding_window")
+GROUPED_TYPES = frozenset({"gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "smollm3"})
+"""Model types whose attention is the formula above, unless their config sets one of the keys below (all tested)."""
+_OTHER_CONFIG = ("sliding_window", "attention_chunk_size", "attn_logit_softcapping", "alibi")
+_OTHER_ARGUMENTS = ("softcap", "s_aux", "position_bias", "sliding_window")
 
 
-def is_plain(config: PreTrainedConfig) -> bool:
-    """Whether models with this config may compute attention as "grouped"."""
+def supports_grouped(config: PreTrainedConfig) -> bool:
+    """Whether "grouped" is correct for a model with this config."""
     full = {"full_attention"} >= set(getattr(config, "layer_types", None) or ())
-    return config.model_type in PLAIN and full and not any(getattr(config, key, None) for key in NOT_PLAIN)
+    return config.model_type in GROUPED_TYPES and full and not any(getattr(config, key, None) for key in _OTHER_CONFIG)
 
 
 def grouped_attention(
@@ -46,10 +46,10 @@ def grouped_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Eager attention, with the arguments and results of transformers' attention functions: (b t h·n d), weights."""
-    if asked := [name for name in UNKNOWN if kwargs.get(name) is not None]:
+    """Output (b t h·n d) and weights, with the signature of transformers' attention functions."""
+    if given := [name for name in _OTHER_ARGUMENTS if kwargs.get(name) is not None]:
         raise ConfigError(
-            f"attention '{GROUPED}' knows no {asked[0]}, which {type(module).__name__} asks for: use eager"
+            f"attention '{GROUPED}' does not support {given[0]}, which {type(module).__name__} passes: use eager"
         )
     (b, heads, t, d), (h, s) = query.shape, key.shape[1:3]
     scale = d**-0.5 if scaling is None else scaling

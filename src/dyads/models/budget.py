@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many parameters does a method train on a model, and which r or num_experts meets a budget?
+"""Parameter budgets: the trainable parameters of a method on a model, and the r or num_experts for a given number.
 
-No weights are loaded: the model is built from its config without memory (on PyTorch's meta device), the adapter is put
-in as for training, and what would train is counted – routers, gates and embeddings with it.
+No weights are loaded: the model is built from its config on PyTorch's meta device, the adapter is added as for
+training, and the parameters that require gradients are counted, with routers, gates and embeddings.
 
 `paper:mode-gemma-2b` is the model behind the "Add. Params" columns of the MoDE paper. Its 27 distinct percentages
 follow, to the last digit, from q adapted per head (8 × 2048→256), k and v (2048→256) and o (2048→2048) in 18 layers,
-over 1,981,884,416 non-embedding parameters – times 4, a factor that the paper does not explain.
+over 1,981,884,416 non-embedding parameters, times 4, a factor that the paper does not explain.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _LARGEST, _LARGEST_FIRST = 1 << 20, 1 << 10
 
 @dataclass(frozen=True)
 class Count:
-    """What a method trains on a model."""
+    """The parameters of a method on a model."""
 
     trainable: int
     base: int
-    """Parameters of the model itself (the paper's count: without embeddings)."""
+    """Parameters of the base model (in the paper's count without embeddings)."""
     factor: int = 1
-    """What percentages are multiplied by; 1 for every real model."""
+    """Factor of percentages; 1 for every real model."""
     per_module: dict[str, int] = field(default_factory=dict)
 
     @property
     def percent(self) -> float:
-        """Trained parameters in percent of the base model's."""
+        """Trainable parameters in percent of the base model's."""
         return 100 * self.factor * self.trainable / self.base
 
 
@@ -55,7 +55,7 @@ def count(model: str, method: str, options: dict[str, Any], task_names: Sequence
     if model == PAPER_GEMMA_2B:
         options.setdefault("target_modules", ["q", "k", "v", "o"])
         base, factor = _PAPER_BASE, _PAPER_FACTOR
-        if isinstance(options["target_modules"], list):  # q stands for its eight heads
+        if isinstance(options["target_modules"], list):  # q is adapted per head
             options["target_modules"] = [
                 n for t in options["target_modules"] for n in ([f"q{i}" for i in range(8)] if t == "q" else [t])
             ]
@@ -65,7 +65,7 @@ def count(model: str, method: str, options: dict[str, Any], task_names: Sequence
             adapted = get_peft_model(_skeleton(model), config)
     except DyadsError:
         raise
-    except ValueError as error:  # target modules that the model does not have
+    except ValueError as error:  # PEFT finds no such target modules
         raise ConfigError(f"method '{method}' does not fit model '{model}': {error}") from error
     per_module = {
         name.removeprefix("base_model.model."): sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -85,14 +85,14 @@ def solve(
     parameters: int,
     task_names: Sequence[str] = (),
 ) -> tuple[int, Count]:
-    """The value of `free` whose size comes closest to the budget, and that size.
+    """The value of `free` whose number of parameters is closest to the budget, and its count.
 
-    Sizes grow with both r and num_experts. Only values that the method takes are tried: with a group_size its
-    multiples, with top_k nothing below. Refused where even the smallest is more than twice the budget.
+    By bisection, since counts grow with r and with num_experts. Only values that the method's config accepts are tried:
+    multiples of group_size, at least top_k. ConfigError if the smallest needs more than twice the budget.
     """
     if free == "num_experts" and not hasattr(build_config(method, options, tuple(task_names) or None), free):
         raise ConfigError(f"{method} has no num_experts, so only r can meet a budget: leave r out")
-    first, step = _allowed(method, options, free, task_names)
+    first, step = _accepted(method, options, free, task_names)
 
     @cache
     def at(n: int) -> Count:
@@ -117,10 +117,10 @@ def solve(
     return first + (best - 1) * step, at(best)
 
 
-def _allowed(method: str, options: dict[str, Any], free: str, task_names: Sequence[str]) -> tuple[int, int]:
-    """The smallest value of `free` that the method takes, and the distance to the next: groups, experts and top_k ask.
+def _accepted(method: str, options: dict[str, Any], free: str, task_names: Sequence[str]) -> tuple[int, int]:
+    """The smallest value of `free` that the method's config accepts, and the step to the next.
 
-    Where none is taken the fault lies with another option, and the method says with which.
+    If it accepts none, another option is wrong: the config's own error is raised.
     """
     found: list[int] = []
     refusal: ConfigError | None = None
@@ -149,7 +149,7 @@ class _PaperLayer(nn.Module):
 
 
 def _skeleton(model: str) -> nn.Module:
-    """The model without memory, anew each time because adapters are put into it."""
+    """The model on the meta device, built for each call because adapters are added to it in place."""
     with torch.device("meta"):
         if model == PAPER_GEMMA_2B:
             return nn.ModuleList(_PaperLayer() for _ in range(_PAPER_LAYERS))

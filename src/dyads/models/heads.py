@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does an encoder answer? By a linear head of every task's own, on one vector for the whole text.
+"""Task heads: a linear head per task with which an encoder answers, on one vector for the whole text.
 
-    z = pool(hidden)        the mean of the tokens' hidden states, or the first one's      (b d)
-    y = W z + c             the heads of all tasks, one below the other: a row a class     (b rows)
+    z = pool(hidden)        mean of the tokens' hidden states, or the first token's      (b d)
+    y = W z + c             the heads of all tasks in one matrix, a row per class        (b rows)
 
-A task with C labels has C rows, one with numbers a single row. All heads are computed, since together they are smaller
-than one layer's smallest map; which rows are a sample's own is told by its task, the same that gates are given. So a
-batch may mix tasks, and no sample depends on its neighbours. The loss of a sample is the cross-entropy over its own
-rows, or the squared error of its number, which is standardised by mean and deviation of the training split, so that
-both kinds of loss start near 1.
+A classification task with C labels has C rows, a regression task one. All heads are computed for every sample, which
+costs less than the smallest layer, and the sample's task, the same that the gates get, selects its rows. A batch may
+therefore mix tasks, and no sample depends on the others. The loss is the cross-entropy over the task's rows, or the
+squared error of the number, standardised by the mean and deviation of the training split, so that both start near 1.
 
-The heads are one module of the base model, `task_heads`, which PEFT trains and saves beside any adapter
-(`modules_to_save`). What their rows mean stands in heads.json beside the adapter.
+The heads are one module of the base model, `task_heads`, which PEFT trains and saves with any adapter
+(`modules_to_save`). The file heads.json beside the adapter keeps the labels and scaling of their rows.
 """
 
 from __future__ import annotations
@@ -40,52 +39,52 @@ __all__ = [
     "Head",
     "HeadQuestion",
     "TaskHeads",
-    "answer",
-    "attach",
+    "answer_by_heads",
+    "attach_heads",
     "collator_of",
     "head_loss",
     "heads_of",
     "pair_tokenizer_of",
-    "read",
-    "write",
+    "read_heads",
+    "write_heads",
 ]
 
 MODULE = "task_heads"
-"""The name of the heads in the base model."""
-_START = 0.02
-"""Standard deviation of a head's weights at the start, as BERT's own."""
+"""The name of the module in the base model."""
+_INIT_STD = 0.02
+"""Standard deviation of a head's initial weights, as in BERT."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What the rows of one task's head stand for."""
+    """The labels, or the scaling, of one task's head."""
 
     task: str
     labels: tuple[str, ...]
-    """In the order of the rows; empty: one row, a number."""
+    """In the order of the rows; empty for a regression task, which has one row."""
     mean: float = 0.0
-    """Of the numbers in the training split, in their own unit; the head gives (number - mean) / deviation."""
+    """Mean of the training split's numbers; the head predicts (number - mean) / deviation."""
     deviation: float = 1.0
 
     @property
     def rows(self) -> int:
-        """Its rows in the matrix."""
+        """The number of rows in the matrix."""
         return len(self.labels) or 1
 
     def text(self, values: Sequence[float], choices: Sequence[str] = ()) -> str:
-        """What the head's values say: the label with the highest, among `choices` where there are some, or a number."""
+        """The answer for the head's values: the label with the highest (among `choices`, if given), or the number."""
         if not self.labels:
             return f"{values[0] * self.deviation + self.mean:.4f}"
         return max(choices or self.labels, key=lambda label: values[self.labels.index(label)])
 
 
 def heads_of(tasks: Sequence[Task]) -> tuple[Head, ...]:
-    """A head for every task; TaskError for those that ask for free text."""
-    if free := [task.name for task in tasks if not task.labels and not task.regression]:
+    """A head for every task; TaskError for tasks without labels or numbers, or without training examples."""
+    if unlabelled := [task.name for task in tasks if not task.labels and not task.regression]:
         raise TaskError(
-            f"an encoder answers by a head, which needs labels or numbers, and {', '.join(free[:5])}"
-            f"{f', … ({len(free)} in all)' if len(free) > 5 else ''} asks for free text: give its labels"
-            " (`tasks.labels: {TASK: [no, yes]}` for your own files), take a model that generates, or leave it out"
+            f"an encoder answers by a head, which needs labels or numbers, and {', '.join(unlabelled[:5])}"
+            f"{f', … ({len(unlabelled)} in all)' if len(unlabelled) > 5 else ''} asks for free text: give its labels"
+            " (`tasks.labels: {TASK: [no, yes]}` for your own files), use a model that generates, or leave it out"
         )
     if untrained := [task.name for task in tasks if not task.train]:
         raise TaskError(
@@ -100,22 +99,22 @@ def heads_of(tasks: Sequence[Task]) -> tuple[Head, ...]:
     return tuple(heads)
 
 
-def write(path: Path, heads: Sequence[Head]) -> None:
-    """Keep what the rows mean."""
+def write_heads(path: Path, heads: Sequence[Head]) -> None:
+    """Write heads.json."""
     path.write_text(json.dumps([asdict(head) for head in heads], ensure_ascii=False, indent=1) + "\n", "utf-8")
 
 
-def read(path: Path) -> tuple[Head, ...]:
-    """What `write` kept; RunError where it is missing or broken."""
+def read_heads(path: Path) -> tuple[Head, ...]:
+    """The heads in heads.json; RunError if it is missing or damaged."""
     try:
         rows = json.loads(path.read_text("utf-8"))
         return tuple(Head(**{**row, "labels": tuple(row["labels"])}) for row in rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} does not say what the heads answer: {error}; train the run again") from error
+        raise RunError(f"cannot read the labels of the heads from {path}: {error}; train the run again") from error
 
 
 class TaskHeads(nn.Module):
-    """The heads of all tasks as one linear map, in float32 whatever the model's precision."""
+    """The heads of all tasks as one linear map, in float32 for a model of any precision."""
 
     first: Tensor
     rows: Tensor
@@ -126,11 +125,11 @@ class TaskHeads(nn.Module):
         self.heads, self.pool = tuple(heads), pool
         self.weight = nn.Parameter(torch.empty(sum(head.rows for head in heads), width))
         self.bias = nn.Parameter(torch.zeros(len(self.weight)))
-        nn.init.normal_(self.weight, std=_START)
-        self._place()
+        nn.init.normal_(self.weight, std=_INIT_STD)
+        self._register_rows()
 
-    def _place(self) -> None:
-        """Write down which rows are whose."""
+    def _register_rows(self) -> None:
+        """Set the buffers with each task's first row, number of rows and kind."""
         rows = torch.tensor([head.rows for head in self.heads], device=self.weight.device)
         number = torch.tensor([not head.labels for head in self.heads], device=self.weight.device)
         for name, value in (("rows", rows), ("first", rows.cumsum(0) - rows), ("number", number)):
@@ -138,17 +137,17 @@ class TaskHeads(nn.Module):
 
     @torch.no_grad()
     def add(self, heads: Sequence[Head]) -> None:
-        """Put further heads below, drawn anew; those that there are stay as they are."""
+        """Append heads with random weights; the existing ones keep theirs."""
         count = sum(head.rows for head in heads)
-        weight = nn.init.normal_(self.weight.new_empty(count, self.weight.shape[1]), std=_START)
+        weight = nn.init.normal_(self.weight.new_empty(count, self.weight.shape[1]), std=_INIT_STD)
         for name, more in (("weight", weight), ("bias", self.bias.new_zeros(count))):
             before = getattr(self, name)
             setattr(self, name, nn.Parameter(torch.cat([before, more]), requires_grad=before.requires_grad))
         self.heads += tuple(heads)
-        self._place()
+        self._register_rows()
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """All heads' values (b rows) from hidden states (b t d) and their mask (b t), 1 where a token is."""
+        """The values of all heads (b rows) for hidden states (b t d) and an attention mask (b t)."""
         hidden = hidden.float()
         if self.pool == "first":
             pooled = hidden[:, 0]
@@ -158,7 +157,7 @@ class TaskHeads(nn.Module):
         return F.linear(pooled, self.weight.float(), self.bias.float())
 
     def loss(self, values: Tensor, task: Tensor, targets: Tensor) -> Tensor:
-        """The sum over samples of cross-entropy or squared error: values (b rows), tasks (b), targets (b)."""
+        """The sum over samples of cross-entropy or squared error, for values (b rows), task (b) and targets (b)."""
         first, number = self.first[task], self.number[task]
         row = torch.arange(values.shape[1], device=values.device)
         own = (row >= first[:, None]) & (row < (first + self.rows[task])[:, None])
@@ -168,8 +167,8 @@ class TaskHeads(nn.Module):
         return torch.where(number, squared, entropy).sum()
 
 
-def attach(model: PreTrainedModel, heads: Sequence[Head], pool: str) -> None:
-    """Give an encoder its heads, drawn anew."""
+def attach_heads(model: PreTrainedModel, heads: Sequence[Head], pool: str) -> None:
+    """Add heads with random weights to an encoder."""
     model.add_module(MODULE, TaskHeads(int(model.config.hidden_size), heads, pool))
 
 
@@ -179,7 +178,7 @@ def _heads_in(model: nn.Module) -> Any:
 
 @dataclass(frozen=True)
 class _Targets:
-    """What a head is to give for an example: its label's row, or its number, standardised. Can be sent to workers."""
+    """The target of a head for an example: its label's row, or its standardised number. Picklable, for data workers."""
 
     tasks: Mapping[int, Task]
     heads: tuple[Head, ...]
@@ -196,9 +195,9 @@ def pair_tokenizer_of(
     heads: Sequence[Head] = (),
     tasks: Mapping[int, Task] = MappingProxyType({}),
 ) -> PairTokenizer:
-    """The tokenizer with the smallest of its limits: the recipe's, its own, and the positions that the model has.
+    """A tokenizer of texts and pairs; the smallest limit of the recipe, the tokenizer and the model's positions holds.
 
-    For training it is given the heads and by their numbers the tasks, and then knows what they are to learn.
+    The heads and the tasks, by their ids, are needed in training only, for the targets.
     """
     positions = getattr(model.config, "max_position_embeddings", None) or max_prompt_tokens
     target = _Targets(dict(tasks), tuple(heads))
@@ -207,15 +206,15 @@ def pair_tokenizer_of(
 
 
 def collator_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PairCollator:
-    """Pads pairs, and names the texts of a pair to a model that has an embedding for them."""
-    named = "token_type_ids" in inspect.signature(type(model).forward).parameters
-    return PairCollator(pad_id_of(tokenizer), named and getattr(model.config, "type_vocab_size", 0) > 1)
+    """A collator for pairs; it adds token_type_ids for a model that has an embedding for them."""
+    accepted = "token_type_ids" in inspect.signature(type(model).forward).parameters
+    return PairCollator(pad_id_of(tokenizer), accepted and getattr(model.config, "type_vocab_size", 0) > 1)
 
 
 def head_loss(
     unwrapped: nn.Module, model: nn.Module, inputs: dict[str, Any], task: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(sum of the samples' losses, their number); `inputs` is what the model is called with."""
+    """The sum of the samples' losses, and their number; `inputs` are the arguments of the model's forward."""
     heads = _heads_in(unwrapped)
     values = heads(model(**inputs).last_hidden_state, inputs["attention_mask"])
     return heads.loss(values, task, targets), torch.tensor(len(targets), device=targets.device)
@@ -223,14 +222,14 @@ def head_loss(
 
 @dataclass(frozen=True, slots=True)
 class HeadQuestion:
-    """An example in tokens, its task the place of a head, and what it may choose from (nothing given: all labels)."""
+    """A tokenised example, whose task is the index of a head, and its choices (empty: all labels)."""
 
     encoded: EncodedPair
     choices: tuple[str, ...] = ()
 
 
 @torch.inference_mode()
-def answer(
+def answer_by_heads(
     model: nn.Module,
     questions: Sequence[HeadQuestion],
     collator: PairCollator,
@@ -239,15 +238,15 @@ def answer(
     tasks: bool = False,
     done: Callable[[int], object] = lambda rows: None,
 ) -> list[str]:
-    """What the heads say, in the order of the questions; `tasks` says whether the gates look at the task."""
+    """The answers of the heads, in the order of the questions; `tasks`: whether the gates depend on the task."""
     heads = _heads_in(model)
     answers = [""] * len(questions)
     order = sorted(range(len(questions)), key=lambda i: -len(questions[i].encoded))
     for start in range(0, len(order), batch_size):
         at = order[start : start + batch_size]
         batch = collator([questions[i].encoded for i in at])
-        unread = ("labels",) if tasks else ("labels", "task")
-        inputs = {k: cast(Tensor, v).to(heads.bias.device) for k, v in batch.items() if k not in unread}
+        unused = ("labels",) if tasks else ("labels", "task")
+        inputs = {k: cast(Tensor, v).to(heads.bias.device) for k, v in batch.items() if k not in unused}
         values = heads(model(**inputs).last_hidden_state, inputs["attention_mask"]).tolist()
         for i, row in zip(at, values, strict=True):
             number = questions[i].encoded.task

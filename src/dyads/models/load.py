@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.utils import logging
 
 from dyads.errors import ConfigError, DyadsError, RunError
-from dyads.models.attention import GROUPED, is_plain
+from dyads.models.attention import GROUPED, supports_grouped
 from dyads.models.packaged import PACKAGED, PREFIX, resolve
 from dyads.recipe.spec import ModelSpec
 
@@ -41,13 +41,13 @@ Kind = Literal["causal", "seq2seq", "encoder"]
 
 def model_config(name: str, revision: str | None = None) -> Any:
     """The transformers config of a model, without its weights."""
-    return _explain(name, lambda: AutoConfig.from_pretrained(resolve(name), revision=revision))
+    return _load(name, lambda: AutoConfig.from_pretrained(resolve(name), revision=revision))
 
 
-def kind_of(name: str, config: Any, asked: str = "auto") -> Kind:
-    """Decoder only, encoder-decoder or encoder, as the config says; ConfigError where something else is asked for.
+def kind_of(name: str, config: Any, wanted: str = "auto") -> Kind:
+    """Decoder, encoder-decoder or encoder, by the model's config; ConfigError if that does not fit `wanted`.
 
-    An encoder is what transformers has a masked language model of. Asked for as a decoder it stays what it is.
+    A model is an encoder if transformers has a masked language model of its type and its config is not a decoder's.
     """
     if config.is_encoder_decoder:
         found: Kind = "seq2seq"
@@ -55,25 +55,25 @@ def kind_of(name: str, config: Any, asked: str = "auto") -> Kind:
         found = "encoder"
     else:
         found = "causal"
-    if asked in ("auto", found):
+    if wanted in ("auto", found):
         return found
-    if "encoder" in (asked, found):
-        read = {"causal": "a decoder", "seq2seq": "an encoder-decoder", "encoder": "an encoder"}[found]
+    if "encoder" in (wanted, found):
+        described = {"causal": "a decoder", "seq2seq": "an encoder-decoder", "encoder": "an encoder"}[found]
         answers = "by heads, not in text" if found == "encoder" else "in text, and has no heads"
         raise ConfigError(
-            f"model.kind '{asked}' does not fit model '{name}': {config.model_type} is {read}, which answers {answers};"
-            " leave model.kind out, or choose another model"
+            f"model.kind '{wanted}' does not fit model '{name}': {config.model_type} is {described}, which answers"
+            f" {answers}; leave model.kind out, or choose another model"
         )
-    return "seq2seq" if asked == "seq2seq" else "causal"
+    return "seq2seq" if wanted == "seq2seq" else "causal"
 
 
 def auto_class(kind: Kind) -> Any:
-    """transformers' class that loads a model of this kind."""
+    """The auto class of transformers for models of this kind."""
     return {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel}[kind]
 
 
 def without_pooler(model: Any) -> Any:
-    """An encoder as heads read it: the layer that BERT puts on its first token would be computed for nothing."""
+    """The encoder without BERT's pooler, whose output the heads do not use."""
     if "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
         model.pooler = None
     return model
@@ -83,43 +83,44 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     """The base model, in evaluation mode and frozen."""
     path, name = resolve(spec.name), spec.name
     config = model_config(name, spec.revision)
-    if spec.attention == GROUPED and not is_plain(config):
+    if spec.attention == GROUPED and not supports_grouped(config):
         raise ConfigError(
             f"model.attention '{GROUPED}' is not known to be right for model '{name}' ({config.model_type}): leave it"
             " out, or use eager"
         )
     kind = kind_of(name, config, spec.kind)
     options = {"dtype": getattr(torch, spec.dtype), "revision": spec.revision, "attn_implementation": spec.attention}
-    model = _explain(name, lambda: auto_class(kind).from_pretrained(path, **options))
+    model = _load(name, lambda: auto_class(kind).from_pretrained(path, **options))
     model.requires_grad_(False)
     if kind == "encoder":
         return cast(PreTrainedModel, without_pooler(model).eval())
-    # Generation settings that come with a checkpoint (sampling, penalties, beams) must not leak into greedy scoring.
-    own = model.generation_config.to_dict()
-    model.generation_config = GenerationConfig(**{k: v for k, v in own.items() if k.endswith("_token_id")})
+    # The checkpoint's generation settings (sampling, penalties, beams) must not change how runs are scored.
+    settings = model.generation_config.to_dict()
+    model.generation_config = GenerationConfig(**{k: v for k, v in settings.items() if k.endswith("_token_id")})
     return model.eval()
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; one without a padding token pads with its end token (padding is masked by attention)."""
-    tokenizer = _explain(name, lambda: AutoTokenizer.from_pretrained(resolve(name), revision=revision))
+    """The model's tokenizer; without a padding token it pads with the end token, which the attention mask hides."""
+    tokenizer = _load(name, lambda: AutoTokenizer.from_pretrained(resolve(name), revision=revision))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _explain(name: str, load: Any) -> Any:
+def _load(name: str, load: Any) -> Any:
+    """The result of `load`, without progress bars; RunError with transformers' reason if it fails."""
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # a bar for every load, most of them under a second, buries what matters
+    logging.disable_progress_bar()  # most loads take less than a second
     try:
         return load()
-    except DyadsError:  # says it already
+    except DyadsError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(
-            f"model '{name}' could not be loaded: {reason} – give a hub id, a folder that"
-            f" holds a transformers model, or one of: {', '.join(PREFIX + key for key in PACKAGED)}"
+            f"model '{name}' could not be loaded: {reason} – give a hub id, a folder with"
+            f" a transformers model, or one of: {', '.join(PREFIX + key for key in PACKAGED)}"
         ) from error
     finally:
         if shown:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which keys does a section of a recipe have, and how is a mistake in one told?
+"""Errors in recipes: each of pydantic's becomes a sentence with the line, the key, the value and a suggestion.
 
-Both walk pydantic models: their fields make the list of keys, and what pydantic finds wrong becomes a sentence that
-names the place, the key, the value and the way out.
+The suggestions come from the list of a recipe's keys, which is read off the fields of its pydantic models and which
+`dyads train --keys` prints.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from dyads.errors import ConfigError, did_you_mean
-from dyads.recipe.yaml_source import KeyPath, Layer, to_yaml
+from dyads.recipe.yaml_source import KeyPath, YamlSource, to_yaml
 from dyads.tasks import FamilySpec, families
 
 if TYPE_CHECKING:
@@ -31,35 +31,36 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A key that a recipe can hold."""
+    """A key of a recipe."""
 
     name: str
-    """Its dotted path."""
+    """The dotted path."""
     help: str
     default: str = ""
-    """As YAML; empty where the key must be given."""
+    """As YAML; empty where the key is required."""
     choices: tuple[str, ...] = field(default=())
-    """The values it allows, where they can be counted. A single one stands for the variant whose keys follow."""
+    """The allowed values, where they can be listed. A single one names the variant whose keys follow."""
 
 
 def keys_of(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
-    """Every key of a section and of the sections in it. One with variants gives all their keys, each after its own."""
+    """Every key of a section and of the sections in it. A section with variants lists the keys of each in turn."""
     for name, info in model.model_fields.items():
         if model.model_fields.keys() == {"name", "options"} and name == "options":
             name = "<option>"  # a method's options stand beside its name
+        text = " ".join((info.description or "").split())  # one line, to be wrapped anew
         sections = _models_in(info.annotation)
         choices = tuple(to_yaml(value, one_line=True) for value in _choices(info.annotation))
         default = "" if sections or info.is_required() or len(choices) == 1 or name == "<option>" else _default(info)
         if len(sections) > 1:
-            yield Key(f"{prefix}{name}.family", info.description or "", choices=tuple(families()))
+            yield Key(f"{prefix}{name}.family", text, choices=tuple(families()))
         elif not sections:
-            yield Key(f"{prefix}{name}", info.description or "", default, choices)
+            yield Key(f"{prefix}{name}", text, default, choices)
         for section in sections:
             yield from keys_of(section, f"{prefix}{name}.")
 
 
 def _choices(annotation: Any) -> list[Any]:
-    """The values of the Literals in an annotation; None too where it may stand in their place."""
+    """The values of the Literals in an annotation, and None where it is optional."""
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
     found = [value for part in get_args(annotation) if part is not type(None) for value in _choices(part)]
@@ -71,72 +72,73 @@ def _default(info: FieldInfo) -> str:
     return to_yaml(list(value) if isinstance(value, tuple) else value, one_line=True)
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def validated(
     model: type[Model],
-    layer: Layer,
-    source: str,
+    source: YamlSource,
+    name: str,
     keys: Callable[[], Iterable[Key]],
     *,
-    ask: Callable[[str], str] | None = None,
+    remedy: Callable[[str], str] | None = None,
 ) -> Model:
-    """The section that a layer holds, or a ConfigError with a line for every mistake in it.
+    """The section that a source holds, or a ConfigError with a line for every error in it.
 
-    `source` is named where a mistake has no line of its own, `keys` gives those to suggest; `ask` says how to
-    give a key that is missing.
+    `name` stands for the source where an error has no line of its own, `keys` lists the keys to suggest, and `remedy`
+    says how to add a missing key.
     """
     try:
-        return model.model_validate(layer.data)
+        return model.model_validate(source.data)
     except ValidationError as error:
         known = list(keys())
-        mistakes = [_explained(found, model, layer, known, ask) for found in error.errors(include_url=False)]
-    placed = [f"{origin or source}: {message}" for origin, message in mistakes]
+        explained = [_explained(found, model, source, known, remedy) for found in error.errors(include_url=False)]
+    placed = [f"{origin or name}: {message}" for origin, message in explained]
     if len(placed) == 1:
         raise ConfigError(placed[0])
-    raise ConfigError("\n  ".join([f"{source}: {len(placed)} mistakes", *placed]))
+    raise ConfigError("\n  ".join([f"{name}: {len(placed)} mistakes", *placed]))
 
 
 def _explained(
-    error: ErrorDetails, root: type[BaseModel], layer: Layer, keys: Sequence[Key], ask: Callable[[str], str] | None
+    error: ErrorDetails,
+    root: type[BaseModel],
+    source: YamlSource,
+    keys: Sequence[Key],
+    remedy: Callable[[str], str] | None,
 ) -> tuple[str | None, str]:
-    """Where (file and line, or override) and what, in a sentence that names the key, the value and the way out."""
-    path, model = _place(error["loc"], root, layer.data)
+    """The origin (file and line, or override) and the sentence for one of pydantic's errors."""
+    path, model = _key_path(error["loc"], root, source.data)
     dotted = ".".join(map(str, path))
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
-    origin = next((layer.origins[path[:i]] for i in range(len(path), 0, -1) if path[:i] in layer.origins), None)
+    origins = source.origins
+    origin = next((origins[path[:i]] for i in range(len(path), 0, -1) if path[:i] in origins), None)
     if kind == "extra_forbidden":
-        return origin, f"unknown key '{dotted}'{_hint(path, keys)}"
+        return origin, f"unknown key '{dotted}'{_suggestion(path, keys)}"
     if kind == "missing":
         info = model.model_fields.get(str(path[-1])) if model else None
         what = f" ({info.description.rstrip('.')})" if info is not None and info.description else ""
-        return origin, f"'{dotted}' is missing{what}" + (f": {ask(str(path[-1]))}" if ask else "")
+        return origin, f"'{dotted}' is missing{what}" + (f": {remedy(str(path[-1]))}" if remedy else "")
     if kind == "union_tag_not_found":
         return origin, f"'{dotted}.{context['discriminator'].strip(chr(39))}' is missing"
     if kind == "union_tag_invalid":
         tags = re.findall(r"'([^']*)'", context["expected_tags"])
-        key = f"{dotted}.{context['discriminator'].strip(chr(39))}"
-        place = layer.origins.get((*path, context["discriminator"].strip(chr(39))), origin)
-        return place, f"unknown '{key}' '{context['tag']}'{did_you_mean(str(context['tag']), tags)}"
+        key = context["discriminator"].strip(chr(39))
+        origin = origins.get((*path, key), origin)
+        return origin, f"unknown '{dotted}.{key}' '{context['tag']}'{did_you_mean(str(context['tag']), tags)}"
     if kind == "value_error":
         message = str(context.get("error", error["msg"]))
-        named = re.match(r"unknown key '([^']*)'", message)
-        if named:
-            origin = layer.origins.get((*path, named[1]), origin)
-        says_it = named or message.startswith((f"{dotted} ", "unknown task family"))
-        return origin, message if says_it else f"'{dotted}': {message}"
+        unknown = re.match(r"unknown key '([^']*)'", message)
+        if unknown:
+            origin = origins.get((*path, unknown[1]), origin)
+        names_the_key = unknown or message.startswith((f"{dotted} ", "unknown task family"))
+        return origin, message if names_the_key else f"'{dotted}': {message}"
     if kind == "literal_error":
-        wanted = re.findall(r"'([^']*)'", context["expected"])
-        near = did_you_mean(str(value), wanted)
-        return origin, f"'{dotted}' must be {context['expected']}, got {_short(value)}" + (
+        near = did_you_mean(str(value), re.findall(r"'([^']*)'", context["expected"]))
+        return origin, f"'{dotted}' must be {context['expected']}, got {_shortened(value)}" + (
             near if "did you mean" in near else ""
         )
-    wanted_type = _WANTED.get(kind)
-    wanted_text = wanted_type.format(**context) if wanted_type else None
-    return origin, (f"'{dotted}' must be {wanted_text}" if wanted_text else f"'{dotted}': {error['msg']}") + (
-        f", got {_short(value)}"
-    )
+    wanted = f"must be {_WANTED[kind].format(**context)}" if kind in _WANTED else None
+    return origin, (f"'{dotted}' {wanted}" if wanted else f"'{dotted}': {error['msg']}") + f", got {_shortened(value)}"
 
 
 _WANTED = {
@@ -165,16 +167,16 @@ _WANTED = {
 }
 
 
-def _short(value: object) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
-def _hint(path: KeyPath, keys: Sequence[Key]) -> str:
-    """The nearest key of the same section; else the same key in another one; else all of the section."""
+def _suggestion(path: KeyPath, keys: Sequence[Key]) -> str:
+    """A similar key of the same section, else the same key of another section, else all keys of the section."""
     *section, name = map(str, path)
     if path == ("extends",):
-        return " – it is for recipe files only: one file extends another"
+        return " – only a recipe file can have it: one file extends another"
     prefix = "".join(f"{part}." for part in section)
     known = list(dict.fromkeys(k.name[len(prefix) :].split(".")[0] for k in keys if k.name.startswith(prefix)))
     if not difflib.get_close_matches(name.lower(), [k.lower() for k in known], n=1, cutoff=0.6):
@@ -185,7 +187,7 @@ def _hint(path: KeyPath, keys: Sequence[Key]) -> str:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that an annotation allows: itself, or the members of a union."""
+    """The pydantic models in an annotation: itself, or the members of a union."""
     if annotation is FamilySpec:
         return list(families().values())
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -195,13 +197,13 @@ def _models_in(annotation: Any) -> list[type[BaseModel]]:
     return []
 
 
-def _place(loc: Iterable[str | int], root: type[BaseModel], data: Any) -> tuple[KeyPath, type[BaseModel] | None]:
-    """The key that a pydantic location means, without the tags of unions in it, and the section that holds it."""
+def _key_path(loc: Iterable[str | int], root: type[BaseModel], data: Any) -> tuple[KeyPath, type[BaseModel] | None]:
+    """The key at a pydantic location, which also holds tags of unions, and the section of that key."""
     path: list[str | int] = []
     models: list[type[BaseModel]] = [root]
     holder: type[BaseModel] | None = root
     for step in loc:
-        tagged = [m for m in models if _tagged(m, step)]
+        tagged = [m for m in models if _has_tag(m, step)]
         if len(models) > 1 and tagged and not (isinstance(data, Mapping) and step in data):
             models = tagged
             continue
@@ -213,7 +215,7 @@ def _place(loc: Iterable[str | int], root: type[BaseModel], data: Any) -> tuple[
     return tuple(path), holder
 
 
-def _tagged(model: type[BaseModel], tag: object) -> bool:
+def _has_tag(model: type[BaseModel], tag: object) -> bool:
     return any(
         get_origin(info.annotation) is Literal and tag in get_args(info.annotation)
         for info in model.model_fields.values()

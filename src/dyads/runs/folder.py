@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in a run's folder, and where?
+"""Run folder: the files of one run, their names and their formats.
 
     config.yaml              the resolved recipe
-    env.json                 versions, git hash, device, threads, command, date, tasks (and again by every resumption)
+    env.json                 versions, git hash, device, threads, command, date, tasks (again for every resumption)
     log.jsonl                one line per logged step
-    adapter/                 the trained adapter, as PEFT saves it
-    checkpoints/             what training can be resumed from
+    adapter/                 the trained adapter, in PEFT's format
+    checkpoints/             checkpoints for resuming the training
     predictions/<task>.jsonl one line per instance: id, prediction, references, scores (0 to 100) by metric
-    scores.json              every score with its task's version, written last: a folder that has it is complete
+    scores.json              every score with its task's version, written last: a folder with it is complete
 
-These names are written here and nowhere else. Files appear whole or not at all (written beside, then renamed), and
-predictions together with their scores: those of an earlier evaluation stay until the new ones are all there.
+No other file contains these names. Every file is written under another name and renamed when complete, and an
+evaluation replaces the predictions and scores of an earlier one together.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from typing import Any, TypedDict
 from urllib.parse import quote
 
 from dyads.errors import RunError, did_you_mean
-from dyads.recipe.spec import Recipe, differences, parse_recipe
+from dyads.recipe.load import parse_recipe
+from dyads.recipe.spec import Recipe, differences
 from dyads.tasks.rows import Row, read_jsonl
 
 __all__ = ["SCHEMA", "Prediction", "RunFolder", "ScoreRow", "Scores", "Seconds", "environment"]
 
 SCHEMA = 1
-"""The version of scores.json that is written here, and the only one that is read."""
+"""The version of scores.json that is written and read."""
 
 
 class Prediction(TypedDict):
@@ -51,24 +52,24 @@ class Prediction(TypedDict):
 
 class _ScoreRow(TypedDict):
     task: str
-    version: int  # raised when a prompt, split or metric changes
-    fingerprint: str  # of the scored split's texts
+    version: int  # increases when a prompt, split or metric changes
+    fingerprint: str  # hash of the scored split's texts
     category: str
     metric: str
-    value: float  # over the n instances, -100..100
+    value: float  # on the n instances, -100..100
     n: int
     higher_is_better: bool
-    headline: bool  # the metric that stands for the task in tables and averages
+    headline: bool  # whether it is the task's metric in tables and averages
 
 
 class ScoreRow(_ScoreRow, total=False):
-    """A task's score by one metric."""
+    """A task's score in one metric."""
 
-    labels: list[str]  # of a classification task, in the order of its classes
+    labels: list[str]  # of a classification task, in class order
 
 
 class Seconds(TypedDict):
-    """Wall time."""
+    """Wall times."""
 
     train: float
     evaluate: float
@@ -82,12 +83,12 @@ class Scores(TypedDict):
     method: str
     split: str
     seed: int
-    parameters: int  # trainable ones, with routers, embeddings and gates, without an encoder's heads
+    parameters: int  # trained, with routers, embeddings and gates, without an encoder's heads
     seconds: Seconds
     steps: int
     scores: list[ScoreRow]
-    micro: dict[str, float]  # metric, or "headline" -> mean over the instances of all tasks
-    macro: dict[str, float]  # the same -> mean over tasks
+    micro: dict[str, float]  # by metric, and "headline": mean over the instances of all tasks
+    macro: dict[str, float]  # by metric, and "headline": mean over tasks
 
 
 _CONFIG, _ENV, _LOG, _SCORES = "config.yaml", "env.json", "log.jsonl", "scores.json"
@@ -96,7 +97,7 @@ _ADAPTER, _CHECKPOINTS, _PREDICTIONS, _UNFINISHED = "adapter", "checkpoints", "p
 
 
 class RunFolder:
-    """A run on disk. `RunFolder(path)` looks at nothing yet; `open` insists on a run, `create` on an empty place."""
+    """A run on disk: `create` starts one in an empty folder, `open` requires one; `RunFolder(path)` checks nothing."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -106,21 +107,21 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], recipe: Recipe, *, resume: bool = False) -> RunFolder:
-        """Start a run. Where there is one already it is refused; with `resume` it goes on, if its recipe is this one.
+        """Start a run, in a folder without one; with `resume`, continue a run with the same recipe, or start one.
 
-        With `resume` and no run there, a new one starts, so that a job that may be cut off has one command.
+        A job that may be interrupted can thus always be started with `resume`.
         """
         folder = cls(path)
         if folder.is_run:
             if not resume:
                 raise RunError(
                     f"'{folder.path}' already holds a run (method {folder.recipe().method.name}); "
-                    "go on with it by --resume, or choose another --out"
+                    "continue it with --resume, or choose another --out"
                 )
-            folder._refuse_other(recipe)
+            folder._check_same_recipe(recipe)
             return folder
         if folder.path.exists() and not folder.path.is_dir():
-            raise RunError(f"'{folder.path}' is a file; a run needs a folder")
+            raise RunError(f"'{folder.path}' is a file; choose a folder for --out")
         if folder.path.exists() and any(folder.path.iterdir()):
             raise RunError(f"'{folder.path}' is not empty and holds no run; choose another --out")
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -137,47 +138,47 @@ class RunFolder:
             raise RunError(f"there is no folder '{folder.path}'{near if 'did you mean' in near else ''}")
         if not folder.is_run:
             inside = [p.name for p in sorted(folder.path.glob("*")) if cls(p).is_run] if folder.path.is_dir() else []
-            way_out = f" (it contains runs: {', '.join(inside[:5])}{', …' if len(inside) > 5 else ''})"
+            runs = f" (it contains runs: {', '.join(inside[:5])}{', …' if len(inside) > 5 else ''})"
             raise RunError(
                 f"'{folder.path}' is no run: it has no {_CONFIG}"
-                + (way_out if inside else "; `dyads train` makes such folders")
+                + (runs if inside else "; `dyads train` writes run folders")
             )
         return folder
 
     @property
     def is_run(self) -> bool:
-        """Whether a run was ever started here."""
+        """Whether a run was started in this folder."""
         return (self.path / _CONFIG).is_file()
 
     @property
     def adapter(self) -> Path:
-        """Where the trained adapter lies, in PEFT's format."""
+        """The folder of the trained adapter, in PEFT's format."""
         return self.path / _ADAPTER
 
     @property
     def heads(self) -> Path:
-        """What the heads of an encoder mean, beside the adapter; there is none for a model that answers in text."""
+        """The file of an encoder's heads (labels, scaling), in the adapter's folder; absent for other models."""
         return self.adapter / _HEADS
 
     @property
     def checkpoints(self) -> Path:
-        """Where training keeps what it can be resumed from."""
+        """The folder of checkpoints for resuming."""
         return self.path / _CHECKPOINTS
 
     @property
     def has_adapter(self) -> bool:
-        """Whether the training ended, and left its adapter."""
+        """Whether the training ended and saved its adapter."""
         return (self.adapter / "adapter_config.json").is_file()
 
     @property
     def is_scored(self) -> bool:
-        """Whether an evaluation was finished."""
+        """Whether an evaluation has finished."""
         return (self.path / _SCORES).is_file()
 
     # config and environment
 
     def recipe(self) -> Recipe:
-        """The recipe as it was resolved when the run began."""
+        """The resolved recipe of the run."""
         path = self.path / _CONFIG
         try:
             return parse_recipe(path.read_text(encoding="utf-8"), str(path))
@@ -185,7 +186,7 @@ class RunFolder:
             raise RunError(f"'{self.path}' is no run: cannot read {_CONFIG}: {error}") from error
 
     def write_environment(self, **facts: Any) -> None:
-        """Keep `environment()` and further facts; a resumption is added to what is there."""
+        """Write `environment()` and further facts; a resumed run appends them to its first ones."""
         path = self.path / _ENV
         now = {**environment(), **facts}
         if path.is_file():
@@ -195,24 +196,24 @@ class RunFolder:
         _write(path, _json(now))
 
     def environment(self) -> dict[str, Any]:
-        """What `write_environment` kept."""
+        """The content of env.json."""
         return _read_object(self.path / _ENV, f"'{self.path}'")
 
     def task_names(self) -> tuple[str, ...]:
-        """The tasks that the run began with, in the order of their ids; none where the environment was not kept."""
+        """The tasks of the run in the order of their ids; empty if it has no env.json."""
         return tuple(self.environment().get("tasks", ())) if (self.path / _ENV).is_file() else ()
 
     # log
 
     def append_log(self, line: Mapping[str, Any]) -> None:
-        """Add a line to the log; what is not a finite number is kept as null."""
+        """Append a line to the log; infinite numbers and nan become null."""
         path = self.path / _LOG
         torn = path.is_file() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
         with path.open("a", encoding="utf-8") as file:
             file.write("\n" * torn + json.dumps(_finite(line), ensure_ascii=False) + "\n")
 
     def log(self) -> list[dict[str, Any]]:
-        """The log's lines. Lines that a killed process left half-written are skipped."""
+        """The lines of the log, without those that a killed process left incomplete."""
         path = self.path / _LOG
         texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
         return [line for line in map(_object_or_none, texts) if line is not None]
@@ -220,11 +221,11 @@ class RunFolder:
     # predictions and scores
 
     def predictions_path(self, task: str) -> Path:
-        """Where a task's predictions lie; characters that file systems refuse are written as %XX."""
+        """The file of a task's predictions; characters that file systems refuse are written as %XX."""
         return self.path / _PREDICTIONS / _predictions_file(task)
 
     def predictions(self, task: str) -> list[Prediction]:
-        """A task's predictions, in the order they were written."""
+        """The predictions for a task, in the order they were written."""
         path = self.predictions_path(task)
         if not path.is_file():
             raise RunError(f"'{self.path}' has no predictions for task '{task}'; run `dyads evaluate {self.path}`")
@@ -232,9 +233,10 @@ class RunFolder:
         return [_prediction(row, remedy) for row in read_jsonl(path, error=RunError, remedy=remedy)]
 
     def write_results(self, predictions: Mapping[str, Iterable[Prediction]], scores: Scores) -> None:
-        """Keep an evaluation, by task and in all, in the place of an earlier one.
+        """Write the predictions by task and the scores of an evaluation, in place of an earlier one's.
 
-        The scores go first and come last, so that those there are never belong to other predictions.
+        The old scores are deleted first and the new ones written last, so that scores never stand beside predictions
+        of another evaluation.
         """
         if scores["schema"] != SCHEMA:
             raise RunError(f"{_SCORES} is written with schema {SCHEMA}, got {scores['schema']}")
@@ -254,22 +256,24 @@ class RunFolder:
         _write(self.path / _SCORES, text)
 
     def scores(self) -> Scores:
-        """The scores of the last finished evaluation."""
+        """The scores of the last complete evaluation."""
         path = self.path / _SCORES
         again = f"run `dyads evaluate {self.path}`"
         if not path.is_file():
-            raise RunError(f"'{self.path}' has no {_SCORES}: it was not evaluated, or not to the end; {again}")
+            raise RunError(
+                f"'{self.path}' has no {_SCORES}: it was not evaluated, or the evaluation did not end; {again}"
+            )
         content = _read_object(path, f"'{self.path}'", again)
         if content.get("schema") != SCHEMA:
             raise RunError(
                 f"{path} has schema {content.get('schema')!r}, this version of dyads reads schema {SCHEMA}; {again}"
             )
-        _refuse_lacking(content, Scores, str(path), again)
+        _check_keys(content, Scores, str(path), again)
         for i, row in enumerate(content["scores"]):
-            _refuse_lacking(row, ScoreRow, f"scores[{i}] of {path}", again)
+            _check_keys(row, ScoreRow, f"scores[{i}] of {path}", again)
         return content  # type: ignore[return-value]
 
-    def _refuse_other(self, recipe: Recipe) -> None:
+    def _check_same_recipe(self, recipe: Recipe) -> None:
         changed = differences(self.recipe().resolved(), recipe.resolved())
         if changed:
             listed = "\n  ".join(f"{key}: {then!r} there, {now!r} here" for key, (then, now) in changed.items())
@@ -277,7 +281,7 @@ class RunFolder:
 
 
 def environment() -> dict[str, Any]:
-    """What a result may depend on besides the recipe: versions, code, machine, threads, command, date."""
+    """Facts that a result may depend on besides the recipe: versions, code, machine, threads, command, date."""
     packages = ("dyads", "torch", "transformers", "peft", "accelerate", "numpy", "tokenizers")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -292,7 +296,7 @@ def environment() -> dict[str, Any]:
 
 
 def _torch_facts() -> dict[str, Any]:
-    torch = sys.modules.get("torch")  # a caller that did not need torch does not need it for this either
+    torch = sys.modules.get("torch")  # not imported just for this
     if torch is None:
         return {"device": None, "threads": None}
     cuda = torch.cuda.is_available()
@@ -307,7 +311,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_hash() -> str | None:
-    """The commit of the code that runs, "+changes" where files differ; None outside a checkout of dyads itself."""
+    """The commit of dyads' own checkout, with "+changes" if files differ from it; None if installed otherwise."""
     source = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
@@ -379,16 +383,16 @@ def _object_or_none(text: str) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _refuse_lacking(entry: Any, typed: type[Any], where: str, way_out: str) -> None:
+def _check_keys(entry: Any, typed: type[Any], where: str, remedy: str) -> None:
     required = typed.__required_keys__  # type: ignore[attr-defined]
     there = entry if isinstance(entry, dict) else {}
     lacking = [key for key in typed.__annotations__ if key in required and key not in there]
     if lacking:
-        raise RunError(f"{where} lacks {', '.join(lacking)}; {way_out}")
+        raise RunError(f"{where} lacks {', '.join(lacking)}; {remedy}")
 
 
-def _read_object(path: Path, owner: str, way_out: str = "") -> dict[str, Any]:
-    tail = f"; {way_out}" if way_out else ""
+def _read_object(path: Path, owner: str, remedy: str = "") -> dict[str, Any]:
+    tail = f"; {remedy}" if remedy else ""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What did a training leave in its adapter's folder, read without the base model?
+"""Saved adapter: its config and weights as one object per layer, read without loading the base model.
 
-An adapter's file holds every layer's A, B and core, and their shapes say how large the base model's layers are. So the
-cores are built from the config, given their weights, and asked for the gates of a task: no model is loaded for that.
+The file holds A, B and the core of every adapted layer, and the shapes of A and B are those of the base model's layer.
+A core built from the config with these weights computes the gates of a task.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-import dyads.tuner  # noqa: F401  # PEFT has to know the methods
+import dyads.tuner  # noqa: F401  # registers the methods with PEFT
 from dyads.errors import RunError
 from dyads.methods import Core, DyadsConfig
 from dyads.runs.folder import RunFolder
@@ -34,10 +34,10 @@ _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[A-Za-z_]+)(\.(?P<inner>.+))?
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """An adapted layer. PEFT's LoRA has no core, and what has no A and B of two axes no features either."""
+    """An adapted layer. A layer of PEFT's LoRA has no A, B and core here, and one that is not linear no features."""
 
     module: str
-    """Its path in the base model."""
+    """The layer's path in the base model."""
     in_features: int | None
     out_features: int | None
     parameters: int
@@ -49,13 +49,13 @@ class SavedLayer:
 
     @torch.no_grad()
     def matrix(self, task: int | None) -> Tensor:
-        """G (q p) of a task's id, in fp32 or wider, chosen as the layer itself chooses.
+        """G (q p) for a task's id, in fp32 or wider, with the gates of the layer's own forward.
 
-        For gates that look at the task, or (task is None) at nothing.
+        For gates that depend on the task, or (task is None) on nothing.
         """
         assert self.A is not None
         assert self.core is not None
-        assert not self.core.looks_at & {"x", "h"}, "such gates have no matrix without an input"
+        assert not self.core.looks_at & {"x", "h"}, "gates that depend on the input have no matrix"
         wide = torch.promote_types(self.A.dtype, torch.float32)
         x, h = torch.zeros(1, self.A.shape[1], dtype=wide), torch.zeros(1, self.core.p, dtype=wide)
         ids = torch.tensor([task]) if "task" in self.core.looks_at else None
@@ -65,30 +65,30 @@ class SavedLayer:
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """An adapter of the family, or PEFT's own LoRA, as it lies in a folder."""
+    """An adapter of one of dyads' methods, or of PEFT's LoRA, as read from its folder."""
 
     path: Path
     config: Any
     method: str
     layers: tuple[SavedLayer, ...]
-    """In the order of their paths, numbers counting as numbers."""
+    """Sorted by path, with layer numbers compared as numbers."""
     others: dict[str, Tensor]
-    """What is saved beside the adapted layers, under PEFT's keys: heads and other modules_to_save."""
+    """The weights outside the adapted layers, by PEFT's keys: heads and other modules_to_save."""
 
     @classmethod
     def read(cls, path: str | Path) -> SavedAdapter:
-        """The adapter of a run's folder, or of a folder in PEFT's format."""
-        folder = _adapter_of(Path(path))
+        """The adapter in a run's folder, or in a folder of PEFT's format."""
+        folder = _adapter_folder(Path(path))
         try:
             config = PeftConfig.from_pretrained(str(folder))
             state = load_file(str(folder / _WEIGHTS))
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise RunError(f"the adapter in '{folder}' is truncated or no adapter: {error}") from error
-        except KeyError as error:  # PEFT does not know the type
-            raise _foreign(folder, str(error).strip("'\"")) from error
+        except KeyError as error:  # a peft_type unknown to PEFT
+            raise _unknown_type(folder, str(error).strip("'\"")) from error
         method = config.key if isinstance(config, DyadsConfig) else str(getattr(config.peft_type, "value", ""))
         if not isinstance(config, DyadsConfig) and method != "LORA":
-            raise _foreign(folder, method)
+            raise _unknown_type(folder, method)
         check_file_names(state)
         parts: dict[str, dict[str, dict[str, Tensor]]] = {}
         others: dict[str, Tensor] = {}
@@ -101,7 +101,7 @@ class SavedAdapter:
                 parts.setdefault(module, {}).setdefault(match["part"], {})[match["inner"] or ""] = value
         if not parts:
             raise RunError(f"'{folder / _WEIGHTS}' holds no adapted layer; train the adapter again")
-        modules = sorted(parts, key=_as_numbers)
+        modules = sorted(parts, key=_sort_key)
         if isinstance(config, DyadsConfig):
             layers = tuple(_layers(folder, config, {name: parts[name] for name in modules}))
         else:
@@ -110,23 +110,22 @@ class SavedAdapter:
 
     @property
     def looks_at(self) -> frozenset[str]:
-        """What the gates of any layer look at, from {"x", "h", "task"}."""
-        seen: frozenset[str] = frozenset()
-        return seen.union(*(layer.core.looks_at for layer in self.layers if layer.core is not None))
+        """What the gates of the layers depend on, from {"x", "h", "task"}."""
+        return frozenset[str]().union(*(layer.core.looks_at for layer in self.layers if layer.core is not None))
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """The tasks that the gates look at, in the order of their ids; none where they look at no task."""
+        """The tasks of the gates, in the order of their ids; empty if the gates do not depend on the task."""
         return (getattr(self.config, "task_names", None) or ()) if "task" in self.looks_at else ()
 
     @property
     def parameters(self) -> int:
-        """Everything that was trained, with routers, gates, embeddings and heads."""
+        """The number of trained parameters, with routers, gates, embeddings and heads."""
         return sum(layer.parameters for layer in self.layers) + sum(value.numel() for value in self.others.values())
 
 
-def _adapter_of(path: Path) -> Path:
-    """The folder that holds the adapter's files; RunError where there is none."""
+def _adapter_folder(path: Path) -> Path:
+    """The folder of the adapter's files; RunError if there is none."""
     run = RunFolder(path)
     folder = run.adapter if run.is_run else path
     if run.is_run and not run.recipe().method.trains:
@@ -149,7 +148,7 @@ def _adapter_of(path: Path) -> Path:
     return folder
 
 
-def _foreign(folder: Path, peft_type: str) -> RunError:
+def _unknown_type(folder: Path, peft_type: str) -> RunError:
     return RunError(
         f"the adapter in '{folder}' is of PEFT's type {peft_type}, which this version of dyads cannot read: it reads"
         " its own methods (`dyads methods`) and PEFT's LoRA"
@@ -167,7 +166,7 @@ def _layers(folder: Path, config: DyadsConfig, parts: dict[str, dict[str, dict[s
             if part.keys() - {"lora_core"} != {"lora_A", "lora_B"}:
                 raise ValueError(f"it has {', '.join(sorted(part))}")
             cores[name] = config.core(part["lora_A"]["weight"].shape[1] * blocks).eval()
-        # What layers share is saved with one of them, the one that lacks nothing.
+        # Parameters that layers share are saved with one layer only, the one with all its keys.
         complete = [cores[name] for name in cores if states[name].keys() == cores[name].state_dict().keys()]
         for name, core in cores.items():
             A, B = parts[name]["lora_A"]["weight"], parts[name]["lora_B"]["weight"]
@@ -183,8 +182,8 @@ def _layers(folder: Path, config: DyadsConfig, parts: dict[str, dict[str, dict[s
     except (KeyError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(
-            f"the weights of '{name}' in '{folder}' do not fit its {_CONFIG} ({reason}): one of the two files is from"
-            " another adapter"
+            f"the weights of '{name}' in '{folder}' do not fit its {_CONFIG} ({reason}): one of the two files belongs"
+            " to another adapter"
         ) from error
 
 
@@ -196,5 +195,5 @@ def _lora_layer(name: str, parts: dict[str, dict[str, Tensor]]) -> SavedLayer:
     return SavedLayer(name, A.shape[1], B.shape[0], trained)
 
 
-def _as_numbers(path: str) -> list[tuple[int, str]]:
+def _sort_key(path: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scoring: how the questions of tasks are answered, and the answers scored."""
+"""Scoring: answers of a run's model to the instances of tasks, and their scores."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who answers? A run's model with its adapter, in text, by likelihood or by heads; or the most frequent answer."""
+"""Answerers: a run's model with its adapter (by generation, likelihood or heads), and the majority answer."""
 
 from __future__ import annotations
 
@@ -17,46 +17,51 @@ from transformers import PreTrainedTokenizerBase
 
 from dyads.data.batches import EncodedPair, PairTokenizer, PromptTokenizer, pad_id_of, prompt_batches
 from dyads.errors import ConfigError, RunError, TaskError, did_you_mean
-from dyads.models.heads import Head, HeadQuestion, attach, collator_of, pair_tokenizer_of
-from dyads.models.heads import answer as answer_by_heads
-from dyads.models.heads import read as read_heads
+from dyads.models.heads import (
+    Head,
+    HeadQuestion,
+    answer_by_heads,
+    attach_heads,
+    collator_of,
+    pair_tokenizer_of,
+    read_heads,
+)
 from dyads.models.load import kind_of, load_model, load_tokenizer
 from dyads.recipe.spec import EvaluateSpec, Recipe
 from dyads.runs.adapter import check_adapter, load_adapter
 from dyads.runs.folder import RunFolder
 from dyads.scoring.decode import Question, decode, refusal
-from dyads.scoring.likelihood import Choice, log_likelihoods
+from dyads.scoring.likelihood import ChoiceQuestion, log_likelihoods
 from dyads.scoring.unseen import INPUTS, StandIn, by_mean, by_nearest, described, own_tasks
 from dyads.tasks import Example, Task
 from dyads.tuner.routing import find_routing
 
-__all__ = ["LEARN_IT", "Answerer", "Majority"]
+__all__ = ["NO_HEAD", "Answerer", "Majority"]
 
-LEARN_IT = "; no head can stand in for another, but `dyads adapt` learns a new one from a few examples"
+NO_HEAD = "; a head cannot stand in for another, but `dyads adapt` learns a new one from a few examples"
 
 
 class Majority:
-    """Always the most frequent answer of the task's training split; the first in the split where several are.
-
-    Of numbers always their mean.
-    """
+    """The most frequent answer of a task's training split, the first of equals; the mean where answers are numbers."""
 
     def check(self, tasks: Sequence[Task]) -> None:
         if empty := [task.name for task in tasks if not task.train]:
             raise TaskError(f"there is no majority answer without training examples: {', '.join(empty)} has none")
 
-    def answer(self, tasks: Sequence[Task], asked: Sequence[Sequence[Example]], spec: EvaluateSpec) -> list[list[str]]:
+    def answer(
+        self, tasks: Sequence[Task], instances: Sequence[Sequence[Example]], spec: EvaluateSpec
+    ) -> list[list[str]]:
         most = [
             f"{fmean(task.target(example) for example in task.train):.4f}"
             if task.regression
             else Counter(example.references[0] for example in task.train).most_common(1)[0][0]
             for task in tasks
         ]
-        return [[answer] * len(examples) for answer, examples in zip(most, asked, strict=True)]
+        return [[answer] * len(examples) for answer, examples in zip(most, instances, strict=True)]
 
 
 class Answerer:
-    """A run's model, adapter and tokenizer, ready to answer."""
+    """A run's model, adapter and tokenizer, loaded for inference."""
 
     def __init__(self, folder: RunFolder) -> None:
         recipe = folder.recipe()
@@ -71,7 +76,7 @@ class Answerer:
         if kind_of(recipe.model.name, base.config, recipe.model.kind) == "encoder":
             check_adapter(folder)
             self.heads = read_heads(folder.heads)
-            attach(base, self.heads, recipe.model.pool)
+            attach_heads(base, self.heads, recipe.model.pool)
         self.model: nn.Module = load_adapter(base, folder) if recipe.method.trains else base
         self.model = self.model.to(self.device).eval()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(recipe.model.name, recipe.model.revision)
@@ -91,30 +96,30 @@ class Answerer:
 
     @property
     def needs_task(self) -> bool:
-        """Whether the gates look at the task."""
+        """Whether the gates depend on the task."""
         return bool(self.routing and self.routing.names)
 
     @property
     def task_names(self) -> tuple[str, ...]:
-        """The tasks that the heads or the gates know."""
+        """The tasks of the heads, else of the gates; empty where there are neither."""
         if self.heads:
             return tuple(head.task for head in self.heads)
         return next(iter(self.routing.names.values())) if self.routing and self.routing.names else ()
 
-    def let_stand_in(self, tasks: Sequence[Task], spec: EvaluateSpec) -> list[StandIn]:
-        """Teach the gates the names of tasks that they do not know, as `spec.unseen` says.
+    def add_unseen(self, tasks: Sequence[Task], spec: EvaluateSpec) -> list[StandIn]:
+        """Add those of the tasks that the gates do not know, by the policy `spec.unseen`.
 
-        Nothing is done where no gate looks at the task, with the policy `error`, and for heads: they are not made up.
+        Nothing is added with the policy `error`, where no gate depends on the task, and to heads.
         """
         unseen = [task for task in tasks if task.name not in self.task_names]
         if not unseen or spec.unseen == "error" or self.heads or not self.needs_task:
             return []
         if spec.nearest_by == "description":
-            return self.stand_ins(described(unseen), spec)
-        return self.stand_ins({task.name: task.split(spec.split)[:INPUTS] for task in unseen}, spec)
+            return self.add_unseen_texts(described(unseen), spec)
+        return self.add_unseen_texts({task.name: task.split(spec.split)[:INPUTS] for task in unseen}, spec)
 
-    def stand_ins(self, unseen: Mapping[str, Sequence[Example]], spec: EvaluateSpec) -> list[StandIn]:
-        """The same for tasks by name, each with texts to compare: its inputs or its description."""
+    def add_unseen_texts(self, unseen: Mapping[str, Sequence[Example]], spec: EvaluateSpec) -> list[StandIn]:
+        """As `add_unseen`, for task names that each come with the texts to compare: inputs or a description."""
         assert isinstance(self.model, PeftModel)
         assert isinstance(self.prompt_tokenizer, PromptTokenizer)
         if spec.unseen == "mean":
@@ -123,7 +128,7 @@ class Answerer:
         if gone := [name for name in self.task_names if name not in {task.name for task in own}]:
             raise RunError(
                 f"unseen 'nearest' compares with all tasks that the adapter knows, but the tasks of its recipe lack"
-                f" {', '.join(gone)}: put their data back, or choose mean"
+                f" {', '.join(gone)}: restore their data, or choose unseen: mean"
             )
         texts = described(own) if spec.nearest_by == "description" else {t.name: t.train[:INPUTS] for t in own}
         known = {name: texts[name] for name in self.task_names}
@@ -131,19 +136,19 @@ class Answerer:
             raise RunError(
                 "unseen 'nearest' compares with inputs of all tasks that the adapter knows, but"
                 f" {', '.join(without[:5])} has no training examples: compare descriptions (nearest_by: description)"
-                ", or choose mean"
+                ", or choose unseen: mean"
             )
         return by_nearest(self.model, self.prompt_tokenizer, unseen, known, batch_size=spec.batch_size)
 
     def check(self, tasks: Sequence[Task]) -> None:
-        """Refuse tasks that the gates or the heads do not know."""
+        """RunError for a task that the gates or the heads do not know, or whose labels have changed."""
         for task in tasks if self.heads else ():
             head = next((head for head in self.heads if head.task == task.name), None)
             if head is None:
                 raise RunError(
                     f"the adapter has heads for {len(self.heads)} tasks and none for '{task.name}'"
                     f"{did_you_mean(task.name, [head.task for head in self.heads])}; score the tasks that it was"
-                    f" trained on{LEARN_IT}"
+                    f" trained on{NO_HEAD}"
                 )
             if head.labels != task.labels:
                 raise RunError(
@@ -153,41 +158,43 @@ class Answerer:
         if self.needs_task and (unknown := [task.name for task in tasks if task.name not in self.task_names]):
             raise RunError(
                 f"the adapter was trained on {len(self.task_names)} tasks and does not know '{unknown[0]}'"
-                f"{did_you_mean(unknown[0], self.task_names)}; score the tasks that it was trained on, or say what"
-                " stands in for others (evaluate.unseen: nearest or mean)"
+                f"{did_you_mean(unknown[0], self.task_names)}; score the tasks that it was trained on, or choose a"
+                " stand-in for others (evaluate.unseen: nearest or mean)"
             )
 
-    def answer(self, tasks: Sequence[Task], asked: Sequence[Sequence[Example]], spec: EvaluateSpec) -> list[list[str]]:
-        """Answers to the examples asked of every task, in their order."""
+    def answer(
+        self, tasks: Sequence[Task], instances: Sequence[Sequence[Example]], spec: EvaluateSpec
+    ) -> list[list[str]]:
+        """Answers to the instances of every task, in their order."""
         places = {head.task: place for place, head in enumerate(self.heads)}
-        by_heads: list[HeadQuestion] = []
-        choices: list[Choice] = []
+        for_heads: list[HeadQuestion] = []
+        choices: list[ChoiceQuestion] = []
         questions: list[Question] = []
-        for task, examples in zip(tasks, asked, strict=True):
-            limits = [n for n in (task.max_prompt_tokens, self.prompt_tokenizer.max_prompt_tokens) if n is not None]
+        tokenizer = self.prompt_tokenizer
+        for task, examples in zip(tasks, instances, strict=True):
+            limits = [n for n in (task.max_prompt_tokens, tokenizer.max_prompt_tokens) if n is not None]
             limit = min(limits) if limits else None
-            if isinstance(self.prompt_tokenizer, PairTokenizer):
-                by_heads += self._for_heads(self.prompt_tokenizer, examples, [places[task.name]] * len(examples), limit)
+            if isinstance(tokenizer, PairTokenizer):
+                for_heads += _head_questions(tokenizer, examples, [places[task.name]] * len(examples), limit)
                 continue
             for example in examples:
-                prompt = self.prompt_tokenizer.prompt(example, limit)
+                prompt = tokenizer.prompt(example, limit)
                 if spec.answer == "likelihood":
                     given = task.choices(example)
-                    choices.append(
-                        Choice(prompt, given, [self.prompt_tokenizer.choice(example, c) for c in given], task.name)
-                    )
+                    answers = [tokenizer.choice(example, choice) for choice in given]
+                    choices.append(ChoiceQuestion(prompt, given, answers, task.name))
                 else:
                     questions.append(Question(prompt, spec.max_new_tokens or task.max_new_tokens, task.name))
-        if by_heads:
-            texts = self._ask_heads(by_heads, spec, "scoring")
+        if for_heads:
+            texts = self._answer_by_heads(for_heads, spec, "scoring")
         elif choices:
             texts = self._choose(choices, spec, "scoring")
         else:
-            texts = self._ask(questions, spec, "scoring")
-        answers = iter(texts)
-        return [[next(answers) for _ in examples] for examples in asked]
+            texts = self._write(questions, spec, "scoring")
+        remaining = iter(texts)
+        return [[next(remaining) for _ in examples] for examples in instances]
 
-    def answers(
+    def answer_prompts(
         self,
         examples: Sequence[Example],
         tasks: Sequence[str | int | None],
@@ -195,35 +202,27 @@ class Answerer:
         max_new_tokens: int,
         max_prompt_tokens: int | None,
     ) -> list[str]:
-        """Answers in the order of the examples, whatever their tasks."""
+        """Answers to prompts, each with the name or id of its task, in their order."""
         if isinstance(self.prompt_tokenizer, PairTokenizer):
             names = [head.task for head in self.heads]
             places = [names.index(task) if isinstance(task, str) else cast(int, task) for task in tasks]
-            return self._ask_heads(self._for_heads(self.prompt_tokenizer, examples, places, max_prompt_tokens), spec)
+            return self._answer_by_heads(
+                _head_questions(self.prompt_tokenizer, examples, places, max_prompt_tokens), spec
+            )
         prompts = [self.prompt_tokenizer.prompt(example, max_prompt_tokens) for example in examples]
-        return self._ask([Question(p, max_new_tokens, task) for p, task in zip(prompts, tasks, strict=True)], spec)
+        return self._write([Question(p, max_new_tokens, task) for p, task in zip(prompts, tasks, strict=True)], spec)
 
     @contextmanager
-    def _working(self, questions: Sequence[Any], title: str | None) -> Iterator[Callable[[int], object]]:
-        """Weights are held, and there is a bar over the questions where there is a title; gives its `update`."""
-        held = self.routing.frozen_weights() if self.routing else nullcontext()
-        with held, tqdm(total=len(questions), desc=title, unit="instance", disable=None if title else True) as bar:
+    def _progress(self, questions: Sequence[Any], title: str | None) -> Iterator[Callable[[int], object]]:
+        """The `update` of a progress bar over the questions, shown if it has a title; adapter weights are cached."""
+        frozen = self.routing.frozen_weights() if self.routing else nullcontext()
+        with frozen, tqdm(total=len(questions), desc=title, unit="instance", disable=None if title else True) as bar:
             yield bar.update
 
-    @staticmethod
-    def _for_heads(
-        prompt_tokenizer: PairTokenizer, examples: Sequence[Example], places: Sequence[int], limit: int | None
-    ) -> list[HeadQuestion]:
-        return [
-            HeadQuestion(EncodedPair(ids, types, 0.0, place), example.choices)
-            for example, place, (ids, types) in zip(
-                examples, places, prompt_tokenizer.read(examples, limit), strict=True
-            )
-        ]
-
-    def _ask_heads(self, questions: Sequence[HeadQuestion], spec: EvaluateSpec, title: str | None = None) -> list[str]:
-        """What the heads say, in the order of the questions."""
-        with self._working(questions, title) as done:
+    def _answer_by_heads(
+        self, questions: Sequence[HeadQuestion], spec: EvaluateSpec, title: str | None = None
+    ) -> list[str]:
+        with self._progress(questions, title) as done:
             return answer_by_heads(
                 self.model,
                 questions,
@@ -233,9 +232,9 @@ class Answerer:
                 done=done,
             )
 
-    def _choose(self, questions: Sequence[Choice], spec: EvaluateSpec, title: str | None = None) -> list[str]:
-        """The most likely choices, in the order of the questions."""
-        with self._working(questions, title) as done:
+    def _choose(self, questions: Sequence[ChoiceQuestion], spec: EvaluateSpec, title: str | None = None) -> list[str]:
+        """The most likely choice for every question."""
+        with self._progress(questions, title) as done:
             found = log_likelihoods(
                 self.model,
                 questions,
@@ -246,10 +245,10 @@ class Answerer:
             )
         return [question.best(sums, spec.length_normalise) for question, sums in zip(questions, found, strict=True)]
 
-    def _ask(self, questions: Sequence[Question], spec: EvaluateSpec, title: str | None = None) -> list[str]:
-        """Answers in text, in the order of the questions."""
+    def _write(self, questions: Sequence[Question], spec: EvaluateSpec, title: str | None = None) -> list[str]:
+        """Answers in text, by `decode` where it serves the model and by the model's own `generate` elsewhere."""
         assert isinstance(self.prompt_tokenizer, PromptTokenizer)
-        with self._working(questions, title) as done:
+        with self._progress(questions, title) as done:
             if spec.num_beams == 1 and refusal(self.model) is None:
                 tokens = decode(
                     self.model,
@@ -269,8 +268,9 @@ class Answerer:
     def _generate(
         self, questions: Sequence[Question], spec: EvaluateSpec, done: Callable[[int], object]
     ) -> list[list[int]]:
-        """What the model's own `generate` answers: for beams, encoder-decoders and whatever `decode` does not serve."""
+        """Answers in tokens by the model's own `generate`: for beams, encoder-decoders and models with a `refusal`."""
         assert isinstance(self.prompt_tokenizer, PromptTokenizer)
+        encoder_decoder = self.prompt_tokenizer.encoder_decoder
         answers: list[list[int]] = [[] for _ in questions]
         for limit in dict.fromkeys(question.limit for question in questions):
             numbers = [i for i, question in enumerate(questions) if question.limit == limit]
@@ -288,8 +288,18 @@ class Answerer:
                     eos_token_id=self.tokenizer.eos_token_id,
                     **task,
                 )
-                new = output if self.prompt_tokenizer.encoder_decoder else output[:, batch["input_ids"].shape[1] :]
+                new = output if encoder_decoder else output[:, batch["input_ids"].shape[1] :]
                 for i, answer in zip(rows, new.tolist(), strict=True):
                     answers[i] = answer
                 done(len(rows))
         return answers
+
+
+def _head_questions(
+    tokenizer: PairTokenizer, examples: Sequence[Example], places: Sequence[int], limit: int | None
+) -> list[HeadQuestion]:
+    """Questions to the heads at `places`, which are positions among the heads."""
+    return [
+        HeadQuestion(EncodedPair(ids, types, 0.0, place), example.choices)
+        for example, place, (ids, types) in zip(examples, places, tokenizer.read(examples, limit), strict=True)
+    ]

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How are many prompts answered greedily in the least time, as `generate` answers each alone (up to rounding)?
+"""Greedy decoding of many prompts with continuous batching; answers equal those of `generate` up to rounding.
 
-- Answers end at different times. A row that ends leaves the batch at once, and when enough slots are free, the next
-  prompts are read (prefilled) and join: one queue over all questions, so that no task waits for another's stragglers.
-- Prompts of a task begin alike (its definition). What they share is read once. That is exact: what a layer keeps of a
-  token depends on the tokens before it and on the row's task, which are the same.
-- Keys and values stay where they are (`slots`), and are not repeated for every query head (`attention`).
+- A finished row leaves the batch at once, and as soon as a quarter of the slots are free the next prompts are prefilled
+  and join: one queue over all questions, in which no task waits for the longest answers of another.
+- Prompts of a task often share a prefix (the task's definition), which is prefilled once. This is exact: a layer's keys
+  and values for a token depend on the tokens before it and on the row's task, and both are the same.
+- Keys and values are not copied from step to step (slots.py) nor repeated for every query head (models/attention.py).
 """
 
 from __future__ import annotations
@@ -22,58 +22,61 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from dyads.models.attention import GROUPED, is_plain
+from dyads.models.attention import GROUPED, supports_grouped
 from dyads.scoring.slots import Slots
 
 __all__ = ["Question", "decode", "refusal"]
 
 LEAST_SHARED = 16
-"""Tokens that prompts must share to have them read once."""
-READ_AT_ONCE = 512
-"""Tokens after which a further prompt is read together with others only if it is about as long as they are."""
+"""The shortest shared prefix, in tokens, that is prefilled on its own."""
+PREFILL_TOKENS = 512
+"""Size of a prefill in tokens from which further prompts join only if they are nearly as long as its longest."""
 
 HARMLESS = {
     *(f"{name}_token_id" for name in ("bos", "eos", "pad", "decoder_start")),
     *("max_length", "max_new_tokens", "num_beams", "use_cache", "transformers_version", "_from_model_config"),
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"),
 }
-"""Generation settings that the call replaces, or that do not touch greedy decoding."""
-TRIED = ("eager", "sdpa", GROUPED)
-"""Ways of attention that are known to leave masked keys alone wherever they lie."""
-NEEDED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+"""Generation settings that `decode` sets itself, or that greedy decoding does not use."""
+TESTED = ("eager", "sdpa", GROUPED)
+"""Attention implementations that ignore masked keys at any position."""
+REQUIRED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt in tokens, the most tokens that its answer may have, and its task (None where no gate looks)."""
+    """A prompt to answer."""
 
     prompt: list[int]
+    """In tokens."""
     limit: int
+    """The largest number of tokens of the answer."""
     task: str | int | None = None
+    """None where the gates do not depend on the task."""
 
 
 def refusal(model: nn.Module) -> str | None:
-    """Why `decode` cannot stand in for this model's greedy `generate`; None where it can."""
+    """Why `decode` cannot replace this model's greedy `generate`; None where it can."""
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         return "its adapter adds virtual tokens to the prompt"
     model = _base(model)
     if not isinstance(model, PreTrainedModel):
-        return "it is no transformers model"
+        return "it is not a transformers model"
     config, kind = model.config.get_text_config(decoder=True), type(model)
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder"
     if kind.generate is not GenerationMixin.generate:
-        return "it generates in its own way"
+        return "it overrides generate"
     if kind.prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
-        return "it prepares its inputs in its own way"
-    if lacking := [name for name in NEEDED if name not in inspect.signature(kind.forward).parameters]:
+        return "it overrides prepare_inputs_for_generation"
+    if lacking := [name for name in REQUIRED if name not in inspect.signature(kind.forward).parameters]:
         return f"its forward pass takes no {lacking[0]}"
     if not kind._supports_attention_backend:
-        return "its attention is not transformers' common one"
-    if model.config._attn_implementation not in TRIED:
-        return f"{model.config._attn_implementation} was not tried with it"
+        return "it does not support transformers' attention interface"
+    if model.config._attn_implementation not in TESTED:
+        return f"attention implementation {model.config._attn_implementation} is not tested with `decode`"
     if odd := [type(x).__name__ for x in DynamicCache(config=config).layers if type(x) is not DynamicLayer]:
-        return f"it keeps a {odd[0]} in its cache"
+        return f"its cache has a {odd[0]}"
     ropes = getattr(config, "rope_parameters", None) or {}
     if any(rope in ("dynamic", "longrope") for rope in (ropes.get("rope_type"), ropes.get("type"))):
         return "its positions depend on the longest prompt of a batch"
@@ -94,10 +97,9 @@ def decode(
     tasks: bool = False,
     done: Callable[[int], object] = lambda rows: None,
 ) -> list[list[int]]:
-    """The most likely token after the other, up to and with `eos`; answers in the order of the questions.
+    """Greedy answers in tokens, eos included, in the order of the questions, for a model without a `refusal`.
 
-    `tasks` says whether the gates look at the task; `done` is told how many answers have just been finished. Ask
-    `refusal` first whether the model can be served.
+    `tasks`: pass the task of every row to the model. `done(n)` is called whenever n answers are finished.
     """
     batch = _Batch(model, min(batch_size, len(questions)), pad, tasks)
     queue, rows = _queue(questions), []
@@ -126,7 +128,7 @@ def decode(
 
 @dataclass(eq=False)
 class _Prefix:
-    """What the prompts of a task share, and its keys and values once it was read."""
+    """The prefix shared by the prompts of a task, and its keys and values once it is prefilled."""
 
     ids: list[int]
     cache: Cache | None = None
@@ -134,6 +136,8 @@ class _Prefix:
 
 @dataclass(eq=False)
 class _Row:
+    """A question with the tokens of its answer so far; `number` is its place among the questions."""
+
     number: int
     question: Question
     prefix: _Prefix | None
@@ -141,24 +145,24 @@ class _Row:
 
     @property
     def rest(self) -> list[int]:
-        """The prompt after what it shares."""
+        """The prompt after the shared prefix."""
         return self.question.prompt[len(self.prefix.ids) if self.prefix else 0 :]
 
     @property
-    def kept(self) -> int:
-        """Tokens whose keys and values are kept: all but the newest."""
+    def cached(self) -> int:
+        """The number of tokens with cached keys and values: all but the newest."""
         return len(self.question.prompt) + len(self.answer) - 1
 
 
 def _queue(questions: Sequence[Question]) -> deque[_Row]:
-    """Rows that share a prefix together, longest first: what does not fit in memory fails at once."""
+    """Rows grouped by shared prefix, longest prompts first: a batch that does not fit in memory fails at the start."""
     members: dict[Any, list[int]] = {}
     for number, question in enumerate(questions):
         members.setdefault(question.task, []).append(number)
     groups: dict[_Prefix | None, list[_Row]] = {}
     for numbers in members.values():
         prompts = [questions[i].prompt for i in numbers]
-        shared = _shared(prompts)[: min(map(len, prompts)) - 1]  # every row reads at least one token
+        shared = _shared(prompts)[: min(map(len, prompts)) - 1]  # every row has at least one token of its own
         prefix = _Prefix(shared) if len(shared) >= LEAST_SHARED and len(numbers) > 1 else None
         groups.setdefault(prefix, []).extend(_Row(i, questions[i], prefix) for i in numbers)
     for rows in groups.values():
@@ -168,77 +172,79 @@ def _queue(questions: Sequence[Question]) -> deque[_Row]:
 
 
 def _shared(prompts: Sequence[list[int]]) -> list[int]:
-    """What all prompts begin with: what the first and the last of them, sorted, begin with."""
+    """The longest common prefix of all prompts, which is that of the smallest and the largest of them."""
     first, last = min(prompts), max(prompts)
     differing = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return first[: next(differing, len(first))]
 
 
 def _next(queue: deque[_Row], most: int) -> list[_Row]:
-    """The rows to be read next in one go: with one prefix, and of similar length, since padding is work too."""
+    """The rows of the next prefill: with one prefix, and of similar length, since padding costs as much as tokens."""
     rows = [queue.popleft()]
     width = len(rows[0].rest)
     while queue and len(rows) < most and queue[0].prefix is rows[0].prefix:
-        if len(rows) * width >= READ_AT_ONCE and len(queue[0].rest) < 0.8 * width:
+        if len(rows) * width >= PREFILL_TOKENS and len(queue[0].rest) < 0.8 * width:
             break
         rows.append(queue.popleft())
     return rows
 
 
 class _Batch:
-    """The rows that are being answered: row i has slot i."""
+    """The rows in progress: row i has slot i of the cache."""
 
     def __init__(self, model: nn.Module, slots: int, pad: int, tasks: bool) -> None:
         self.model, self.pad, self.tasks = model, pad, tasks
         self.base = _base(model)
         self.device = self.base.device
-        # Grouped attention holds all scores of a prompt at once, as eager attention does and sdpa does not.
+        # Grouped attention materialises all scores of a prompt, as eager attention does. sdpa does not, so it is kept
+        # for prefills.
         self.own = self.reading = self.stepping = self.base.config._attn_implementation
-        if self.device.type == "cpu" and self.own in ("eager", "sdpa") and is_plain(self.base.config):
+        if self.device.type == "cpu" and self.own in ("eager", "sdpa") and supports_grouped(self.base.config):
             self.stepping = GROUPED
             self.reading = GROUPED if self.own == "eager" else self.own
-        # A tensor, not 1: that gives a slice with gaps, for which torch copies the head's weights once for every row.
+        # A tensor index, which copies the last positions. With 1, they are a strided slice, for whose product with the
+        # LM head torch copies the head's weights once per row.
         self.last = torch.tensor([-1], device=self.device)
         self.rows: list[_Row] = []
-        self.cache = Slots(len(self._plain_cache().layers), slots, self.device)
+        self.cache = Slots(len(self._new_cache().layers), slots, self.device)
 
-    def _plain_cache(self) -> DynamicCache:
+    def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.base.config.get_text_config(decoder=True))
 
     def read(self, rows: list[_Row]) -> list[int]:
-        """Take up rows with one prefix; the first token of every answer."""
+        """Prefill rows with one prefix; returns the first token of every answer."""
         prefix = rows[0].prefix
         self.attend(self.reading)
         if prefix and prefix.cache is None:
-            prefix.cache = self._plain_cache()
+            prefix.cache = self._new_cache()
             ids = torch.tensor([prefix.ids], device=self.device)
             at = torch.arange(len(prefix.ids), device=self.device)[None]
             self._forward(rows[:1], ids, torch.ones_like(ids), at, prefix.cache)
         lengths, width = [len(row.question.prompt) for row in rows], max(len(row.rest) for row in rows)
-        mask = self.cache.reading([row.kept for row in self.rows], lengths, width, prefix and prefix.cache)
+        mask = self.cache.reading([row.cached for row in self.rows], lengths, width, prefix and prefix.cache)
         ids = torch.tensor([[self.pad] * (width - len(row.rest)) + row.rest for row in rows], device=self.device)
         at = torch.arange(-width, 0, device=self.device) + torch.tensor(lengths, device=self.device)[:, None]
         tokens = self._forward(rows, ids, mask, at.clamp(min=0), self.cache)
         for row in rows:
-            row.prefix = None  # gone with the last row that it was kept for
+            row.prefix = None  # so that its cache is freed with the last row that needs it
         self.rows = self.rows + rows
         return tokens
 
     def step(self) -> list[int]:
-        """The next token of every row."""
+        """Returns the next token of every row."""
         self.attend(self.stepping)
-        kept = [row.kept for row in self.rows]
+        cached = [row.cached for row in self.rows]
         ids = torch.tensor([row.answer[-1:] for row in self.rows], device=self.device)
-        at = torch.tensor(kept, device=self.device)[:, None]
-        return self._forward(self.rows, ids, self.cache.stepping(kept), at, self.cache)
+        at = torch.tensor(cached, device=self.device)[:, None]
+        return self._forward(self.rows, ids, self.cache.stepping(cached), at, self.cache)
 
     def drop(self, ended: Sequence[_Row]) -> None:
-        """Go on without these rows."""
+        """Remove finished rows."""
         slots = [i for i, row in enumerate(self.rows) if row not in ended]
         self.rows = [self.rows[slot] for slot in self.cache.keep(slots)]
 
     def attend(self, name: str) -> None:
-        """Have attention computed in this way."""
+        """Set the model's attention implementation."""
         if self.base.config._attn_implementation != name:
             self.base.set_attn_implementation(name)
 
@@ -258,5 +264,5 @@ class _Batch:
 
 
 def _base(model: nn.Module) -> Any:
-    """The transformers model itself: adapted in place, where there is an adapter."""
+    """The transformers model, which an adapter changes in place."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

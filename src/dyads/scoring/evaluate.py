@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What does a run know? Every task's instances are answered, and the answers kept and scored by the task itself.
+"""Evaluation of a run: its answers to the instances of tasks, scored by the tasks, and answers to single prompts.
 
-A language model writes its answers, or chooses among those that there are by their likelihood (`evaluate.answer`); an
-encoder answers by its heads. Other tasks than the run's own are answered too, where need be as `evaluate.unseen` says
-(scoring/unseen.py).
+A language model generates its answers or chooses the most likely of given ones (`evaluate.answer`); an encoder answers
+by its heads. Tasks that the adapter was not trained on are answered too, with stand-ins where its gates need them
+(`evaluate.unseen`, unseen.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dyads.models.heads import heads_of
 from dyads.models.load import kind_of, model_config
 from dyads.recipe.spec import EvaluateSpec, Recipe
 from dyads.runs.folder import SCHEMA, Prediction, RunFolder, ScoreRow, Scores
-from dyads.scoring.answerer import LEARN_IT, Answerer, Majority
+from dyads.scoring.answerer import NO_HEAD, Answerer, Majority
 from dyads.scoring.unseen import INPUTS, StandIn
 from dyads.tasks import SPLITS, Example, FamilySpec, Suite, Task, load_suite
 from dyads.tasks.shots import few_shot
@@ -38,33 +38,34 @@ def evaluate(
     unseen: str | None = None,
     nearest_by: str | None = None,
     into: str | Path | None = None,
-    told: Callable[[StandIn], object] = lambda stand_in: None,
+    on_stand_in: Callable[[StandIn], object] = lambda stand_in: None,
 ) -> Scores:
-    """Score a run and keep predictions and scores in its folder.
+    """Score a run; predictions and scores are written to its folder.
 
-    `split`, `limit`, `unseen` and `nearest_by` replace the recipe's own, `suite` its tasks. With `into` the results go
-    to a new run folder, and those of the run stay: it holds a recipe with these tasks, and no adapter. Where something
-    stood in for unseen tasks, the run's name there ends with the policy. `told` hears of each before it is scored.
+    `split`, `limit`, `unseen` and `nearest_by` override the recipe's section `evaluate`, `suite` its tasks. With `into`
+    the results are written to a new run folder, whose recipe has these tasks, without an adapter; those of `folder` are
+    unchanged. The new run's name ends with the policy if there are stand-ins. `on_stand_in` is called for each of them
+    before scoring.
     """
     if split is not None and split not in SPLITS:
         raise ConfigError(f"cannot evaluate on split '{split}'{did_you_mean(split, SPLITS)}")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise ConfigError(f"cannot evaluate {limit} instances of each task: limit is a whole number from 1")
     if into is not None and isinstance(suite, Suite):
-        raise ConfigError(f"'{into}' is to say which tasks were scored: give their family and its options, not a Suite")
+        raise ConfigError(f"into='{into}' writes a recipe with these tasks: suite must be a FamilySpec, got a Suite")
     if into is not None and RunFolder(into).is_run:
         raise RunError(f"'{into}' already holds a run: choose another --out for these scores")
     recipe = folder.recipe()
     changes = {"split": split, "limit": limit, "unseen": unseen, "nearest_by": nearest_by}
-    spec = _changed(recipe.evaluate, {key: value for key, value in changes.items() if value is not None})
+    spec = _override(recipe.evaluate, {key: value for key, value in changes.items() if value is not None})
     tasks_spec = suite if isinstance(suite, FamilySpec) else recipe.tasks
     if not isinstance(suite, Suite):
         suite = load_suite(tasks_spec)
         if recipe.adapt is not None and tasks_spec is recipe.tasks:
-            suite = few_shot(suite, recipe.adapt.shots, recipe.seed)  # what it trained on is its train split
+            suite = few_shot(suite, recipe.adapt.shots, recipe.seed)  # the train split that the run was trained on
     check_answers(recipe, suite.tasks)
-    asked = [[task.split(spec.split)[i] for i in spec.pick(len(task.split(spec.split)))] for task in suite.tasks]
-    if empty := [task.name for task, examples in zip(suite.tasks, asked, strict=True) if not examples]:
+    instances = [[task.split(spec.split)[i] for i in spec.pick(len(task.split(spec.split)))] for task in suite.tasks]
+    if empty := [task.name for task, examples in zip(suite.tasks, instances, strict=True) if not examples]:
         raise TaskError(f"nothing to score: split '{spec.split}' of {', '.join(empty)} is empty")
 
     stand_ins: list[StandIn] = []
@@ -72,39 +73,62 @@ def evaluate(
         answerer: Majority | Answerer = Majority()
     else:
         answerer = Answerer(folder)
-        stand_ins = answerer.let_stand_in(suite.tasks, spec)
+        stand_ins = answerer.add_unseen(suite.tasks, spec)
     answerer.check(suite.tasks)
     for stand_in in stand_ins:
-        told(stand_in)
+        on_stand_in(stand_in)
     begin = time.perf_counter()
-    answers = answerer.answer(suite.tasks, asked, spec)
+    answers = answerer.answer(suite.tasks, instances, spec)
     seconds = time.perf_counter() - begin
-    place, name = folder, recipe.name
+
+    target, name = folder, recipe.name
     if into is not None:
-        by = f"{spec.unseen}-by-description" if spec.nearest_by == "description" else spec.unseen
-        name = f"{name}-{by}" if stand_ins else name
-        # Tasks that others adapted to are not what this recipe would adapt to.
-        adapt = recipe.adapt if tasks_spec is recipe.tasks else None
+        policy = f"{spec.unseen}-by-description" if spec.nearest_by == "description" else spec.unseen
+        name = f"{name}-{policy}" if stand_ins else name
+        adapt = recipe.adapt if tasks_spec is recipe.tasks else None  # `adapt` describes the training on its own tasks
         scored = recipe.model_copy(update={"name": name, "tasks": tasks_spec, "evaluate": spec, "adapt": adapt})
-        place = RunFolder.create(into, scored)
-        place.write_environment(seed=recipe.seed, tasks=[task.name for task in suite.tasks], adapter=str(folder.path))
+        target = RunFolder.create(into, scored)
+        target.write_environment(seed=recipe.seed, tasks=[task.name for task in suite.tasks], adapter=str(folder.path))
     for stand_in in stand_ins:
-        place.append_log({"event": "unseen", **asdict(stand_in)})
-    answered: dict[str, list[Prediction]] = {}
+        target.append_log({"event": "unseen", **asdict(stand_in)})
+    predictions, rows = _score(suite.tasks, instances, answers, spec.split)
+    micro, macro = _means(rows)
+    trained = next((line for line in reversed(list(folder.log())) if line.get("event") == "trained"), None)
+    result = Scores(
+        schema=SCHEMA,
+        run=name,
+        method=recipe.method.name,
+        split=spec.split,
+        seed=recipe.seed,
+        parameters=trained["parameters"] if trained else 0,
+        seconds={"train": trained["seconds"] if trained else 0.0, "evaluate": seconds},
+        steps=trained["step"] if trained else 0,
+        scores=rows,
+        micro=micro,
+        macro=macro,
+    )
+    target.write_results(predictions, result)
+    return result
+
+
+def _score(
+    tasks: Sequence[Task], instances: Sequence[Sequence[Example]], answers: Sequence[Sequence[str]], split: str
+) -> tuple[dict[str, list[Prediction]], list[ScoreRow]]:
+    """Predictions by task, and one row per task and metric; a task's first metric is its headline."""
+    predictions: dict[str, list[Prediction]] = {}
     rows: list[ScoreRow] = []
-    values: dict[str, list[tuple[float, int]]] = {}
-    for task, examples, predictions in zip(suite.tasks, asked, answers, strict=True):
-        scores = task.score(predictions, examples)
-        answered[task.name] = [
+    for task, examples, texts in zip(tasks, instances, answers, strict=True):
+        scores = task.score(texts, examples)
+        predictions[task.name] = [
             Prediction(
                 id=example.id,
-                prediction=prediction,
+                prediction=text,
                 references=list(example.references),
                 scores={score.metric: score.values[i] for score in scores if score.values},
             )
-            for i, (example, prediction) in enumerate(zip(examples, predictions, strict=True))
+            for i, (example, text) in enumerate(zip(examples, texts, strict=True))
         ]
-        fingerprint = task.fingerprint(spec.split)
+        fingerprint = task.fingerprint(split)
         for rank, score in enumerate(scores):
             row = ScoreRow(
                 task=task.name,
@@ -120,31 +144,22 @@ def evaluate(
             if task.labels:
                 row["labels"] = list(task.labels)
             rows.append(row)
-            for key in (score.metric, *(["headline"] if rank == 0 else [])):
-                values.setdefault(key, []).append((score.value, score.n))
-    trained = [line for line in folder.log() if line.get("event") == "trained"]
-    result = Scores(
-        schema=SCHEMA,
-        run=name,
-        method=recipe.method.name,
-        split=spec.split,
-        seed=recipe.seed,
-        parameters=trained[-1]["parameters"] if trained else 0,
-        seconds={
-            "train": trained[-1]["seconds"] if trained else 0.0,
-            "evaluate": seconds,
-        },
-        steps=trained[-1]["step"] if trained else 0,
-        scores=rows,
-        micro={key: sum(v * n for v, n in pairs) / sum(n for _, n in pairs) for key, pairs in values.items()},
-        macro={key: sum(v for v, _ in pairs) / len(pairs) for key, pairs in values.items()},
-    )
-    place.write_results(answered, result)
-    return result
+    return predictions, rows
 
 
-def _changed(spec: EvaluateSpec, changes: Mapping[str, Any]) -> EvaluateSpec:
-    """The spec with some keys replaced; what `nearest_by` says goes with the policy that it is for."""
+def _means(rows: Sequence[ScoreRow]) -> tuple[dict[str, float], dict[str, float]]:
+    """(means over instances, means over tasks) of every metric, and of all headlines together."""
+    values: dict[str, list[tuple[float, int]]] = {}
+    for row in rows:
+        for key in (row["metric"], *["headline"] * row["headline"]):
+            values.setdefault(key, []).append((row["value"], row["n"]))
+    micro = {key: sum(v * n for v, n in pairs) / sum(n for _, n in pairs) for key, pairs in values.items()}
+    macro = {key: sum(v for v, _ in pairs) / len(pairs) for key, pairs in values.items()}
+    return micro, macro
+
+
+def _override(spec: EvaluateSpec, changes: Mapping[str, Any]) -> EvaluateSpec:
+    """The spec with some keys replaced; another policy than `nearest` drops the `nearest_by` of the spec."""
     kept = spec.model_dump()
     if changes.get("unseen", "nearest") != "nearest":
         del kept["nearest_by"]
@@ -157,7 +172,7 @@ def _changed(spec: EvaluateSpec, changes: Mapping[str, Any]) -> EvaluateSpec:
 
 
 def check_answers(recipe: Recipe, tasks: Sequence[Task]) -> None:
-    """Refuse tasks that the model cannot answer in the way that the recipe asks for. Loads no weights."""
+    """Refuse tasks that the model cannot answer by the recipe's `evaluate.answer`, without loading weights."""
     if recipe.method.name == "majority":
         return
     spec = recipe.model
@@ -165,7 +180,7 @@ def check_answers(recipe: Recipe, tasks: Sequence[Task]) -> None:
     if encoder and not recipe.method.trains:
         raise ConfigError(
             f"method '{recipe.method.name}' cannot answer with model '{spec.name}': an encoder answers by heads, which"
-            " are random until they are trained; compare with method 'majority' instead"
+            " are random until they are trained; use method 'majority' as the baseline instead"
         )
     if encoder and recipe.evaluate.answer == "likelihood":
         raise ConfigError(
@@ -193,18 +208,19 @@ def generate(
     batch_size: int = 16,
     unseen: str = "error",
     description: str | None = None,
-    told: Callable[[StandIn], object] = lambda stand_in: None,
+    on_stand_in: Callable[[StandIn], object] = lambda stand_in: None,
 ) -> list[str]:
-    """Answers to prompts as they stand; every prompt with the name or id of its task, or None where no gate looks.
+    """Answers to prompts, which are passed to the model unchanged, each with the name or id of its task.
 
-    A prompt for an encoder with heads, which always needs a task, is a text or a pair of texts. `unseen` says what
-    happens with a name that the run does not know, as `evaluate.unseen` does; the nearest task is the one whose inputs
-    are like its first prompts, or whose description is like the one given. `told` hears which task stood in.
+    The task may be None where neither gates nor heads depend on it. For an encoder with heads a prompt is a text or a
+    pair of texts. `unseen` is the policy for task names that the run does not know, as `evaluate.unseen`; the nearest
+    task is found from the first prompts with that name, or from `description`. `on_stand_in` is called for every such
+    name.
     """
     if description is not None and not description.strip():
-        raise ConfigError("the description is empty: say what the task asks, or leave it out")
+        raise ConfigError("the description is empty: describe the task in a sentence, or leave it out")
     by = {} if description is None else {"nearest_by": "description"}
-    spec = _changed(EvaluateSpec(batch_size=batch_size, max_new_tokens=max_new_tokens), {"unseen": unseen, **by})
+    spec = _override(EvaluateSpec(batch_size=batch_size, max_new_tokens=max_new_tokens), {"unseen": unseen, **by})
     if len(prompts) != len(tasks):
         raise ConfigError(f"{len(prompts)} prompts, but {len(tasks)} tasks: give one task for every prompt")
     texts = [(prompt,) if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
@@ -229,16 +245,16 @@ def generate(
         if known and task is not None and not _is_known(task, known):
             if spec.unseen == "error" or answerer.heads or not isinstance(task, str):
                 refusal = f"prompt {i}: the run does not know task '{task}'{did_you_mean(str(task), known)}"
-                raise ConfigError(refusal + LEARN_IT * (bool(answerer.heads) and spec.unseen != "error"))
+                raise ConfigError(refusal + NO_HEAD * (bool(answerer.heads) and spec.unseen != "error"))
             new.setdefault(task, []).append(examples[i - 1])
     if description is not None and len(new) > 1:
         raise ConfigError(f"one description is given, but the prompts are of {len(new)} unseen tasks: {', '.join(new)}")
     if new and answerer.needs_task:
         like = [Example("description", description, ("",))] if description is not None else None
         unseen_texts = {task: like or prompts[:INPUTS] for task, prompts in new.items()}
-        for stand_in in answerer.stand_ins(unseen_texts, spec):
-            told(stand_in)
-    return answerer.answers(examples, tasks, spec, max_new_tokens, None)
+        for stand_in in answerer.add_unseen_texts(unseen_texts, spec):
+            on_stand_in(stand_in)
+    return answerer.answer_prompts(examples, tasks, spec, max_new_tokens, None)
 
 
 def _is_known(task: str | int, known: Sequence[str]) -> bool:

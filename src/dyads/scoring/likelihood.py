@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of some given answers does a language model find most likely to follow a prompt?
+"""Log-likelihoods of given choices as continuations of a prompt.
 
     score(c) = Σ_i log p(c_i | prompt, c_1 … c_{i-1})        c_1 … c_n: the tokens of a choice, then eos
 
-This is the probability of answering exactly the choice, its end included, as training has it: without eos, a choice
-that another one begins with could never lose to it. Divided by n it is a mean per token (`evaluate.length_normalise`).
+With eos included, as in training, this is the probability of answering exactly c: without it, "a" could never lose to
+"a b". Divided by n it is a mean per token (`evaluate.length_normalise`).
 
-A prompt is read once for all its choices: a decoder's keys and values, or an encoder's hidden states, are repeated for
-them. Decoders that keep something else in their cache read every prompt with every choice, from its start.
+A prompt is computed once for all its choices: a decoder's keys and values, or an encoder's hidden states, are repeated
+for them. A decoder with any other kind of cache computes every prompt again with every choice.
 """
 
 from __future__ import annotations
@@ -24,27 +24,31 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from dyads.scoring.decode import refusal
 
-__all__ = ["Choice", "log_likelihoods"]
+__all__ = ["ChoiceQuestion", "log_likelihoods"]
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
-    """A prompt in tokens, what may be answered, in text and in tokens with eos, and the task (None: no gate looks)."""
+class ChoiceQuestion:
+    """A prompt and the choices for its answer."""
 
     prompt: list[int]
+    """In tokens."""
     texts: Sequence[str]
+    """The choices as text."""
     answers: list[list[int]]
+    """The choices in tokens, with eos."""
     task: str | int | None = None
+    """None where the gates do not depend on the task."""
 
     def best(self, sums: Sequence[float], length_normalise: bool = False) -> str:
-        """The text with the highest sum of log-probabilities, or mean; of equals the first."""
+        """The text with the highest sum of log-probabilities, or mean per token; the first of equals."""
         scores = [s / len(a) for s, a in zip(sums, self.answers, strict=True)] if length_normalise else sums
         return self.texts[max(range(len(scores)), key=lambda i: scores[i])]
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """A batch of questions: row i is choice i, of the prompt rows[i]."""
+    """A batch of questions; choice i belongs to prompt rows[i]."""
 
     model: nn.Module
     base: Any
@@ -53,13 +57,15 @@ class _Call:
     rows: Tensor
     pad: int
     task: dict[str, Any]
+    """`task=` for a pass over the prompts; empty where the gates do not depend on the task."""
     row_task: dict[str, Any]
+    """The same for a pass over the choices."""
 
 
 @torch.inference_mode()
 def log_likelihoods(
     model: nn.Module,
-    questions: Sequence[Choice],
+    questions: Sequence[ChoiceQuestion],
     *,
     batch_size: int,
     pad: int,
@@ -68,8 +74,8 @@ def log_likelihoods(
 ) -> list[list[float]]:
     """Sums of log-probabilities, one for every choice of every question.
 
-    `tasks` says whether the gates look at the task; `done` is told how many questions have just been answered. A batch
-    holds up to `batch_size` choices, and at least one question with all of its.
+    `tasks`: pass the task of every row to the model. `done(n)` is called after each batch with its number of questions.
+    A batch holds up to `batch_size` choices, and at least one question.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if base.config.is_encoder_decoder:
@@ -80,17 +86,17 @@ def log_likelihoods(
     order = sorted(range(len(questions)), key=lambda i: -len(questions[i].prompt))
     while order:
         at, order = _batch(order, questions, batch_size)
-        asked = [questions[i] for i in at]
-        rows = [place for place, question in enumerate(asked) for _ in question.answers]
+        batch = [questions[i] for i in at]
+        rows = [place for place, question in enumerate(batch) for _ in question.answers]
         call = _Call(
             model=model,
             base=base,
-            prompts=[question.prompt for question in asked],
-            answers=[answer for question in asked for answer in question.answers],
+            prompts=[question.prompt for question in batch],
+            answers=[answer for question in batch for answer in question.answers],
             rows=torch.tensor(rows, device=base.device),
             pad=pad,
-            task={"task": [question.task for question in asked]} if tasks else {},
-            row_task={"task": [asked[row].task for row in rows]} if tasks else {},
+            task={"task": [question.task for question in batch]} if tasks else {},
+            row_task={"task": [batch[row].task for row in rows]} if tasks else {},
         )
         sums = iter(score(call).tolist())
         for i in at:
@@ -99,8 +105,8 @@ def log_likelihoods(
     return found
 
 
-def _batch(order: list[int], questions: Sequence[Choice], batch_size: int) -> tuple[list[int], list[int]]:
-    """The questions of the next batch, and those that are left."""
+def _batch(order: list[int], questions: Sequence[ChoiceQuestion], batch_size: int) -> tuple[list[int], list[int]]:
+    """The questions of the next batch, and the remaining ones."""
     rows, end = 0, 0
     while end < len(order) and (not end or rows + len(questions[order[end]].answers) <= batch_size):
         rows += len(questions[order[end]].answers)
@@ -109,16 +115,16 @@ def _batch(order: list[int], questions: Sequence[Choice], batch_size: int) -> tu
 
 
 def _decoder(call: _Call) -> Tensor:
-    """Prompts are padded on the left and kept; the choices follow, padded on the right."""
+    """One pass over the prompts, padded on the left, into a cache; one over the choices, padded on the right."""
     ids, mask = _padded(call.prompts, call.pad, call.base.device, left=True)
     at = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=call.base.config.get_text_config(decoder=True))
     kept = {"past_key_values": cache, "use_cache": True}
-    # A tensor, not 1: see scoring/decode.py.
+    # A tensor rather than 1, for the reason given in scoring/decode.py.
     last = {"logits_to_keep": torch.tensor([-1], device=ids.device)}
     logits = call.model(input_ids=ids, attention_mask=mask, position_ids=at, **kept, **last, **call.task).logits
     answers, real = _padded(call.answers, call.pad, ids.device)
-    logits = logits[call.rows]  # (choices 1 vocabulary): their first tokens
+    logits = logits[call.rows]  # (choices 1 vocabulary): for their first tokens
     if answers.shape[1] > 1:
         cache.batch_select_indices(call.rows)
         mask = torch.cat([mask[call.rows], real[:, :-1]], 1)
@@ -131,7 +137,7 @@ def _decoder(call: _Call) -> Tensor:
 
 
 def _decoder_without_cache(call: _Call) -> Tensor:
-    """Every choice behind its prompt, padded on the right."""
+    """One pass over every choice after its prompt, padded on the right."""
     prompts = [call.prompts[row] for row in call.rows.tolist()]
     both = [prompt + answer for prompt, answer in zip(prompts, call.answers, strict=True)]
     ids, mask = _padded(both, call.pad, call.base.device)
@@ -139,16 +145,16 @@ def _decoder_without_cache(call: _Call) -> Tensor:
     answers, real = _padded(call.answers, call.pad, ids.device)
     ends = torch.tensor([len(prompt) for prompt in prompts], device=ids.device)
     at = ends[:, None] - 1 + torch.arange(answers.shape[1], device=ids.device)
-    at = at.clamp(max=ids.shape[1] - 1)  # behind a shorter choice there may be nothing, and nothing is asked of it
+    at = at.clamp(max=ids.shape[1] - 1)  # positions after a shorter choice, masked in the sum, may not exist
     return _sums(logits[torch.arange(len(at), device=ids.device)[:, None], at], answers, real)
 
 
 def _encoder_decoder(call: _Call) -> Tensor:
-    """Prompts are read once; the decoder reads every choice from its start."""
+    """One encoder pass over the prompts, one decoder pass over the choices."""
     ids, mask = _padded(call.prompts, call.pad, call.base.device)
     answers, real = _padded(call.answers, call.pad, ids.device)
     inputs = call.base.prepare_decoder_input_ids_from_labels(labels=answers)
-    # By a call of the whole model, and not of its encoder alone, since only that tells the gates their tasks.
+    # Through the whole model rather than its encoder: only the adapted model's own forward takes `task=`.
     first = inputs[: len(ids), :1].expand(len(ids), 1)
     read = call.model(input_ids=ids, attention_mask=mask, decoder_input_ids=first, use_cache=False, **call.task)
     hidden = BaseModelOutput(last_hidden_state=read.encoder_last_hidden_state[call.rows])
@@ -163,7 +169,7 @@ def _encoder_decoder(call: _Call) -> Tensor:
 
 
 def _padded(rows: Sequence[list[int]], pad: int, device: Any, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """(tokens, 1 where there is one), both (rows, longest)."""
+    """(tokens, mask), both (rows, longest)."""
     width = max(map(len, rows))
     gaps = [width - len(row) for row in rows]
     ids = [[pad] * gap + row if left else row + [pad] * gap for row, gap in zip(rows, gaps, strict=True)]

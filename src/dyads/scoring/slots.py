@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where do keys and values lie while many prompts are answered, so that no step copies them?
+"""Key-value cache for a batch whose rows come and go: one buffer per layer, so that no step copies keys and values.
 
-Every row has a slot in one buffer a layer; a step writes one column into it, and rows that end leave their slots:
+Every row has a slot in the buffer. A step writes one column, and a finished row frees its slot:
 
     slot 0   ··············░░░░░░░░░░░│···      ░ a token's keys and values, · unused (masked)
     slot 1   ░░░░░░░░░░░░░░░░░░░░░░░░░│···      │ `end`, where the next column goes
     slot 2   ·····░░░░░░░░░░░░░░░░░░░░│···
 
-The slots in use come first, so that attention reads the buffer as it lies. Where the buffer is full, its rows move to
-the left by what is unused in all of them.
+Slots in use come first, so that attention reads a view of the buffer. When the buffer is full, all rows move left by
+the columns that no row uses.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 __all__ = ["Slots"]
 
 SPARE = 16
-"""Columns that a buffer has at least for the steps to come; its width is a multiple of twice that."""
+"""The fewest columns that a new buffer has free for later steps; its width is a multiple of twice as many."""
 
 
 @dataclass
 class _View:
-    """What a forward pass sees of the buffers, where it writes, and what its rows go on from."""
+    """The part of the buffers that a forward pass reads and writes."""
 
     slots: int
     """Slots in a buffer."""
@@ -38,12 +38,13 @@ class _View:
     rows: slice = field(default_factory=lambda: slice(0))
     columns: slice = field(default_factory=lambda: slice(0))
     at: int = 0
+    """The first column that the pass writes."""
     new: bool = False
-    """Whether its rows are new: what the rows before them left in their slots is cleared."""
+    """Whether its rows are new, so that their slots are cleared first."""
     prefix: Cache | None = None
-    """Keys and values that all rows begin with."""
+    """Keys and values of the prefix that all new rows share."""
     starts: Sequence[int] = ()
-    """The column where every row begins."""
+    """The first column of every new row."""
 
 
 class _Layer(DynamicLayer):  # type: ignore[misc]
@@ -58,7 +59,7 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         self.is_initialized = True
 
     def _empty(self, like: Tensor) -> Tensor:
-        # Zeros, since what is masked is still multiplied (by 0), and memory as it comes may hold NaN.
+        # Zeros: attention multiplies masked values by 0, and uninitialised memory may hold NaN (0 · NaN = NaN).
         return like.new_zeros(self.view.slots, like.shape[1], self.view.width, like.shape[3])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -70,9 +71,9 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         view = self.view
         slots: Tensor = getattr(self, name)[view.rows]
         if view.new:
-            slots.zero_()  # the NaN of a row that overflowed would reach the next one through its mask, as 0 · NaN
+            slots.zero_()  # a NaN of the finished row would reach the new one through its mask, as 0 · NaN
         slots[:, :, view.at : view.at + new.shape[2]] = new
-        if view.prefix is not None:  # after the new, and so over the padding of shorter rows: no row has a gap
+        if view.prefix is not None:  # written last, over the padding of shorter rows, so that no row has a gap
             shared = getattr(view.prefix.layers[self.index], name)[0]
             for slot, start in zip(slots, view.starts, strict=True):
                 slot[:, start : start + shared.shape[1]] = shared
@@ -89,7 +90,7 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
             buffer[target] = buffer[source]
 
     def move(self, rows: int, source: slice, target: slice) -> None:
-        """Take columns to another place, in a buffer of the view's width."""
+        """Move columns, and give the buffer the view's width."""
         if self.is_initialized:
             for name in ("keys", "values"):
                 old = getattr(self, name)
@@ -100,7 +101,7 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
 
 
 class Slots(Cache):  # type: ignore[misc]
-    """A cache for a batch whose rows come and go. Before a forward pass call `reading` or `stepping`."""
+    """A transformers Cache over slots. Before every forward pass call `reading` or `stepping`, which give its mask."""
 
     def __init__(self, layers: int, slots: int, device: torch.device) -> None:
         self.view = _View(slots)
@@ -109,7 +110,10 @@ class Slots(Cache):  # type: ignore[misc]
         self.end = 0
 
     def reading(self, kept: Sequence[int], lengths: Sequence[int], width: int, prefix: Cache | None) -> Tensor:
-        """The mask for reading the last `width` tokens of new rows of these lengths, after rows with `kept` tokens."""
+        """Attention mask for a pass over the last `width` tokens of new prompts.
+
+        `kept` has the cached tokens of the rows before them, `lengths` those of the prompts, `prefix` included.
+        """
         n, longest, view = len(kept), max(lengths), self.view
         if longest > self.end:
             self._lay_out(kept, longest)
@@ -126,7 +130,7 @@ class Slots(Cache):  # type: ignore[misc]
         return self.mask[view.rows, view.columns]
 
     def stepping(self, kept: Sequence[int]) -> Tensor:
-        """The mask for the next token of every row."""
+        """Attention mask for a pass over one token of every row."""
         n, view = len(kept), self.view
         if self.end == view.width:
             self._lay_out(kept, 0)
@@ -137,7 +141,7 @@ class Slots(Cache):  # type: ignore[misc]
         return self.mask[:n]
 
     def keep(self, slots: Sequence[int]) -> list[int]:
-        """Only these slots (in rising order) go on, as the first ones: which row each of them has from now on."""
+        """Free all other slots, and move these (in rising order) to the front; returns the old slot of every row."""
         order = list(range(len(slots)))
         holes = sorted(set(order) - set(slots))
         moved = [slot for slot in slots if slot >= len(slots)]
@@ -150,7 +154,7 @@ class Slots(Cache):  # type: ignore[misc]
         return order
 
     def _lay_out(self, kept: Sequence[int], least: int) -> None:
-        """Move rows as far left as the longest allows; there is then room for `least` tokens and for some steps."""
+        """Move rows as far left as the longest allows, with room for `least` tokens and at least SPARE steps."""
         n, live = len(kept), max(kept, default=0)
         end = max(live, least)
         source, target = slice(self.end - live, self.end), slice(end - live, end)

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the tasks that an adapter knows stands in for one that it does not?
+"""Stand-ins for unseen tasks: rows for gates that depend on the task, taken from the known tasks.
 
-Gates that look at the task keep a row for every task of the training. An unseen task is given a further one: the mean
-over the known tasks, or the row of the nearest, as which it is then answered to the bit. The nearest is found without
-the adapter and without an answer, from a few inputs of every task or from its description:
+Gates that depend on the task have a row for every task of the training. An unseen task gets a new row: the mean of all
+rows, or a copy of that of the nearest known task, with which its answers are bit-identical to those for that task. The
+nearest task is found with the base model alone, from a few inputs of every task, without answers, or from its
+description:
 
-    v_t       = mean over texts, of the mean over tokens, of the base model's last hidden states        (d)
+    v_t       = mean over texts of the mean over tokens of the base model's last hidden states        (d)
     c         = mean over the known tasks of v_k
     sim(u, k) = cos(v_u - c, v_k - c)
 
-Centred, because all texts of a language model point one way: on the twelve starter tasks cos(v_u, v_k) lies between
-0.96 and 1.00 for their inputs (SmolLM2-135M), sim(u, k) between -0.62 and 0.85.
+Without centring, similarities do not discriminate: over inputs of the twelve starter tasks, with SmolLM2-135M,
+cos(v_u, v_k) is 0.96 to 1.00, and sim(u, k) -0.62 to 0.85.
 """
 
 from __future__ import annotations
@@ -33,19 +34,19 @@ from dyads.tuner.add_task import add_task
 __all__ = ["INPUTS", "StandIn", "by_mean", "by_nearest", "described", "own_tasks"]
 
 INPUTS = 8
-"""How many inputs of a task are compared, the first of their split."""
+"""How many inputs of a task are compared: the first of the split."""
 
 
 @dataclass(frozen=True, slots=True)
 class StandIn:
-    """Who answers for an unseen task: a known one, or (None) the mean over all."""
+    """The known task whose row an unseen task got; None: the mean of all rows."""
 
     task: str
     known: str | None = None
     similarity: float | None = None
-    """-1..1; that of the mean is not taken."""
+    """From -1 to 1; None for the mean."""
     runner_up: str | None = None
-    """The second nearest; None where only one task is known."""
+    """The second nearest; None where there is only one known task."""
     runner_up_similarity: float | None = None
 
     def __str__(self) -> str:
@@ -56,11 +57,11 @@ class StandIn:
 
 
 def by_mean(model: PeftModel, unseen: Iterable[str]) -> list[StandIn]:
-    """Give every unseen task the mean over the known ones."""
+    """Add every unseen task with the mean of the known tasks' rows."""
     start: str | int = "mean"
     for name in unseen:
         rows = add_task(model, name, start)
-        start = len(rows[0]) - 1  # those that follow: the same, rather than a mean that this one is part of
+        start = len(rows[0]) - 1  # further tasks copy this row, since a new mean would include it
     return [StandIn(name) for name in unseen]
 
 
@@ -72,11 +73,13 @@ def by_nearest(
     *,
     batch_size: int,
 ) -> list[StandIn]:
-    """Let the nearest known task stand in for every unseen one; both are given with the texts to compare."""
-    ours, theirs = (_vectors(model, prompt_tokenizer, list(texts.values()), batch_size) for texts in (known, unseen))
-    names, centre, found = list(known), ours.mean(0), []
+    """Add every unseen task with the row of its nearest known task; both come with the texts to compare."""
+    known_vectors, unseen_vectors = (
+        _vectors(model, prompt_tokenizer, list(texts.values()), batch_size) for texts in (known, unseen)
+    )
+    names, centre, found = list(known), known_vectors.mean(0), []
     for task, similarities in zip(
-        unseen, F.cosine_similarity(theirs[:, None] - centre, ours - centre, -1), strict=True
+        unseen, F.cosine_similarity(unseen_vectors[:, None] - centre, known_vectors - centre, -1), strict=True
     ):
         values, places = similarities.sort(descending=True, stable=True)
         ranked = [(names[int(place)], float(value)) for place, value in zip(places, values, strict=True)]
@@ -89,12 +92,14 @@ def by_nearest(
 def _vectors(
     model: PeftModel, prompt_tokenizer: PromptTokenizer, texts: Sequence[Sequence[Example]], batch_size: int
 ) -> Tensor:
-    """(T d): a vector for every task, in fp32."""
+    """v_t for every task (T d), in fp32."""
     base = model.get_base_model()
     body = base.get_encoder() if base.config.is_encoder_decoder else base.base_model
     owners = [task for task, examples in enumerate(texts) for _ in examples]
     prompts = [prompt_tokenizer.prompt(example) for examples in texts for example in examples]
-    collator = Collator(pad_id_of(prompt_tokenizer.tokenizer))  # on the right also for a decoder: no position is moved
+    collator = Collator(
+        pad_id_of(prompt_tokenizer.tokenizer)
+    )  # pads on the right, for a decoder too: positions start at 0
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     device = base.get_input_embeddings().weight.device
     sums: Tensor | None = None
@@ -113,18 +118,21 @@ def _vectors(
 
 
 def described(tasks: Iterable[Task]) -> dict[str, list[Example]]:
-    """The description of every task by its name; TaskError where one has none."""
+    """The description of every task, as an example, by the task's name; TaskError where one has none."""
     tasks = list(tasks)
     if without := [task.name for task in tasks if not task.description]:
         raise TaskError(
-            f"nearest_by 'description' compares what tasks say that they ask, but {', '.join(without)} "
-            f"{'have' if len(without) > 1 else 'has'} no description: choose inputs, or unseen: mean"
+            f"nearest_by 'description' compares the descriptions of tasks, but {', '.join(without)} "
+            f"{'have' if len(without) > 1 else 'has'} none: choose nearest_by: inputs, or unseen: mean"
         )
     return {task.name: [Example(task.name, task.description, ("",))] for task in tasks}
 
 
 def own_tasks(recipe: Recipe) -> tuple[Task, ...]:
-    """The tasks that a run was trained on, those of the run that it adapts first; RunError where one is not there."""
+    """The tasks that a run's adapter was trained on, through all runs that it adapts, oldest first.
+
+    RunError where their data cannot be read.
+    """
     try:
         tasks = load_suite(recipe.tasks).tasks
         while recipe.adapt is not None:
@@ -134,5 +142,5 @@ def own_tasks(recipe: Recipe) -> tuple[Task, ...]:
     except (DyadsError, OSError) as error:
         raise RunError(
             f"unseen 'nearest' compares with the tasks that the run was trained on, which cannot be read: {error};"
-            " put their data back, or choose mean"
+            " restore their data, or choose unseen: mean"
         ) from error

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do seven commonsense question sets become tasks? (In the form of Hu et al., 2023, arXiv 2304.01933)
+"""Family `commonsense`: seven commonsense data sets as multiple choice (form of Hu et al., 2023, arXiv 2304.01933).
 
-ARC-Challenge, ARC-Easy, BoolQ (without its passages), OpenBookQA, PIQA, SIQA and WinoGrande as multiple choice. The
-prompt is the instruction of the file, a line break and "the correct answer is ", so that its end and the answer are the
-file's own `output`. The choices are read from the instruction's last line, "Answer format: answer1/answer2/…": in ARC
-some questions have three or five. Accuracy is the metric; class ids follow the numbers, and false comes before true.
+ARC-Challenge, ARC-Easy, BoolQ (without its passages), OpenBookQA, PIQA, SIQA and WinoGrande. The prompt is the
+instruction of the file, a line break and "the correct answer is "; with the answer it ends in the file's `output`. The
+choices are those of the instruction's last line, "Answer format: answer1/answer2/…": some questions of ARC have three
+or five. The metric is accuracy; class ids follow the numbers of the answers, and false comes before true.
 
-Files, in each folder of `path`: `<set>/train.json`, `test.json`, lists of {instruction, input, output, answer}, with
-the sets' names as there: ARC-Challenge, ARC-Easy, boolq, openbookqa, piqa, social_i_qa, winogrande. The test file is
-the one that is commonly scored (for several sets it is the public validation data).
+Files, in each folder of `path`: `<set>/train.json`, `test.json`, lists of {instruction, input, output, answer}, in
+folders named ARC-Challenge, ARC-Easy, boolq, openbookqa, piqa, social_i_qa, winogrande. The test file is the one that
+publications score; for several sets it is the public validation data.
 """
 
 from __future__ import annotations

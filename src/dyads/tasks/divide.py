@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How is a task divided into splits, so that no prompt stands on two sides?
+"""Splits of a task that share no prompt, chosen by a seed.
 
-Every choice orders things by a hash of (salt, text) instead of drawing random numbers: the same seed gives the same
-splits for any order of the file, any version of numpy, and whatever other tasks are loaded beside this one.
+Examples are ordered by a hash of (salt, text), not by random numbers: the same seed gives the same splits for any order
+of the file, any version of numpy, and any other tasks in the suite.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def _rank(salt: str, text: str) -> bytes:
 
 
 def divide(examples: Sequence[Example], sizes: Sequence[int], *, salt: str, task: str) -> list[tuple[Example, ...]]:
-    """[the rest, a part of about sizes[0] examples, a part of about sizes[1], …], each in the order given.
+    """[the rest, a part of about sizes[0] examples, a part of about sizes[1], …], each in the given order.
 
-    All examples with an identical prompt, or of one group, go to the same part. A part takes prompts (or groups) in the
-    salt's order while they fit, so it is at most its size, except that no part stays empty. The first part is chosen
-    first: what later parts ask for does not change it.
+    All examples with the same prompt, or of one group, go to the same part. A part takes prompts (or groups) in the
+    order of their hashes while they fit, so it has at most its size, or one prompt where none fits. Parts are filled in
+    turn: a part does not depend on the sizes of later ones.
     """
     groups: dict[str, list[int]] = {}
     for i, example in enumerate(examples):
@@ -33,7 +33,7 @@ def divide(examples: Sequence[Example], sizes: Sequence[int], *, salt: str, task
     if len(groups) <= len(sizes):
         raise TaskError(
             f"task '{task}' cannot be divided into {len(sizes) + 1} splits: it has {len(examples)} usable instances "
-            f"with {len(groups)} different prompts, and instances with the same prompt stay on one side; add some"
+            f"with {len(groups)} different prompts, and a prompt is only in one split; add instances"
         )
     left = sorted(groups, key=lambda prompt: _rank(salt, prompt))
     part_of = [0] * len(examples)
@@ -46,7 +46,7 @@ def divide(examples: Sequence[Example], sizes: Sequence[int], *, salt: str, task
                     part_of[i] = part
             else:
                 skipped.append(prompt)
-        if len(skipped) == len(left):  # not one prompt fits: every one has many instances
+        if len(skipped) == len(left):  # every prompt has more instances than the part has room
             smallest = min(left, key=lambda prompt: len(groups[prompt]))
             skipped.remove(smallest)
             for i in groups[smallest]:
@@ -62,9 +62,9 @@ def divide(examples: Sequence[Example], sizes: Sequence[int], *, salt: str, task
 
 
 def take(examples: Sequence[Example], limit: int | None, *, salt: str) -> tuple[Example, ...]:
-    """At most `limit` of the examples, chosen by the salt, in the order given. A larger limit only adds.
+    """At most `limit` of the examples, chosen by the salt, in the given order. A larger limit only adds examples.
 
-    Examples of one group are taken together or not at all; the first group is, however large.
+    A group is taken whole or not at all; the first one is taken whatever its size.
     """
     if limit is None or len(examples) <= limit:
         return tuple(examples)
@@ -80,10 +80,10 @@ def take(examples: Sequence[Example], limit: int | None, *, salt: str) -> tuple[
 
 
 def halve(examples: Sequence[Example], *, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """The first and second half of `torch.randperm(n)` under this seed, each in the order given; the second is longer.
+    """The halves that `torch.randperm(n)` gives with this seed, in the given order. For odd n the second is longer.
 
-    A published protocol asks for this permutation. It is drawn as torch draws it (Fisher-Yates over the raw 32 bits of
-    a Mersenne twister), without torch.
+    MoRE's protocol for GLUE uses this permutation. It is computed here without torch: Fisher-Yates over the raw 32-bit
+    outputs of a Mersenne twister.
     """
     import numpy
 

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do your own JSONL or CSV files become tasks?
+"""Family `files`: your own tasks from JSONL or CSV files.
 
-A row is `task, input, output` and, where wanted, `split` (train, validation, test), `id`, `instruction`, `metric`.
+A row has `task, input, output` and optionally `split` (train, validation, test), `id`, `instruction`, `metric`.
 
     {"task": "capitals", "input": "France", "output": "Paris"}
     {"task": "capitals", "input": "Bolivia", "output": ["Sucre", "La Paz"], "split": "test"}
 
-Of several right answers the first is trained on. In CSV, several are a JSON list in the cell, which then starts with
-`["`; any other cell is taken as it stands.
+The first of several references is the training target. In CSV, several are a JSON list in the cell, which then starts
+with `["`; any other cell is one reference.
 The prompt is the instruction (if any), an empty line, the input and a line break; the answer follows. With the option
-`labels` a task is a classification: its answers are verbalizers, and an encoder with a head reads the input alone.
-A task either gives the split of every row, or of none: then 80/10/10 by a hash of seed and prompt, rows with the same
-prompt on one side. A task's order is that of its first row; its files are read in the order given, a folder's by name.
+`labels` a task is a classification: its answers are verbalizers, and an encoder with a head reads the input only.
+All rows of a task have a split, or none has: then it is divided 80/10/10 by a hash of seed and prompt, and rows with
+the same prompt are in one split. Tasks are ordered by their first rows; files are read in the order of `path`, those of
+a folder by name.
 """
 
 from __future__ import annotations
@@ -43,27 +44,27 @@ DEFAULT_METRICS = ("rouge_l", "exact_match")
 LABELLED_METRICS = ("accuracy", "macro_f1")
 SUFFIXES = (".jsonl", ".csv")
 _JSON_EXAMPLE = '{"task": "capital", "input": "France", "output": "Paris"}'
-HELD_OUT = 0.10  # of a task's rows, for the test split and again for validation
+HELD_OUT = 0.10  # share of a task's rows for the test split, and the same for validation
 
 
 @register_family
 class FilesSpec(FamilySpec):
-    """Your own tasks, from JSONL or CSV."""
+    """Your own tasks from JSONL or CSV files."""
 
     family: Literal["files"] = "files"
-    """Your own tasks, from JSONL or CSV."""
+    """Your own tasks from JSONL or CSV files."""
     path: tuple[Path, ...] = Field(min_length=1)
     """A file, a list of files, or a folder with *.jsonl and *.csv."""
     instructions: dict[str, str] = Field(default_factory=dict)
-    """Text put before every input of a task; instead of a column `instruction`."""
+    """Text before every input of a task, by task; instead of a column `instruction`."""
     labels: dict[str, tuple[str, ...]] = Field(default_factory=dict)
-    """Of a classification task: all its answers in the order of their class ids, the positive one second of two."""
+    """All answers of a classification task in the order of their class ids, by task; the positive of two is second."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Limit of a generated answer."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
-    """Longer prompts are cut; None leaves the limit to `train.max_prompt_tokens`."""
+    """Limit of a prompt; longer ones are cut. None: `train.max_prompt_tokens` alone."""
     seed: int = 0
-    """Of the splits of tasks that come without; independent of the training seed."""
+    """Seed of the splits of tasks whose rows have none; independent of the training seed."""
 
     @field_validator("path", mode="before")
     @classmethod
@@ -78,7 +79,7 @@ class FilesSpec(FamilySpec):
                 by_task.setdefault(row.task, []).append(row)
         if not by_task:
             raise TaskError(
-                f"no rows in {', '.join(map(str, self.path))}: write at least train and test rows of one task"
+                f"no rows in {', '.join(map(str, self.path))}; write at least train and test rows of one task"
             )
         for option, named in (("instructions", self.instructions), ("labels", self.labels)):
             for name in named:
@@ -86,20 +87,20 @@ class FilesSpec(FamilySpec):
                     raise TaskError(f"{option} for an unknown task '{name}'{did_you_mean(name, by_task)}")
         notes: list[str] = []
         names = Counter(path.name for path in paths)
-        called = {p: p.name if names[p.name] == 1 else f"{k}/{p.name}" for k, p in enumerate(paths, start=1)}
-        return Suite(tuple(self._task(name, rows, called, notes) for name, rows in by_task.items()), tuple(notes))
+        short_names = {p: p.name if names[p.name] == 1 else f"{k}/{p.name}" for k, p in enumerate(paths, start=1)}
+        return Suite(tuple(self._task(name, rows, short_names, notes) for name, rows in by_task.items()), tuple(notes))
 
-    def _task(self, name: str, rows: list[_Row], called: dict[Path, str], notes: list[str]) -> Task:
+    def _task(self, name: str, rows: list[_Row], short_names: dict[Path, str], notes: list[str]) -> Task:
         instruction = self.instructions.get(name)
         examples = []
         for row in rows:
             if instruction is not None and row.instruction:
                 raise TaskError(
-                    f"{row.place}: task '{name}' has an instruction in this row and in `instructions`; give it once"
+                    f"{row.place}: task '{name}' has an instruction in this row and in `instructions`; drop one"
                 )
             examples.append(
                 Example(
-                    row.id or f"{called[row.path]}:{row.line}",
+                    row.id or f"{short_names[row.path]}:{row.line}",
                     _prompt(instruction or row.instruction, row.input),
                     row.output,
                     segments=(row.input,),
@@ -111,13 +112,14 @@ class FilesSpec(FamilySpec):
             parts = {s: tuple(e for e, r in zip(examples, rows, strict=True) if r.split == s) for s in SPLITS}
             for split in ("train", "test"):
                 if not parts[split]:
+                    files = ", ".join(sorted({str(row.path) for row in rows}))
                     raise TaskError(
-                        f"task '{name}' has no {split} rows (in {rows[0].path} and what else was read): mark some with "
-                        f"split '{split}', or leave the column `split` out for a seeded 80/10/10 split"
+                        f"task '{name}' has no {split} rows in {files}; give some the split '{split}', or "
+                        f"leave the column `split` out for a seeded 80/10/10 split"
                     )
             trained = {e.prompt for e in parts["train"]}
             if shared := sum(e.prompt in trained for e in parts["test"]):
-                notes.append(f"{name}: {shared} of {len(parts['test'])} test prompts also stand in its train split")
+                notes.append(f"{name}: {shared} of {len(parts['test'])} test prompts are also in its train split")
         elif len(unsplit) == len(rows):
             held_out = max(1, round(HELD_OUT * len(rows)))
             salt = f"files/{self.seed}/{name}"
@@ -125,8 +127,8 @@ class FilesSpec(FamilySpec):
             parts = {"train": train, "validation": validation, "test": test}
         else:
             raise TaskError(
-                f"{unsplit[0].place}: task '{name}' gives a split for {len(rows) - len(unsplit)} rows but not for "
-                f"{len(unsplit)}, first here; give it for every row or for none"
+                f"{unsplit[0].place}: task '{name}' has a split in {len(rows) - len(unsplit)} rows and none in "
+                f"{len(unsplit)}, of which this is the first; give it in every row or in none"
             )
         labels = self.labels.get(name, ())
         metrics = _metrics(name, rows, LABELLED_METRICS if labels else DEFAULT_METRICS)
@@ -172,16 +174,16 @@ def _refuse_repeated_ids(task: str, rows: list[_Row], examples: list[Example]) -
     for row, example in zip(rows, examples, strict=True):
         if example.id in first:
             raise TaskError(
-                f"{row.place}: id '{example.id}' of task '{task}' already stands in {first[example.id].place}; "
+                f"{row.place}: id '{example.id}' of task '{task}' is already used in {first[example.id].place}; "
                 f"give every row its own id, or leave the column `id` out"
             )
         first[example.id] = row
 
 
-def _metrics(task: str, rows: list[_Row], usual: tuple[str, ...]) -> tuple[str, ...]:
+def _metrics(task: str, rows: list[_Row], default: tuple[str, ...]) -> tuple[str, ...]:
     named = {row.metric: row for row in rows if row.metric}
     if not named:
-        return usual
+        return default
     if len(named) > 1:
         (a, first), (b, second), *_ = named.items()
         raise TaskError(
@@ -192,7 +194,7 @@ def _metrics(task: str, rows: list[_Row], usual: tuple[str, ...]) -> tuple[str, 
         metric_named(name)
     except TaskError as error:
         raise TaskError(f"{row.place}: {error}") from None
-    return (name, *(m for m in usual if m != name))
+    return (name, *(m for m in default if m != name))
 
 
 # ----- reading
@@ -213,7 +215,7 @@ def _files(paths: tuple[Path, ...]) -> list[Path]:
         else:
             found.append(path)
     if twice := [str(path) for path, times in Counter(found).items() if times > 1]:
-        raise TaskError(f"read twice: {', '.join(twice)}; give every file once")
+        raise TaskError(f"`path` has a file twice: {', '.join(twice)}; give every file once")
     return found
 
 
@@ -254,7 +256,7 @@ def _check_columns(place: str, columns: Mapping[str, object] | list[str]) -> Non
             f"a row needs {', '.join(REQUIRED)} and may have {', '.join(OPTIONAL)}"
         )
     if isinstance(columns, list) and len(set(columns)) < len(columns):
-        raise TaskError(f"{place}: a column stands twice: {', '.join(columns)}")
+        raise TaskError(f"{place}: a column name is used twice: {', '.join(columns)}")
 
 
 def _row(path: Path, line: int, given: Mapping[str, object]) -> _Row:
@@ -278,14 +280,14 @@ def _row(path: Path, line: int, given: Mapping[str, object]) -> _Row:
 
 
 def _cell(place: str, output: str) -> object:
-    """A CSV cell has no types: what starts like a list of texts is one."""
+    """The references in a CSV cell: a list where it starts like a JSON list of texts, else one text."""
     if not output.lstrip().startswith('["'):
         return output
     try:
         return json.loads(output)
     except json.JSONDecodeError as error:
         raise TaskError(
-            f"{place}: output starts like a JSON list but is none: {error.msg} in {shortened(output)}"
+            f"{place}: output starts like a JSON list but is not valid JSON: {error.msg} in {shortened(output)}"
         ) from None
 
 
@@ -297,5 +299,5 @@ def _references(place: str, output: object) -> tuple[str, ...]:
         )
     kept = tuple(r.strip() for r in references if r.strip())
     if not kept:
-        raise TaskError(f"{place}: 'output' is empty: without an answer a row can be neither trained on nor scored")
+        raise TaskError(f"{place}: 'output' is empty; write an answer, or leave the row out")
     return kept

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do the nine GLUE tasks become text? (Wang et al., 2018, arXiv 1804.07461; prompts of MoRE, arXiv 2505.22694)
+"""Family `glue`: the nine GLUE tasks as text (Wang et al., 2018, arXiv 1804.07461; prompts of MoRE, arXiv 2505.22694)
 
     cola sentence: …                        unacceptable / acceptable
     mnli hypothesis: … premise: …           entailment / neutral / contradiction
@@ -11,25 +11,25 @@
     stsb sentence1: … sentence2: …          0.0 … 5.0, rounded to the nearest 0.2
     wnli sentence1: … sentence2: …          not_entailment / entailment
 
-in the paper's order, which is that of the task ids; WNLI is ours and comes last. Labels stand in the order of their
-class ids, the hub's.
+Tasks and their ids are in MoRE's order; WNLI, which MoRE leaves out, is last. Labels are in the order of their class
+ids on the hub.
 
-Files, in each folder of `path`: `<task>/train.tsv`, `dev.tsv` (MNLI: `dev_matched.tsv`, `dev_mismatched.tsv`) as GLUE
-gives them, or `<task>/train.json`, `dev.json`, lists of {sentence, label} with a pair written as "sentence 1: …",
-line break, "sentence 2: …". Test files have no labels and are not read. Rows are kept as they stand, stray quotation
-marks included.
+Files, in each folder of `path`: `<task>/train.tsv`, `dev.tsv` (MNLI: `dev_matched.tsv`, `dev_mismatched.tsv`) in GLUE's
+format, or `<task>/train.json`, `dev.json`, lists of {sentence, label} with a pair written as "sentence 1: …", line
+break, "sentence 2: …". Test files have no labels and are not read. Texts are kept unchanged, with stray quotation
+marks.
 
-Protocol `full`: the dev file is the test split and a tenth of train is held out for validation. Protocol `paper`: of
-mrpc, rte, cola and stsb only the second half of a permutation of dev with seed 1189 is scored and the first half is
-validation; the others are scored on all of dev. We differ: the paper chooses its model on what it scores; for those
-others we hold out a share of train. That the permutation is torch's is our reading.
+Protocol `full`: the dev file is the test split and a tenth of train is held out for validation. Protocol `paper`: for
+mrpc, rte, cola and stsb, dev is permuted with seed 1189, its first half is validation and its second half the test
+split; for the other tasks all of dev is the test split. We differ: on those the paper chooses its model by the scores
+that it reports, while we hold out a share of train. That the permutation is torch's is our interpretation.
 
 Metrics `official`: Matthews (CoLA), accuracy and F1 (MRPC, QQP), Pearson and Spearman with the exact scores (STS-B),
 else accuracy. Metrics `paper`, those of MoRE's scorer: Matthews (CoLA), Pearson with the rounded scores (STS-B), else
-accuracy, where case counts, every text that is no label is a class of its own for Matthews, and a predicted similarity
-with a sign or an exponent counts as 0.
+accuracy. They compare case; for Matthews every text that is not a label is a separate class, and for Pearson a
+prediction with a sign or an exponent is 0.
 
-The paper's SST-2 prompts end in a blank, as the sentences of that file do. It is dropped here; T5's tokenizer drops it
+The paper's SST-2 prompts end in a space, like the sentences of that file. It is removed here, as T5's tokenizer does
 too.
 """
 
@@ -128,16 +128,16 @@ _PAPER_METRICS = {"accuracy": "accuracy_exact", "matthews": "matthews_exact", "p
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where a task's texts and label stand in the official files."""
+    """Columns of a task in the official files."""
 
     folder: str
     texts: dict[str, str]
-    """Our name of a text (and the hub's): the name of its column."""
+    """Column of every text, by the name of the text here and on the hub."""
     label: str = "label"
     header: tuple[str, ...] | None = None
-    """Of a file that has none."""
+    """Column names of a file without a header line."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other words for the labels in the JSON form."""
+    """Labels of the JSON form that differ from ours."""
 
 
 _SENTENCES = {"sentence1": "sentence1", "sentence2": "sentence2"}
@@ -171,15 +171,15 @@ class GlueSpec(LabelledSpec):
     family: Literal["glue"] = "glue"
     """GLUE, from local files or from the hub."""
     source: Literal["files", "hub"] = "files"
-    """Folders in `path`, or the hub's data set (needs the package `datasets`)."""
+    """The folders in `path`, or the data set on the hub (needs the package `datasets`)."""
     path: tuple[Path, ...] = Field(default=())
-    """A folder with `CoLA/`, `MNLI/`, …, or several: a task is read from the first that has it."""
+    """One or more folders with `CoLA/`, `MNLI/`, …; a task is read from the first that has it."""
     protocol: Literal["full", "paper"] = "full"
-    """Score all of dev; or MoRE's: of the four small tasks only half, the other half is validation."""
+    """Score all of dev; or MoRE's: half of dev of the four small tasks, with the other half as validation."""
     metrics: Literal["official", "paper"] = "official"
     """GLUE's metrics, or MoRE's."""
     mnli_dev: Literal["matched", "mismatched"] = "matched"
-    """Which of MNLI's two dev files is scored."""
+    """The dev file of MNLI that is scored."""
 
     @model_validator(mode="after")
     def _source_and_path_agree(self) -> GlueSpec:
@@ -254,7 +254,7 @@ class GlueSpec(LabelledSpec):
     def _examples(
         self, name: str, split: str, texts: list[tuple[dict[str, str], Row]], label: str
     ) -> tuple[list[Example], int]:
-        """The examples, and how many rows have no label."""
+        """The examples, and the number of rows without a label."""
         form, examples = self.forms[name], []
         for given, row in texts:
             raw = row.text(label)
@@ -269,7 +269,7 @@ class GlueSpec(LabelledSpec):
 
 
 def _parted(names: tuple[str, ...], row: Row) -> dict[str, str]:
-    """The texts of the JSON form, which joins a pair in one string."""
+    """The texts of a row of the JSON form, which joins a pair in one string."""
     whole = row.text("sentence")
     if len(names) == 1:
         return {names[0]: whole}
@@ -280,9 +280,9 @@ def _parted(names: tuple[str, ...], row: Row) -> dict[str, str]:
 
 
 def _similarity(row: Row, raw: str, *, exact: bool) -> tuple[str, ...]:
-    """The score rounded to the nearest 0.2, which is trained on as text; and the exact one where it differs."""
+    """The score rounded to the nearest 0.2, the training target as text; and the exact one where it differs."""
     try:
-        score = round(float(raw), 3)  # the hub's 32 bits make 3.8 of the files 3.799999952…
+        score = round(float(raw), 3)  # the hub stores float32: 3.8 becomes 3.799999952…
     except ValueError:
         score = math.nan
     if not 0 <= score <= 5:

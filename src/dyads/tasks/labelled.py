@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do the files of a benchmark with labels become tasks with prompts, verbalizers, class ids and three splits?
+"""Base class of the families with labels: prompts, verbalizers, class ids and splits from benchmark files.
 
-A family names its *forms* (what each task asks, in which words) and reads its own files; what is the same for all of
-them stands here: which tasks, which examples are validated on, how many of each split, and the notes.
+A family defines the *form* of every task (prompt, labels, metrics) and reads its own files. Choosing tasks, holding out
+validation examples, limiting splits and the notes on all that are shared.
 
-A prompt ends in a line break (or in the blank it is given), so that a decoder sees where the question ends; T5's
-tokenizer drops trailing white space, so an encoder-decoder reads the published prompt to the character. The answer is a
-label, written out.
+A prompt ends in a line break (or in the white space of its form), so that a decoder sees where the question ends. T5's
+tokenizer drops trailing white space, so an encoder-decoder reads the published prompt exactly. The answer is a label as
+text.
 """
 
 from __future__ import annotations
@@ -27,29 +27,27 @@ from dyads.tasks.task import Example, Task
 
 __all__ = ["Form", "LabelledSpec", "NotAtHandError", "Parts", "is_unlabelled", "merge_notes", "verbalizer"]
 
-MAX_NEW_TOKENS = 10  # MoRE's generation length; the longest verbalizer has about six tokens
+MAX_NEW_TOKENS = 10  # MoRE's value; the longest verbalizer has about six tokens
 
 
 class NotAtHandError(TaskError):
-    """A task whose files are missing, or that has nothing to train on: refused if it was named, else left out."""
+    """A task without files or training examples: an error if the recipe names the task, else it is left out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """What one task asks, in whatever file its rows stand."""
+    """Prompt, labels and metrics of one task, independent of its file format."""
 
     description: str
     """One sentence."""
     prompt: str
-    """With a place for each text: "rte sentence1: {sentence1} sentence2: {sentence2}"."""
+    """A format string over the texts: "rte sentence1: {sentence1} sentence2: {sentence2}"."""
     segments: tuple[str, ...] = ()
-    """What an encoder with a head reads, in the same manner; empty: the prompt."""
+    """Format strings of the texts that an encoder with a head reads; empty: the prompt."""
     labels: tuple[str, ...] = ()
-    """Verbalizers in the order of their class ids; empty: the answer is a number."""
+    """Verbalizers in the order of their class ids; empty: regression."""
     metrics: tuple[str, ...] = ("accuracy",)
-    """The benchmark's own, the headline first."""
-    paper_metrics: tuple[str, ...] = ("accuracy",)
-    """MoRE's."""
+    """Those of the benchmark, the headline first."""
 
     def example(
         self,
@@ -60,7 +58,7 @@ class Form:
         choices: Sequence[str] = (),
         group: str = "",
     ) -> Example:
-        """The example that these texts make."""
+        """The example with these texts."""
         prompt = self.prompt.format_map(texts)
         return Example(
             id=id,
@@ -74,42 +72,42 @@ class Form:
 
 @dataclass(slots=True)
 class Parts:
-    """The examples of one task as its source divides them."""
+    """The examples of one task in the splits of its source."""
 
     train: Sequence[Example]
     test: Sequence[Example]
-    """What is scored: for most benchmarks the public validation file."""
+    """For most benchmarks the public validation file."""
     validation: Sequence[Example] | None = None
-    """None: to be held out from train."""
+    """None: a share of train is held out."""
     notes: list[str] = field(default_factory=list)
     max_prompt_tokens: int | None = None
 
 
 class LabelledSpec(FamilySpec):
-    """The options that all families of labelled tasks share."""
+    """The options that all families with labels share."""
 
     forms: ClassVar[Mapping[str, Form]]
     version: ClassVar[int]
 
     path: tuple[Path, ...] = Field(min_length=1)
-    """A folder, or several: a task is read from the first that has it."""
+    """One or more folders; a task is read from the first that has it."""
     names: tuple[str, ...] | None = None
-    """Tasks in the order of their ids; None takes all that are found, in the family's order."""
+    """Tasks in the order of their ids; None: all tasks with files, in the order of the family."""
     train_per_task: int | None = Field(default=None, ge=1)
-    """At most this many train examples a task, chosen by the seed."""
+    """Limit of training examples per task, chosen by the seed."""
     validation_per_task: int | None = Field(default=None, ge=1)
-    """At most this many validation examples a task, chosen by the seed."""
+    """Limit of validation examples per task, chosen by the seed."""
     test_per_task: int | None = Field(default=None, ge=1)
-    """At most this many test examples a task, chosen by the seed."""
+    """Limit of test examples per task, chosen by the seed."""
     validation_share: float = Field(default=0.1, ge=0.0, lt=1.0)
-    """Share of train that is held out for validation, where the source has no validation examples to spare."""
+    """Share of train that is held out for validation, where the source has no validation split of its own."""
     split_dev: float | None = Field(default=None, ge=0.0, lt=1.0)
-    """For a task without a train file: this share of its scored file is trained on instead; 0 scores it untrained.
+    """Share of the scored file to train on, for a task without a train file; 0: score it without training.
 
-    None: such a task is left out, or refused if it was named.
+    None: such a task is left out, or an error if `names` has it.
     """
     seed: int = 0
-    """Of the splits and limits; independent of the training seed, so that seeds share their test data."""
+    """Seed of splits and limits; independent of the training seed, so that all runs have the same test split."""
 
     @field_validator("path", "names", mode="before")
     @classmethod
@@ -130,27 +128,27 @@ class LabelledSpec(FamilySpec):
 
     @abstractmethod
     def parts(self, name: str) -> Parts:
-        """The examples of one task. `NotAtHandError` where its files are missing."""
+        """Read the examples of one task; NotAtHandError if its files are missing."""
 
     def metrics_of(self, form: Form) -> tuple[str, ...]:
-        """What is reported for a task, the headline first."""
+        """The metrics of a task, the headline first."""
         return form.metrics
 
     def load(self) -> Suite:
         for root in self.path:
             if not root.expanduser().is_dir():
-                raise TaskError(f"no folder {root}: `path` is where the files of family '{self.family}' lie")
+                raise TaskError(f"no folder {root}: `path` must be a folder with the files of family '{self.family}'")
         tasks, notes = [], []
         for name in self.names or tuple(self.forms):
             try:
-                task, said = self._task(name)
+                task, notes_of_task = self._task(name)
             except NotAtHandError as error:
                 if self.names:
                     raise
                 notes.append(f"left out: {error}")
                 continue
             tasks.append(task)
-            notes += said
+            notes += notes_of_task
         if not tasks:
             raise TaskError(f"no task of family '{self.family}' can be read:\n" + "\n".join(notes))
         return Suite(tuple(tasks), tuple(notes))
@@ -165,18 +163,18 @@ class LabelledSpec(FamilySpec):
         if not train:
             if self.split_dev is None:
                 raise NotAtHandError(
-                    f"task '{name}' has no train file: add it, or say which share of the {len(test)} examples that "
-                    f"would be scored is trained on instead, `split_dev: 0.5` (0: it is scored untrained)"
+                    f"task '{name}' has no train file: add it, or set `split_dev: 0.5` to train on half of its "
+                    f"{len(test)} test examples (0: score it without training)"
                 )
             whole = len(test)
             if self.split_dev > 0:
                 test, train = divide(test, [max(1, round(self.split_dev * whole))], salt=f"{salt}/dev", task=name)
                 notes.append(
-                    f"{name}: no train file; {len(train)} of the {whole} examples that are scored elsewhere are "
-                    f"trained on, so its scores do not compare with published ones"
+                    f"{name}: no train file; {len(train)} of the {whole} examples of the test file are trained on, "
+                    f"so its scores are not comparable with published ones"
                 )
             else:
-                notes.append(f"{name}: no train file; it is scored and not trained")
+                notes.append(f"{name}: no train file; it is scored without training")
         if validation is None:
             validation = ()
             if train and self.validation_share > 0:
@@ -184,12 +182,12 @@ class LabelledSpec(FamilySpec):
                 train, validation = divide(train, [size], salt=salt, task=name)
         train = take(train, self.train_per_task, salt=salt)
         test = take(test, self.test_per_task, salt=salt)
-        asked = {e.prompt for e in train}
-        if shared := sum(e.prompt in asked for e in test):
-            notes.append(f"{name}: {shared} of {len(test)} test prompts also stand in its train split")
+        trained = {e.prompt for e in train}
+        if shared := sum(e.prompt in trained for e in test):
+            notes.append(f"{name}: {shared} of {len(test)} test prompts are also in its train split")
         used = {e.references[0] for e in train}
         if train and (unseen := [label for label in form.labels if label not in used]):
-            notes.append(f"{name}: no train example is labelled {', '.join(unseen)}")
+            notes.append(f"{name}: no training example has the label {', '.join(unseen)}")
         task = Task(
             name=name,
             version=self.version,
@@ -208,12 +206,12 @@ class LabelledSpec(FamilySpec):
 
 
 def is_unlabelled(raw: str) -> bool:
-    """Whether a row carries no label: test rows have none, and MNLI's annotators sometimes did not agree."""
+    """Whether a raw label is missing, as in test files and where the annotators of MNLI disagreed."""
     return raw in ("", "-", "-1")
 
 
 def verbalizer(row: Row, raw: str, labels: Sequence[str], aliases: Mapping[str, str] | None = None) -> str:
-    """The label that a file means by `raw`: the label itself, its class id, or another name for it."""
+    """The label of a raw value: the label itself, its class id, or an alias."""
     if raw in labels:
         return raw
     if raw.isdecimal() and int(raw) < len(labels):
@@ -221,9 +219,9 @@ def verbalizer(row: Row, raw: str, labels: Sequence[str], aliases: Mapping[str, 
     if aliases and raw in aliases:
         return aliases[raw]
     known = [*labels, *(f"{i}" for i in range(len(labels))), *(aliases or ())]
-    raise TaskError(f"{row.place}: label '{raw}' is none of {', '.join(known)}")
+    raise TaskError(f"{row.place}: label '{raw}' is not one of {', '.join(known)}")
 
 
 def merge_notes(counts: Iterable[tuple[int, str]]) -> list[str]:
-    """A note for every count that is not 0: "dropped 131 rows without a label"."""
+    """A note for every count above 0: "dropped 131 rows without a label"."""
     return [f"dropped {n} {'row' if n == 1 else 'rows'} {why}" for n, why in counts if n]

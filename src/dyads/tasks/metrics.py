@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When is an answer right, and how right?
+"""Metrics of predictions, in a registry by name.
 
-Every metric has a name in one registry. An *instance metric* judges one prediction against its references (0..1) and a
-task's score is the mean, times 100. The others judge all predictions of a task at once and have no per-instance values:
-a *corpus metric* (Pearson, …) sees texts, a *label metric* (Matthews, F1, …) sees class ids, a *group metric* which of
-the examples that belong together are right.
+An *instance metric* compares one prediction with its references (0..1); the score of a task is the mean, times 100. The
+other kinds take all predictions of a task and have no values of instances: the input of a *corpus metric* (Pearson, …)
+are texts, that of a *label metric* (Matthews, F1, …) class ids, that of a *group metric* whether each prediction is
+correct and the group of its example.
 
     rouge_l       max over references of F(P, R) = 2PR / (P + R),  P = lcs / |prediction|,  R = lcs / |reference|
     rouge_l_words the same over whitespace-separated words, for languages whose letters the English tokenizer drops
     exact_match   1 if the prediction equals a reference, both lower-cased, without punctuation, with white space folded
     accuracy      1 if the prediction is a reference up to case and surrounding white space
-    accuracy_exact  1 if the prediction is a reference to the letter, up to surrounding white space
+    accuracy_exact  1 if the prediction is a reference up to surrounding white space; case counts
     pearson       correlation of predicted and exact numbers; -1..1
-    pearson_digits  the same, where only digits with at most one point are a number: -1 and 1e0 count as 0
+    pearson_digits  the same, where a prediction other than digits with at most one point counts as 0: -1 and 1e0 do
     spearman      the same of their ranks, ties sharing the mean rank
     matthews      correlation of predicted and expected classes, -1..1; k classes: Gorodkin's R_k
-    matthews_exact  the same with every different text as a class of its own, case included
+    matthews_exact  the same with every different text as a separate class; case counts
     f1            2PR / (P + R) of the second label
-    macro_f1      mean over the labels that are expected or predicted of F1 for each
-    group_accuracy  share of groups whose every prediction is right by `accuracy`
+    macro_f1      mean of the F1 of every label that is expected or predicted
+    group_accuracy  share of groups in which `accuracy` is 1 for every prediction
 
-A prediction is the label that it equals up to case and surrounding white space. One that equals no label is wrong: it
-is a class of its own for Matthews, counts against recall in F1, and has no F1 of its own in the mean. A text that is no
-number counts as 0 in the correlations (MoRE's release does so). Where a correlation is 0/0, because all predictions or
-all references are the same or there is only one, it is 0. `accuracy_exact`, `pearson_digits` and `matthews_exact` are
-the metrics of MoRE's release (arXiv 2505.22694).
+A prediction is matched with the labels up to case and surrounding white space. Predictions that match no label are
+wrong: together they are one more class for Matthews, they lower the recall in F1, and they add no F1 to the macro mean.
+In correlations a text that is not a number counts as 0, as in MoRE's release. A correlation that is 0/0, because all
+predictions or all references are equal, is 0. `accuracy_exact`, `pearson_digits` and `matthews_exact` are the metrics
+of MoRE's release (arXiv 2505.22694).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ __all__ = [
 ]
 
 NO_LABEL = -1
-"""Class id of a prediction that equals no label."""
+"""Class id of a prediction that matches no label."""
 
 InstanceMetric = Callable[[str, Sequence[str]], float]
 CorpusMetric = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
@@ -97,7 +97,7 @@ class Metric:
         labels: Sequence[str] = (),
         groups: Sequence[str] = (),
     ) -> tuple[float, tuple[float, ...]]:
-        """(value, per-instance values), both times 100; only an instance metric has per-instance values.
+        """(score, values of the instances), times 100; the values are empty unless this is an instance metric.
 
         A label metric needs the task's labels in the order of their class ids, a group metric one group per prediction.
         """
@@ -109,29 +109,29 @@ class Metric:
         if self.over_labels is not None:
             return 100.0 * self.over_labels(*class_ids(self.name, predictions, references, labels)), ()
         assert self.over_groups is not None
-        right = [accuracy(p, r) == 1.0 for p, r in zip(predictions, references, strict=True)]
-        return 100.0 * self.over_groups(right, groups), ()
+        correct = [accuracy(p, r) == 1.0 for p, r in zip(predictions, references, strict=True)]
+        return 100.0 * self.over_groups(correct, groups), ()
 
 
 def class_ids(
     name: str, predictions: Sequence[str], references: Sequence[Sequence[str]], labels: Sequence[str]
 ) -> tuple[list[int], list[int]]:
-    """(predicted, expected); of several references the predicted one counts, else the first."""
-    ids = {_plain(label): i for i, label in enumerate(labels)}
-    predicted = [ids.get(_plain(p), NO_LABEL) for p in predictions]
+    """(predicted, expected) class ids; expected is the predicted class if a reference has it, else the first."""
+    ids = {_folded(label): i for i, label in enumerate(labels)}
+    predicted = [ids.get(_folded(p), NO_LABEL) for p in predictions]
     expected = []
-    for guess, right in zip(predicted, references, strict=True):
-        if strangers := [r for r in right if _plain(r) not in ids]:
+    for prediction, correct in zip(predicted, references, strict=True):
+        if unlisted := [r for r in correct if _folded(r) not in ids]:
             raise TaskError(
-                f"metric '{name}': reference '{strangers[0]}' is none of the labels "
+                f"metric '{name}': reference '{unlisted[0]}' is not one of the labels "
                 f"{', '.join(labels) or '(none given)'}"
             )
-        classes = [ids[_plain(r)] for r in right]
-        expected.append(guess if guess in classes else classes[0])
+        classes = [ids[_folded(r)] for r in correct]
+        expected.append(prediction if prediction in classes else classes[0])
     return predicted, expected
 
 
-def _plain(text: str) -> str:
+def _folded(text: str) -> str:
     return text.strip().casefold()
 
 
@@ -155,7 +155,7 @@ def instance_metric(name: str, *, higher_is_better: bool = True) -> Callable[[In
 
 
 def corpus_metric(name: str, *, higher_is_better: bool = True) -> Callable[[CorpusMetric], CorpusMetric]:
-    """Register a function (predictions, references of each) -> value (1 is perfect) under `name`."""
+    """Register a function (predictions, references of each) -> score (1 is best) under `name`."""
 
     def register(function: CorpusMetric) -> CorpusMetric:
         _add(Metric(name, over_corpus=function, higher_is_better=higher_is_better))
@@ -165,7 +165,7 @@ def corpus_metric(name: str, *, higher_is_better: bool = True) -> Callable[[Corp
 
 
 def label_metric(name: str, *, higher_is_better: bool = True) -> Callable[[LabelMetric], LabelMetric]:
-    """Register a function (predicted class ids or `NO_LABEL`, expected class ids) -> value under `name`."""
+    """Register a function (predicted class ids or `NO_LABEL`, expected class ids) -> score (1 is best) under `name`."""
 
     def register(function: LabelMetric) -> LabelMetric:
         _add(Metric(name, over_labels=function, higher_is_better=higher_is_better))
@@ -175,7 +175,7 @@ def label_metric(name: str, *, higher_is_better: bool = True) -> Callable[[Label
 
 
 def group_metric(name: str, *, higher_is_better: bool = True) -> Callable[[GroupMetric], GroupMetric]:
-    """Register a function (right or not, group of each) -> value under `name`."""
+    """Register a function (correct or not, group of each) -> score (1 is best) under `name`."""
 
     def register(function: GroupMetric) -> GroupMetric:
         _add(Metric(name, over_groups=function, higher_is_better=higher_is_better))
@@ -185,7 +185,7 @@ def group_metric(name: str, *, higher_is_better: bool = True) -> Callable[[Group
 
 
 def metric(name: str) -> Metric:
-    """The metric registered under `name`; an unknown name is refused with near names."""
+    """The metric registered under `name`; TaskError for an unknown name."""
     try:
         return _METRICS[name]
     except KeyError:
@@ -198,10 +198,12 @@ def metric_names() -> list[str]:
 
 
 class _CachedTokenizer:
-    """rouge-score's own tokenizer, remembering its answers: labels and references come back thousands of times."""
+    """The tokenizer of rouge-score with a cache: the same labels and references recur thousands of times."""
 
     def __init__(self) -> None:
-        from rouge_score.tokenizers import DefaultTokenizer  # late: loads nltk, which `import dyads.tasks` must not
+        from rouge_score.tokenizers import (
+            DefaultTokenizer,
+        )  # imported late: it loads nltk, and `import dyads.tasks` must stay light
 
         self.tokenize = lru_cache(maxsize=1 << 16)(DefaultTokenizer(use_stemmer=True).tokenize)
 
@@ -225,7 +227,7 @@ def _best_rouge(words: bool, prediction: str, references: Sequence[str]) -> floa
 
 @instance_metric("rouge_l")
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """ROUGE-L as the official Super-NaturalInstructions scorer takes it: F-measure, Porter stemmer, best reference.
+    """ROUGE-L of the official Super-NaturalInstructions scorer: F-measure, Porter stemmer, best reference.
 
     Only a-z and 0-9 count as word characters, so text in other scripts always scores 0: see `rouge_l_words`.
     """
@@ -234,7 +236,7 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
 
 @instance_metric("rouge_l_words")
 def rouge_l_words(prediction: str, references: Sequence[str]) -> float:
-    """ROUGE-L over whitespace-separated words as they stand (no lower case, no stemmer), best reference."""
+    """ROUGE-L over unchanged whitespace-separated words (no lower case, no stemmer), best reference."""
     return _best_rouge(True, prediction, references)
 
 
@@ -247,16 +249,16 @@ def _normalise(text: str) -> str:
 
 @instance_metric("exact_match")
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """The official natural-instructions exact match. Articles stay (SQuAD's version drops them), accents too."""
+    """Exact match of the official natural-instructions scorer. Unlike SQuAD's it keeps articles; accents count."""
     answer = _normalise(prediction)
     return float(any(answer == _normalise(r) for r in references))
 
 
 @instance_metric("accuracy")
 def accuracy(prediction: str, references: Sequence[str]) -> float:
-    """1 if the predicted label is a reference, up to case and surrounding white space; punctuation counts."""
-    answer = _plain(prediction)
-    return float(any(answer == _plain(r) for r in references))
+    """1 if the prediction is a reference, up to case and surrounding white space; punctuation counts."""
+    answer = _folded(prediction)
+    return float(any(answer == _folded(r) for r in references))
 
 
 @instance_metric("accuracy_exact")
@@ -265,11 +267,11 @@ def accuracy_exact(prediction: str, references: Sequence[str]) -> float:
     return float(prediction.strip() in {r.strip() for r in references})
 
 
-# ----- over all predictions. scikit-learn and scipy are loaded late: `import dyads.tasks` must stay light.
+# ----- metrics of all predictions. scikit-learn and scipy are imported late: `import dyads.tasks` must stay light.
 
 
 def to_number(text: str) -> float:
-    """0 for what is no number, is not finite, or is so large that a sum of squares would not be."""
+    """The number in a text; 0 if there is none, or if it is too large for a finite sum of squares."""
     try:
         value = float(text)
     except ValueError:
@@ -278,7 +280,7 @@ def to_number(text: str) -> float:
 
 
 def to_digits(text: str) -> float:
-    """0 for what is not written with digits and at most one point: a sign or an exponent makes no number."""
+    """The number in a text of digits with at most one point; 0 for any other text, signs and exponents included."""
     return to_number(text) if re.fullmatch(r"\d+\.?\d*|\.\d+", text.strip()) else 0.0
 
 
@@ -286,34 +288,34 @@ def _correlation(
     how: str,
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
-    read: Callable[[str], float] = to_number,
+    parse: Callable[[str], float] = to_number,
 ) -> float:
-    guesses, exact = [read(p) for p in predictions], [to_number(r[-1]) for r in references]
+    guesses, exact = [parse(p) for p in predictions], [to_number(r[-1]) for r in references]
     if len(set(guesses)) < 2 or len(set(exact)) < 2:
         return 0.0
     from scipy.stats import pearsonr, spearmanr
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numbers that differ in their last digits only: rounding may leave 0/0
+        warnings.simplefilter("ignore")  # nearly equal numbers: rounding may leave 0/0
         value = float((pearsonr if how == "pearson" else spearmanr)(guesses, exact).statistic)
     return value if abs(value) <= 1.0 else 0.0
 
 
 @corpus_metric("pearson")
 def pearson(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Pearson's correlation, -1..1, with the last reference of each, which is the exact number."""
+    """Pearson's correlation, -1..1, with the last references, which are the exact numbers."""
     return _correlation("pearson", predictions, references)
 
 
 @corpus_metric("pearson_digits")
 def pearson_digits(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Pearson's correlation, -1..1, of predictions that are written with digits and at most one point."""
+    """Pearson's correlation, -1..1, with 0 for a prediction other than digits with at most one point."""
     return _correlation("pearson", predictions, references, to_digits)
 
 
 @corpus_metric("spearman")
 def spearman(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Spearman's rank correlation, -1..1, with the last reference of each, which is the exact number."""
+    """Spearman's rank correlation, -1..1, with the last references, which are the exact numbers."""
     return _correlation("spearman", predictions, references)
 
 
@@ -321,7 +323,7 @@ def spearman(predictions: Sequence[str], references: Sequence[Sequence[str]]) ->
 def matthews(predicted: Sequence[int], expected: Sequence[int]) -> float:
     """Matthews' correlation coefficient, -1..1."""
     if len(set(predicted)) < 2 or len(set(expected)) < 2:
-        return 0.0  # 0/0; scikit-learn says 0 too, with a warning
+        return 0.0  # 0/0: scikit-learn returns 0 too, with a warning
     from sklearn.metrics import matthews_corrcoef
 
     return float(matthews_corrcoef(expected, predicted))
@@ -329,7 +331,7 @@ def matthews(predicted: Sequence[int], expected: Sequence[int]) -> float:
 
 @corpus_metric("matthews_exact")
 def matthews_exact(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Matthews' correlation coefficient, -1..1, of texts: each that differs is a class; the first reference counts."""
+    """Matthews' correlation coefficient, -1..1, of texts: every different one is a class. First references count."""
     texts = [p.strip() for p in predictions], [r[0].strip() for r in references]
     ids = {text: i for i, text in enumerate(dict.fromkeys(texts[0] + texts[1]))}
     predicted, expected = ([ids[text] for text in side] for side in texts)
@@ -338,7 +340,7 @@ def matthews_exact(predictions: Sequence[str], references: Sequence[Sequence[str
 
 @label_metric("f1")
 def f1(predicted: Sequence[int], expected: Sequence[int]) -> float:
-    """F1 of class 1, the second label; 0 where it is neither expected nor predicted."""
+    """F1 of class 1, the second label; 0 if it is neither expected nor predicted."""
     from sklearn.metrics import f1_score
 
     return float(f1_score([e == 1 for e in expected], [p == 1 for p in predicted], zero_division=0.0))
@@ -346,7 +348,7 @@ def f1(predicted: Sequence[int], expected: Sequence[int]) -> float:
 
 @label_metric("macro_f1")
 def macro_f1(predicted: Sequence[int], expected: Sequence[int]) -> float:
-    """Mean of F1 over the classes that are expected or predicted."""
+    """Mean F1 of the classes that are expected or predicted."""
     from sklearn.metrics import f1_score
 
     classes = sorted({*expected, *predicted} - {NO_LABEL})
@@ -354,9 +356,9 @@ def macro_f1(predicted: Sequence[int], expected: Sequence[int]) -> float:
 
 
 @group_metric("group_accuracy")
-def group_accuracy(right: Sequence[bool], groups: Sequence[str]) -> float:
-    """Share of groups that are right in every part (MultiRC's exact match)."""
+def group_accuracy(correct: Sequence[bool], groups: Sequence[str]) -> float:
+    """Share of groups with only correct predictions (MultiRC's exact match)."""
     whole: dict[str, bool] = {}
-    for good, group in zip(right, groups, strict=True):
+    for good, group in zip(correct, groups, strict=True):
         whole[group] = good and whole.get(group, True)
     return sum(whole.values()) / len(whole)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How does SciTail become text: does a sentence from the web entail a fact of school science? (Khot et al., 2018)
+"""Family `scitail`: does a sentence from the web entail a fact of school science? (Khot et al., 2018)
 
     scitail hypothesis: … premise: …        entails / neutral
 
-The prompt is ours, in the manner of MoRE's for MNLI; labels stand in the order of their class ids.
+The prompt is ours, in the form of MoRE's for MNLI; labels are in the order of their class ids.
 
 Files, in each folder of `path` or its `tsv_format`, `snli_format`, `predictor_format`: the official
 `scitail_1.0_<split>.tsv` (premise, hypothesis, label; no header), `scitail_1.0_<split>.txt` or
-`scitail_1.0_structure_<split>.jsonl` (sentence1, sentence2, gold_label), whose dev is validation and whose test is
-scored. Or a checkout of natural-instructions: its tasks 1529 and 1554 are samples of SciTail without its splits, so
-40 % are scored (about as many as the official test set has) and a share of the rest is validation; such scores do not
-compare with published ones.
+`scitail_1.0_structure_<split>.jsonl` (sentence1, sentence2, gold_label), with dev as validation and test as
+test. Or a checkout of natural-instructions: its tasks 1529 and 1554 are samples of SciTail without splits. 40 % of them
+are the test split (about the size of the official one) and a share of the rest is validation; such scores are not
+comparable with published ones.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class SciTailSpec(LabelledSpec):
     family: Literal["scitail"] = "scitail"
     """SciTail, from its official files or from a checkout of natural-instructions."""
     sni_task: Literal["1529", "1554"] = "1529"
-    """Which of the two samples is read from a checkout of natural-instructions."""
+    """The sample to read from a checkout of natural-instructions."""
 
     def parts(self, name: str) -> Parts:
         for root in (path.expanduser() for path in self.path):
@@ -97,7 +97,9 @@ class SciTailSpec(LabelledSpec):
             texts = _SNI_FORMS[self.sni_task].fullmatch(instance.input.strip())
             row = Row(f"{path}, instance {number + 1}", number, {})
             if texts is None or not instance.output:
-                raise TaskError(f"{row.place}: not in the form of task {self.sni_task}: {instance.input[:60]!r}")
+                raise TaskError(
+                    f"{row.place}: not in the form of task {self.sni_task}: {instance.input[:60]!r}; restore the file"
+                )
             label = verbalizer(row, instance.output[0].strip(), _FORM.labels)
             pair = {key: text.strip() for key, text in texts.groupdict().items()}
             examples.append(_FORM.example(f"{self.sni_task}-{number}", pair, [label]))

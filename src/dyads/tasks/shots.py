@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which examples are the few of a few-shot training?"""
+"""Few-shot subsets: the training examples that `dyads adapt --shots` keeps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ __all__ = ["few_shot"]
 def few_shot(suite: Suite, shots: int | None, seed: int) -> Suite:
     """The suite with `shots` training examples of every task, chosen by the seed; all of them where shots is None.
 
-    With labels they are chosen label by label in turn, so that no label has two more than another as long as it has
-    examples left; which labels come first is chance too. With one seed, more shots keep the fewer. TaskError for a task
-    that has not so many.
+    Labels are taken in turn, in a random order, so that their counts differ by at most one while each has examples
+    left. With the same seed a larger number of shots contains a smaller one. TaskError for a task with fewer examples.
     """
     return Suite(tuple(replace(task, train=_shots(task, shots, seed)) for task in suite.tasks), suite.notes)
 
@@ -27,7 +26,9 @@ def _shots(task: Task, shots: int | None, seed: int) -> tuple[Example, ...]:
     if shots is None:
         return task.train
     if len(task.train) < shots:
-        raise TaskError(f"task '{task.name}' has {len(task.train)} training examples, fewer than {shots} shots")
+        raise TaskError(
+            f"task '{task.name}' has {len(task.train)} training examples, fewer than {shots} shots; lower `shots`"
+        )
     chance = random.Random(f"shots/{seed}/{task.name}")
     order = chance.sample(range(len(task.train)), len(task.train))
     if task.labels:

@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do Super-NaturalInstructions become tasks? (Wang et al., 2022, arXiv 2204.07705)
+"""Family `sni`: Super-NaturalInstructions (Wang et al., 2022, arXiv 2204.07705).
 
-Reads a folder in the upstream layout, whole or partial: `tasks/*.json`, `splits/<track>/{train,test}_tasks.txt`.
+It reads a folder in the upstream layout, whole or partial: `tasks/*.json`, `splits/<track>/{train,test}_tasks.txt`.
 
 Protocol `mode` (Ning et al., 2025, arXiv 2408.01505): every task is trained on and scored. Per task, 10 % of the
-instances are the test split and 90 % the train part; the paper's prompt is not given, ours is the definition and the
-instance's input without demonstrations. We differ: 5 % of the train part (at least one) are set aside as validation, so
-that learning rates are chosen on data that is not scored; instances with the same prompt stay on one side.
+instances are the test split and 90 % the train part. The paper does not give its prompt; ours is the definition and the
+instance's input without demonstrations. We differ: 5 % of the train part (at least one) are validation, so that
+learning rates are not chosen by test scores; instances with the same prompt are in one split.
 
 Protocol `official` (Tk-Instruct): the first 100 instances are the test split, the prompt is the definition with
-`demonstrations` positive examples, source 1024 and target 128 tokens, greedy decoding. A demonstration that does not
-fit is dropped, the last one first. Tasks of the track's test file are unseen: they have no train split. We differ for
-the other tasks: the release trains on all instances, we on those after the first 100, less 5 % validation.
+`demonstrations` positive examples, source 1024 and target 128 tokens, greedy decoding. Where a prompt is too
+long, demonstrations are dropped from the last one on. Tasks of the track's test file are unseen: they have no train
+split. We differ for the other tasks: the release trains on all instances, we on those after the first 100, less 5 %
+validation.
 
-An instance counts with its outputs that are not empty; without any it is dropped, with a note. Answers in languages
-other than English are scored by ROUGE-L over whitespace-separated words. The official scorer splits those of track
-`xlingual` with GPT-2's BPE tokenizer instead: our scores of that track are not comparable with official ones.
+Empty outputs are removed; an instance without any other is dropped, with a note. Tasks whose output is not English are
+scored by ROUGE-L over whitespace-separated words. The official scorer splits the outputs of track `xlingual` with
+GPT-2's BPE tokenizer: our scores of that track are not comparable with official ones.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ MODE_CASE_STUDY = (
     "task1711_poki_text_generation",
     "task1729_personachat_generate_next",
 )
-"""The fifteen tasks of the MoDE paper's case study, in the order of its table 6."""
+"""The fifteen tasks of the case study of the MoDE paper, in the order of its table 6."""
 
 STAND_INS = {
     "task025_cosmosqa_incorrect_answer_generation": "task454_swag_incorrect_answer_generation",
@@ -62,19 +63,19 @@ STAND_INS = {
     "task279_stereoset_classification_stereotype": "task889_goemotions_classification",
     "task1729_personachat_generate_next": "task565_circa_answer_generation",
 }
-"""For collections without them: a task of the same category, or for 269 and 279 of the nearest one at hand."""
+"""Replacements for tasks that a collection may lack: of the same category, or for 269 and 279 of a similar one."""
 
 MODE_CASE_STUDY_STAND_INS = tuple(STAND_INS.get(name, name) for name in MODE_CASE_STUDY)
 
 NAMED_SUITES = {"mode-case-study": MODE_CASE_STUDY, "mode-case-study-stand-ins": MODE_CASE_STUDY_STAND_INS}
 
 VERSION = 1
-EVALUATED = 0.10  # of a task's instances, protocol mode
-VALIDATED = 0.05  # of what is left for training, both protocols
-OFFICIAL_TEST = 100  # instances, in the order of the file
+EVALUATED = 0.10  # test share of a task's instances, protocol mode
+VALIDATED = 0.05  # validation share of the remaining instances, both protocols
+OFFICIAL_TEST = 100  # test instances, the first of the file
 DEMONSTRATIONS = 2
 SOURCE_TOKENS, TARGET_TOKENS = 1024, 128
-SEQUENCE_TOKENS = 1024  # protocol mode counts source and target together
+SEQUENCE_TOKENS = 1024  # limit of source and target together, protocol mode
 
 
 @register_family
@@ -86,19 +87,19 @@ class SNISpec(FamilySpec):
     path: Path
     """The folder that holds `tasks/` and `splits/`."""
     track: Literal["default", "xlingual"] = "default"
-    """English tasks, or all languages (whose scores are not comparable with official ones)."""
+    """English tasks, or all languages (scores not comparable with official ones)."""
     split_file: Literal["train", "test"] | None = None
-    """The list that tasks must be in. None: any; without names, the train list (mode) or both (official)."""
+    """The list that holds the tasks. None: any; without `names`, the train list (mode) or both (official)."""
     names: tuple[str, ...] | None = None
-    """Tasks in the order of their ids: full names, numbers (`task024`) where unambiguous, or a named suite."""
+    """Tasks in the order of their ids: full names, unambiguous numbers (`task024`), or the name of a suite."""
     protocol: Literal["mode", "official"] = "mode"
-    """Every task split 90/10 and asked without demonstrations; or the release's prompts and unseen test tasks."""
+    """Every task split 90/10, prompts without demonstrations; or the release's prompts and unseen test tasks."""
     demonstrations: int | None = Field(default=None, ge=0)
-    """Positive examples in a prompt of protocol official; None is the release's two."""
+    """Positive examples in a prompt of protocol official; None: two, as in the release."""
     max_per_task: int | None = Field(default=None, ge=1)
-    """At most this many train instances a task, chosen by the seed; validation and test stay whole."""
+    """Limit of training instances per task, chosen by the seed; validation and test are not limited."""
     seed: int = 0
-    """Of the splits and of `max_per_task`; independent of the training seed, so that seeds share their test data."""
+    """Seed of splits and `max_per_task`; independent of the training seed: all runs have the same test split."""
 
     @field_validator("names", mode="before")
     @classmethod
@@ -109,14 +110,14 @@ class SNISpec(FamilySpec):
     @classmethod
     def _some_names(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if names is not None and not names:
-            raise ValueError("names is an empty list: leave it out to take every task of the split")
+            raise ValueError("names is an empty list; leave it out to take every task of the lists")
         return names
 
     @model_validator(mode="after")
     def _demonstrations_are_official(self) -> SNISpec:
         if self.protocol == "mode" and self.demonstrations is not None:
             raise ValueError(
-                f"demonstrations: {self.demonstrations} needs protocol: official; prompts of protocol mode have none"
+                f"demonstrations: {self.demonstrations} needs protocol: official; protocol mode has no demonstrations"
             )
         return self
 
@@ -132,8 +133,8 @@ class SNISpec(FamilySpec):
         return Suite(tuple(tasks), tuple(notes))
 
     def _all_names(self, checkout: Checkout, listed: dict[str, list[str]], notes: list[str]) -> list[str]:
-        usual = ["train"] if self.protocol == "mode" else ["train", "test"]
-        wanted = [self.split_file] if self.split_file else usual
+        default = ["train"] if self.protocol == "mode" else ["train", "test"]
+        wanted = [self.split_file] if self.split_file else default
         names = []
         for which in wanted:
             found = [name for name in listed[which] if name in checkout.files]
@@ -162,13 +163,13 @@ class SNISpec(FamilySpec):
             if self.split_file and full not in listed[self.split_file]:
                 other = next((w for w, names in listed.items() if full in names), None)
                 raise TaskError(
-                    f"task '{full}' is in {f'the {other} list' if other else 'no list'} of track '{self.track}', but "
-                    f"split_file: {self.split_file} was asked for; leave split_file out, or the name"
+                    f"task '{full}' is in {f'the {other} list' if other else 'no list'} of track '{self.track}', not "
+                    f"in that of split_file: {self.split_file}; leave split_file or the name out"
                 )
         if "mode-case-study-stand-ins" in (self.names or ()):
             notes.append("stand-ins: " + ", ".join(f"{new} for {old}" for old, new in STAND_INS.items()))
-        if strangers := [n for n in chosen if not any(n in names for names in listed.values())]:
-            notes.append(f"outside the {self.track} track's train and test lists: {', '.join(strangers)}")
+        if unlisted := [n for n in chosen if not any(n in names for names in listed.values())]:
+            notes.append(f"outside the {self.track} track's train and test lists: {', '.join(unlisted)}")
         return list(chosen)
 
     def _task(self, name: str, path: Path, unseen: bool, notes: list[str]) -> Task:
@@ -177,7 +178,7 @@ class SNISpec(FamilySpec):
         usable = [e for e in examples if e is not None]
         if not usable:
             what = f"{len(examples)} instances and none has an output" if examples else "no instances"
-            raise TaskError(f"{path}: task '{name}' has {what}: there is nothing to score; leave it out of `names`")
+            raise TaskError(f"{path}: task '{name}' has {what}; leave it out of `names`")
         if dropped := len(examples) - len(usable):
             notes.append(f"{name}: dropped {dropped} of {len(examples)} instances, all their outputs are empty")
 
@@ -192,16 +193,15 @@ class SNISpec(FamilySpec):
             test = tuple(e for e in examples[:OFFICIAL_TEST] if e is not None)
             if not test:
                 raise TaskError(
-                    f"{path}: none of the first {OFFICIAL_TEST} instances of '{name}' has an output to score"
+                    f"{path}: none of the first {OFFICIAL_TEST} instances of '{name}' has an output; "
+                    f"leave it out of `names`"
                 )
-            asked = {e.prompt for e in test}
-            rest = [e for e in examples[OFFICIAL_TEST:] if e is not None and e.prompt not in asked]
+            tested = {e.prompt for e in test}
+            rest = [e for e in examples[OFFICIAL_TEST:] if e is not None and e.prompt not in tested]
             if not unseen and len({e.prompt for e in rest}) > 1:
                 train, validation = divide(rest, [max(1, round(VALIDATED * len(rest)))], salt=salt, task=name)
             elif not unseen:
-                notes.append(
-                    f"{name}: nothing to train on, {len(rest)} usable instances after the first {OFFICIAL_TEST}"
-                )
+                notes.append(f"{name}: no train split, {len(rest)} usable instances after the first {OFFICIAL_TEST}")
 
         english = content.output_language in ([], ["English"])
         metrics = ("rouge_l" if english else "rouge_l_words", "exact_match")
@@ -220,13 +220,13 @@ class SNISpec(FamilySpec):
         )
 
     def _examples(self, name: str, content: TaskFile) -> list[Example | None]:
-        """One for every instance, in the order of the file; None where it has no output."""
+        """The example of every instance, in the order of the file; None for an instance without output."""
         examples: list[Example | None] = []
         times: Counter[str] = Counter()
         for number, instance in enumerate(content.instances):
             id_ = instance.id or f"{name}-{number}"
             times[id_] += 1
-            if times[id_] > 1:  # some upstream files repeat an id
+            if times[id_] > 1:  # some files of the release repeat an id
                 id_ = f"{id_}#{times[id_]}"
             if self.protocol == "mode":
                 prompts = [mode_prompt(content.definition[0], instance.input)]
@@ -238,12 +238,12 @@ class SNISpec(FamilySpec):
 
 
 def mode_prompt(definition: str, text: str) -> str:
-    """Definition and input, no demonstrations. The answer follows the last blank."""
+    """Definition and input, without demonstrations. The answer follows the final space."""
     return f"{definition.strip()}\n\nInput: {text.strip()}\nOutput: "
 
 
 def official_prompts(content: TaskFile, text: str, demonstrations: int | None) -> list[str]:
-    """Tk-Instruct's prompt with the demonstrations there are, up to the number asked for; with one less; …; none."""
+    """Tk-Instruct's prompts, with at most `demonstrations` positive examples in the first and one less in each next."""
     most = DEMONSTRATIONS if demonstrations is None else demonstrations
     start = f"Definition: {_sentence(content.definition[0].strip())}\n\n"
     shown = [
@@ -257,5 +257,5 @@ def official_prompts(content: TaskFile, text: str, demonstrations: int | None) -
 
 
 def _sentence(text: str) -> str:
-    """The text with a full stop unless it ends in punctuation: the release's rule, for inputs and outputs too."""
+    """The text, with a full stop unless it ends in punctuation, as in the release."""
     return text if text and text[-1] in string.punctuation else text + "."

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where does a checkout of natural-instructions keep what, and what may be wrong with it?
+"""Reader of a checkout of natural-instructions: task files and lists of tasks.
 
-`tasks/<name>.json`, one a task, and `splits/<track>/<train|test|excluded>_tasks.txt`, a name a line. A checkout may be
-partial: a listed task need not have a file.
+A checkout has one `tasks/<name>.json` per task, and `splits/<track>/<train|test|excluded>_tasks.txt` with one name per
+line. It may be partial: a listed task need not have a file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Demonstration(BaseModel):
 
 
 class Instance(BaseModel):
-    """A question with its right answers, which may be empty texts."""
+    """An input with its references, which may be empty texts."""
 
     id: str = ""
     input: str
@@ -45,7 +45,7 @@ class Instance(BaseModel):
 
 
 class TaskFile(BaseModel):
-    """The part of a task file that is read here; its other keys are left alone."""
+    """The keys of a task file that are used; others are ignored."""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -62,17 +62,17 @@ class TaskFile(BaseModel):
 
 
 def read_task(path: Path) -> TaskFile:
-    """One task file; what is wrong with it is told with its line and column, or its key."""
+    """Read one task file. Errors name line and column, or the key."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
         content = TaskFile.model_validate(json.loads(text))
     except UnicodeDecodeError as error:
-        raise TaskError(f"{path}: not UTF-8 text (byte {error.start}): fetch the file again") from None
+        raise TaskError(f"{path}: not UTF-8 text (byte {error.start}); download the file again") from None
     except json.JSONDecodeError as error:
         cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
         raise TaskError(
             f"{path}, line {error.lineno}, column {error.colno}: {error.msg}: the file "
-            f"{'ends too early, it seems truncated' if cut else 'is not valid JSON'}; fetch it again"
+            f"{'seems truncated' if cut else 'is not valid JSON'}; download it again"
         ) from None
     except ValidationError as error:
         first = error.errors()[0]
@@ -85,7 +85,7 @@ def read_task(path: Path) -> TaskFile:
 
 
 class Checkout:
-    """A checkout, whole or partial."""
+    """A whole or partial checkout."""
 
     def __init__(self, path: Path, track: str) -> None:
         self.path, self.track, self.tasks = path, track, path / "tasks"
@@ -103,13 +103,13 @@ class Checkout:
         return self.path / "splits" / self.track / f"{which}_tasks.txt"
 
     def listed(self, which: str) -> list[str]:
-        """The names in one of the track's lists, whether or not they have a file."""
+        """The names in the train or test list of the track, including tasks without a file."""
         path = self.split_path(which)
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             raise TaskError(
-                f"no file {path}: it lists the {which} tasks of track '{self.track}', a name a line"
+                f"no file {path}: it must list the {which} tasks of track '{self.track}', one name per line"
             ) from None
         return [line.strip() for line in lines if line.strip()]
 
@@ -127,7 +127,7 @@ class Checkout:
             raise TaskError(f"no task file {prefix}*.json in {self.tasks} ({len(self.files)} task files)")
         if any(name in self.listed(which) for which in ("train", "test")):
             raise TaskError(
-                f"task '{name}' belongs to track '{self.track}' but {self.tasks / name}.json is missing: this "
-                f"collection has {len(self.files)} task files; add the file or leave the name out"
+                f"task '{name}' of track '{self.track}' has no file {self.tasks / name}.json (there are "
+                f"{len(self.files)} task files); add the file or leave the name out"
             )
         raise TaskError(f"unknown task '{name}' in {self.tasks}{did_you_mean(name, [*suites, *self.files])}")

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tasks can be tried without any data? Twelve small ones over lists of words, made here from a seed.
+"""Family `starter`: twelve small text tasks over lists of words, generated from a seed, without any data.
 
-All tasks ask about the same lists in the same form, and only a short instruction tells them apart:
+All tasks use the same lists in the same form and differ in a short instruction only:
 
     Words: river stone lamp
     Which word comes first?
     Answer: river
 
-so one input has many right answers, and an adapter must keep the tasks apart: that is where mixtures should help. Two
-pairs differ in one word and have opposite answers: `has_animal` / `no_animal` and `word_after` / `word_before`.
-A list that is in one split, of any task, is in no other split of any task. Exact match is the headline; it folds case
-and punctuation, so no answer here depends on either.
+so the correct answer to one list depends on the task. The instructions of `has_animal` / `no_animal` and `word_after` /
+`word_before` differ in one word and have opposite answers.
+A list of one split is in no other split of any task. Exact match, the headline metric, ignores case and punctuation;
+no answer depends on either.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ ANIMALS, THINGS = _ANIMALS.split(), _THINGS.split()
 Words = tuple[str, ...]
 Answer = Callable[[Words, str], str]
 
-# name: (category, instruction, answer). `{word}` is a word of the list that is neither first nor last.
+# name: (category, instruction, function of the list and of `{word}`, which is neither its first nor its last word)
 _TASKS: dict[str, tuple[str, str, Answer]] = {
     "first_word": ("pick", "Which word comes first?", lambda w, _: w[0]),
     "last_word": ("pick", "Which word comes last?", lambda w, _: w[-1]),
@@ -74,20 +74,20 @@ def _yes(true: bool) -> str:
 
 @register_family
 class StarterSpec(FamilySpec):
-    """Twelve small text tasks with conflicting instructions over the same inputs, made from a seed."""
+    """Twelve small text tasks with conflicting instructions for the same inputs, generated from a seed."""
 
     family: Literal["starter"] = "starter"
-    """Twelve small text tasks made from a seed."""
+    """Twelve small text tasks generated from a seed."""
     seed: int = 0
-    """Of the word lists; independent of the training seed."""
+    """Seed of the word lists; independent of the training seed."""
     train_per_task: int = Field(default=400, ge=1, le=MOST_PER_SPLIT)
-    """Train instances of every task."""
+    """Training examples of every task."""
     validation_per_task: int = Field(default=50, ge=0, le=MOST_PER_SPLIT)
     """Validation instances of every task."""
     test_per_task: int = Field(default=50, ge=1, le=MOST_PER_SPLIT)
     """Test instances of every task."""
     names: tuple[str, ...] = STARTER_TASKS
-    """Which of the tasks, in the order of their ids."""
+    """Names of the tasks, in the order of their ids."""
 
     @field_validator("names")
     @classmethod
@@ -101,8 +101,8 @@ class StarterSpec(FamilySpec):
 
     def load(self) -> Suite:
         sizes = {"test": self.test_per_task, "validation": self.validation_per_task, "train": self.train_per_task}
-        made: set[Words] = set()
-        lists = {split: _word_lists(Random(f"starter/{self.seed}/{split}"), n, made) for split, n in sizes.items()}
+        used: set[Words] = set()
+        lists = {split: _word_lists(Random(f"starter/{self.seed}/{split}"), n, used) for split, n in sizes.items()}
         return Suite(tuple(self._task(name, lists) for name in self.names))
 
     def _task(self, name: str, lists: dict[str, list[Words]]) -> Task:
@@ -131,7 +131,7 @@ class StarterSpec(FamilySpec):
         )
 
 
-def _word_lists(draw: Random, n: int, made: set[Words]) -> list[Words]:
+def _word_lists(draw: Random, n: int, used: set[Words]) -> list[Words]:
     """n new lists of three to five words: different first letters, one longest word, an animal in every second list."""
     lists: list[Words] = []
     while len(lists) < n:
@@ -140,7 +140,7 @@ def _word_lists(draw: Random, n: int, made: set[Words]) -> list[Words]:
             words[draw.randrange(len(words))] = draw.choice(ANIMALS)
         lengths = sorted(map(len, words))
         one_longest = lengths[-1] > lengths[-2]
-        if one_longest and len({w[0] for w in words}) == len(words) and tuple(words) not in made:
-            made.add(tuple(words))
+        if one_longest and len({w[0] for w in words}) == len(words) and tuple(words) not in used:
+            used.add(tuple(words))
             lists.append(tuple(words))
     return lists

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How do seven SuperGLUE tasks become text? (Wang et al., 2019, arXiv 1905.00537)
+"""Family `superglue`: seven SuperGLUE tasks as text (Wang et al., 2019, arXiv 1905.00537)
 
     boolq question: … passage: …                                      false / true
     cb hypothesis: … premise: …                                       entailment / contradiction / neutral
@@ -9,16 +9,16 @@
     wsc pronoun: … noun: … text: … *it* …                             false / true
     multirc question: … answer: … paragraph: …                        false / true, one example for every answer
 
-The prompts are ours, in the manner of MoRE's for GLUE; labels stand in the order of their class ids, the hub's.
+The prompts are ours, in the form of MoRE's for GLUE; labels are in the order of their class ids on the hub.
 
-Files, in each folder of `path`: `<task>/train.jsonl`, `val.jsonl` as SuperGLUE gives them, and `dev32.jsonl`, which in
-the few-shot collections of 32 is validation (otherwise a share of train is held out); or `<task>/train.json`,
-`dev.json`, lists of {sentence, label} (CB, COPA, WiC). What is scored is the public validation file, whole: the test
+Files, in each folder of `path`: `<task>/train.jsonl`, `val.jsonl` in SuperGLUE's format, and `dev32.jsonl`, the
+validation file of few-shot collections (without it a share of train is held out); or `<task>/train.json`, `dev.json`,
+lists of {sentence, label} (CB, COPA, WiC). The test split is the whole public validation file, since the public test
 files have no labels.
 
-Metrics `official`: accuracy and macro F1 (CB), F1 over all answers and the share of questions with every answer right
-(MultiRC), else accuracy. Metrics `paper`: accuracy. WSC's pronoun stands between asterisks: the one that is nearest
-to its word index.
+Metrics `official`: accuracy and macro F1 (CB), F1 over all answers and the share of questions with every answer
+correct (MultiRC), else accuracy. Metrics `paper`: accuracy. WSC's pronoun is put between asterisks; where it occurs
+several times, the occurrence nearest to its word index.
 """
 
 from __future__ import annotations
@@ -98,14 +98,14 @@ _ALIASES = {"True": "true", "False": "false", "A": "choice1", "B": "choice2"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """What one example is made of."""
+class _Parsed:
+    """The texts and the raw label of one example, with the row that holds them."""
 
     row: Row
     texts: Mapping[str, str]
     label: str
     part: str = ""
-    """Of a row that makes several examples: which one."""
+    """Suffix of the id where one row holds several examples."""
     group: str = ""
 
 
@@ -119,10 +119,10 @@ class SuperGlueSpec(LabelledSpec):
     family: Literal["superglue"] = "superglue"
     """SuperGLUE's BoolQ, CB, COPA, RTE, WiC, WSC and MultiRC, from local files."""
     metrics: Literal["official", "paper"] = "official"
-    """SuperGLUE's metrics, or accuracy for all."""
+    """SuperGLUE's metrics, or accuracy for all tasks."""
 
     def metrics_of(self, form: Form) -> tuple[str, ...]:
-        return form.metrics if self.metrics == "official" else form.paper_metrics
+        return form.metrics if self.metrics == "official" else ("accuracy",)
 
     def parts(self, name: str) -> Parts:
         for root in self.path:
@@ -150,12 +150,12 @@ class SuperGlueSpec(LabelledSpec):
     def _read(self, name: str, split: str, path: Path) -> tuple[list[Example], int]:
         form, examples, unlabelled = self.forms[name], [], 0
         if path.suffix == ".jsonl":
-            asked = (one for row in read_jsonl(path) for one in _LINES[name](row))
+            parsed = (one for row in read_jsonl(path) for one in _LINES[name](row))
         elif name in _JOINED:
-            asked = (_Asked(row, _parted(name, row), row.text("label")) for row in read_json(path))
+            parsed = (_Parsed(row, _parted(name, row), row.text("label")) for row in read_json(path))
         else:
-            raise TaskError(f"{path}: the JSON form of task '{name}' is not known; give train.jsonl and val.jsonl")
-        for one in asked:
+            raise TaskError(f"{path}: the JSON form of task '{name}' is not supported; use train.jsonl and val.jsonl")
+        for one in parsed:
             if is_unlabelled(one.label):
                 unlabelled += 1
                 continue
@@ -165,34 +165,34 @@ class SuperGlueSpec(LabelledSpec):
         return examples, unlabelled
 
 
-# ----- SuperGLUE's lines
+# ----- rows of SuperGLUE's JSON lines
 
 
-def _fields(**names: str) -> Callable[[Row], Iterator[_Asked]]:
-    """A line whose texts are fields: our name of a text = the field's."""
+def _fields(**names: str) -> Callable[[Row], Iterator[_Parsed]]:
+    """A reader of rows whose texts are fields; keywords map the name of a text to that of its field."""
 
-    def read(row: Row) -> Iterator[_Asked]:
+    def read(row: Row) -> Iterator[_Parsed]:
         texts = {ours: row.text(theirs) for ours, theirs in names.items()}
-        yield _Asked(row, texts, row.text("label") if "label" in row.fields else "")
+        yield _Parsed(row, texts, row.text("label") if "label" in row.fields else "")
 
     return read
 
 
-def _wsc(row: Row) -> Iterator[_Asked]:
+def _wsc(row: Row) -> Iterator[_Parsed]:
     target, words = row["target"], row.text("text").split()
     try:
         pronoun, noun, at = str(target["span2_text"]), str(target["span1_text"]), int(target["span2_index"])
     except (KeyError, TypeError, ValueError):
         raise TaskError(f"{row.place}: 'target' needs span1_text, span2_text and span2_index") from None
-    # A pronoun may stand in the text several times, its word may carry punctuation, and a few indices are off by one.
+    # The pronoun may occur several times, its word may have punctuation, and a few indices are off by one.
     if places := [i for i, word in enumerate(words) if word.strip(string.punctuation) == pronoun]:
         marked = min(places, key=lambda i: abs(i - at))
         words[marked] = words[marked].replace(pronoun, f"*{pronoun}*", 1)
     texts = {"pronoun": pronoun, "noun": noun, "text": " ".join(words)}
-    yield _Asked(row, texts, row.text("label") if "label" in row.fields else "")
+    yield _Parsed(row, texts, row.text("label") if "label" in row.fields else "")
 
 
-def _multirc(row: Row) -> Iterator[_Asked]:
+def _multirc(row: Row) -> Iterator[_Parsed]:
     passage: Any = row["passage"]
     try:
         for q, question in enumerate(passage["questions"]):
@@ -202,14 +202,14 @@ def _multirc(row: Row) -> Iterator[_Asked]:
                     "question": str(question["question"]).strip(),
                     "answer": str(answer["text"]).strip(),
                 }
-                yield _Asked(row, texts, str(answer.get("label", "")), f"-{q}-{a}", f"{row.number}-{q}")
+                yield _Parsed(row, texts, str(answer.get("label", "")), f"-{q}-{a}", f"{row.number}-{q}")
     except (KeyError, TypeError, AttributeError):
         raise TaskError(
             f"{row.place}: 'passage' needs a text and questions with question and answers (text, label)"
         ) from None
 
 
-_LINES: dict[str, Callable[[Row], Iterator[_Asked]]] = {
+_LINES: dict[str, Callable[[Row], Iterator[_Parsed]]] = {
     "boolq": _fields(question="question", passage="passage"),
     "cb": _fields(premise="premise", hypothesis="hypothesis"),
     "copa": _fields(premise="premise", choice1="choice1", choice2="choice2", question="question"),
@@ -219,7 +219,7 @@ _LINES: dict[str, Callable[[Row], Iterator[_Asked]]] = {
     "multirc": _multirc,
 }
 
-# ----- lists of {sentence, label}, whose sentence joins the texts
+# ----- rows {sentence, label} of the JSON form, where `sentence` joins the texts
 
 _JOINED = {
     "cb": re.compile(r"sentence 1: (?P<premise>.*)\nsentence 2: (?P<hypothesis>.*)", re.DOTALL),
@@ -235,5 +235,7 @@ def _parted(name: str, row: Row) -> dict[str, str]:
     whole = row.text("sentence")
     found = _JOINED[name].fullmatch(whole)
     if found is None:
-        raise TaskError(f"{row.place}: 'sentence' is not in the form of task '{name}': {whole[:60]!r}")
+        raise TaskError(
+            f"{row.place}: 'sentence' is not in the form of task '{name}': {whole[:60]!r}; restore the file"
+        )
     return {key: text.strip() for key, text in found.groupdict().items()}

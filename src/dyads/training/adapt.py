@@ -29,15 +29,15 @@ from transformers import PreTrainedModel, TrainerCallback
 from dyads.data.batches import Collator, PairCollator, TaskDataset
 from dyads.errors import ConfigError, RunError
 from dyads.methods.core import Core
-from dyads.models.heads import Head, TaskHeads, attach, heads_of
-from dyads.models.heads import read as read_heads
+from dyads.models.heads import Head, TaskHeads, attach_heads, heads_of, read_heads
+from dyads.recipe.load import recipe_keys
 from dyads.recipe.recipe_errors import validated
-from dyads.recipe.spec import Recipe, differences, recipe_keys
-from dyads.recipe.yaml_source import of_file, of_overrides, of_text, to_yaml
+from dyads.recipe.spec import Recipe, differences
+from dyads.recipe.yaml_source import read_file, read_overrides, read_text, to_yaml
 from dyads.runs.adapter import check_adapter, fingerprint, load_adapter
 from dyads.runs.folder import RunFolder
 from dyads.tasks import Task
-from dyads.tuner import DyadsLayer, add_task, similarity_to_tasks
+from dyads.tuner import DyadsLinear, add_task, similarity_to_tasks
 from dyads.tuner.routing import find_routing
 
 __all__ = [
@@ -86,7 +86,7 @@ class ExtendedAdapter:
 
         Rows of new heads train in any case.
         """
-        cores = [m.core(_ADAPTER) for m in self.model.modules() if isinstance(m, DyadsLayer)]
+        cores = [m.core(_ADAPTER) for m in self.model.modules() if isinstance(m, DyadsLinear)]
         gates = [p for core in cores for p in core.parameters()]
         trained: list[nn.Parameter] = []
         if parts == "gate":
@@ -241,7 +241,7 @@ def load_extended(recipe: Recipe, folder: RunFolder, base: PreTrainedModel, task
     heads: tuple[Head, ...] = ()
     if folder.heads.is_file():
         heads = read_heads(folder.heads)
-        attach(base, heads, recipe.model.pool)
+        attach_heads(base, heads, recipe.model.pool)
     model = load_adapter(base, folder, trains=True)
     routing = find_routing(model)
     gated = routing.names.get(_ADAPTER, ()) if routing else ()
@@ -273,7 +273,7 @@ def choose_start(recipe: Recipe, extended: ExtendedAdapter) -> str:
         return "none"
     if recipe.adapt.start is not None:
         return recipe.adapt.start
-    layers = (m for m in extended.model.modules() if isinstance(m, DyadsLayer))
+    layers = (m for m in extended.model.modules() if isinstance(m, DyadsLinear))
     return "nearest" if any(layer.core(_ADAPTER).compares_samples for layer in layers) else "mean"
 
 
@@ -306,9 +306,9 @@ def adapt_recipe(
     if source.suffix.lower() in (".jsonl", ".csv"):
         if not source.is_file():
             raise ConfigError(f"there is no file '{source}': --task needs a JSONL or CSV file of examples, or a recipe")
-        tasks = of_text(to_yaml({"tasks": {"family": "files", "path": [str(source)]}}), str(source))
+        tasks = read_text(to_yaml({"tasks": {"family": "files", "path": [str(source)]}}), str(source))
     else:
-        tasks = of_file(source)
+        tasks = read_file(source)
         if "tasks" not in tasks.data:
             raise ConfigError(f"{source} has no section `tasks`: name the new task there")
         if other := sorted(tasks.data.keys() - set(_SOURCE)):
@@ -319,9 +319,9 @@ def adapt_recipe(
     for override in overrides:
         if override.startswith("adapt."):
             raise ConfigError(f"--set {override}: use --shots, --parts or --start instead")
-    layer = tasks.over(of_text(to_yaml(whole), f"the recipe of {run}"))
+    layer = tasks.over(read_text(to_yaml(whole), f"the recipe of {run}"))
     if overrides:
-        layer = of_overrides(overrides).over(layer)
+        layer = read_overrides(overrides).over(layer)
     return validated(Recipe, layer, str(source), recipe_keys)
 
 

@@ -23,8 +23,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from dyads.data.batches import Collator, PairCollator, PairTokenizer, PromptTokenizer, TaskDataset, pad_id_of
 from dyads.data.mixture import schedule
 from dyads.errors import ConfigError, DyadsError, TaskError
-from dyads.models.heads import MODULE, attach, collator_of, heads_of, pair_tokenizer_of
-from dyads.models.heads import write as write_heads
+from dyads.models.heads import MODULE, attach_heads, collator_of, heads_of, pair_tokenizer_of, write_heads
 from dyads.models.load import Kind, kind_of, load_model, load_tokenizer
 from dyads.recipe.spec import Recipe
 from dyads.runs.folder import RunFolder
@@ -160,7 +159,7 @@ class Training:
         self.heads = heads_of(tasks) if kind == "encoder" else ()
         if self.heads:
             # Before the adapter draws random numbers: the heads start the same for every method of a seed.
-            attach(base, self.heads, recipe.model.pool)
+            attach_heads(base, self.heads, recipe.model.pool)
             config.modules_to_save = [*(config.modules_to_save or ()), MODULE]
         try:
             self.model = get_peft_model(base, config)

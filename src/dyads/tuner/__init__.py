@@ -2,14 +2,14 @@
 """The methods inside PEFT. Importing this package registers them."""
 
 from dyads.tuner.add_task import STARTS, add_task, similarity_to_tasks
-from dyads.tuner.layer import DyadsLayer
+from dyads.tuner.layer import DyadsLinear
 from dyads.tuner.model import DyadsModel
 from dyads.tuner.register import register_methods
 from dyads.tuner.routing import Routing, auxiliary_loss, use_task
 
 __all__ = [
     "STARTS",
-    "DyadsLayer",
+    "DyadsLinear",
     "DyadsModel",
     "Routing",
     "add_task",

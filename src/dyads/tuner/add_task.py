@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dyads.errors import ConfigError, RoutingError, did_you_mean
 from dyads.methods.config import DyadsConfig, TaskConditioned
 from dyads.methods.core import Core
-from dyads.tuner.layer import DyadsLayer
+from dyads.tuner.layer import DyadsLinear
 from dyads.tuner.routing import TaskLike, TrainingCall
 
 __all__ = ["STARTS", "add_task", "similarity_to_tasks"]
@@ -72,7 +72,7 @@ def add_task(model: nn.Module, name: str, start: str | int = "mean", adapter: st
     return tuple(grown)
 
 
-def _replace(layer: DyadsLayer, adapter: str, core: Core, start: str | int, count: int) -> list[Tensor]:
+def _replace(layer: DyadsLinear, adapter: str, core: Core, start: str | int, count: int) -> list[Tensor]:
     """Put the larger core in the place of the layer's, with its values; gives the tensors that have a row per task."""
     before = layer.core(adapter)
     core.train(before.training)
@@ -125,7 +125,7 @@ def similarity_to_tasks(
     found: list[Tensor] = []
 
     def compare(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(layer, DyadsLayer)
+        assert isinstance(layer, DyadsLinear)
         core = layer.core(adapter)
         if core.compares_samples:
             found.append(core.similarity(args[0], call.mask(args[0], layer.of_decoder)))
@@ -147,10 +147,10 @@ def _base(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _layers(model: nn.Module, adapter: str) -> list[DyadsLayer]:
-    layers = [m for m in model.modules() if isinstance(m, DyadsLayer) and adapter in m.lora_A]
+def _layers(model: nn.Module, adapter: str) -> list[DyadsLinear]:
+    layers = [m for m in model.modules() if isinstance(m, DyadsLinear) and adapter in m.lora_A]
     if not layers:
-        there = sorted({name for m in model.modules() if isinstance(m, DyadsLayer) for name in m.lora_A})
+        there = sorted({name for m in model.modules() if isinstance(m, DyadsLinear) for name in m.lora_A})
         raise RoutingError(
             f"{type(model).__name__} has no dyads adapter '{adapter}'" + did_you_mean(adapter, there) * bool(there)
         )

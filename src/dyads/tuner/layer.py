@@ -23,7 +23,7 @@ from dyads.methods.core import Core
 from dyads.ops import CachedOperator, Frozen, autocast_dtype, fused
 from dyads.tuner.routing import Routing
 
-__all__ = ["DyadsLayer"]
+__all__ = ["DyadsLinear"]
 
 _FORWARD = nn.Linear.forward
 
@@ -31,21 +31,22 @@ _FORWARD = nn.Linear.forward
 class LowRankFactor(nn.Linear):
     """A or B of one adapter, as a module of the name that optimizers, trainers and sharding policies know from LoRA.
 
-    `DyadsLayer` reads its weight and draws its initial values.
+    `DyadsLinear` reads its weight and draws its initial values.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        """Draw nothing: the values come from the config's start (`DyadsLayer.reset_parameters`) or from a file."""
+        """Draw nothing: the values come from the config's start (`DyadsLinear.reset_parameters`) or from a file."""
 
 
-class DyadsLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
+class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A frozen linear map with gated sums of rank-one terms beside it.
 
     Per adapter: `lora_A.<adapter>.weight` (p d_in), `lora_B.<adapter>.weight` (d_out q), and `lora_core.<adapter>`, the
     method's routers, gates and embeddings. With `Core.feature_blocks`, A and B are stored without their zeros.
+    PEFT recognises the adapted layers of a linear map by "Linear" in the name of their class ("all-linear").
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_core")

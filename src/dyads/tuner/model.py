@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dyads.errors import ConfigError
 from dyads.methods.config import DyadsConfig
-from dyads.tuner.layer import DyadsLayer
+from dyads.tuner.layer import DyadsLinear
 from dyads.tuner.routing import Routing, TaskLike, find_routing
 
 __all__ = ["DyadsModel", "check_file_names"]
@@ -31,7 +31,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
     """The tuner behind `get_peft_model(model, MoDEConfig(…))`. Users meet it as `peft_model.base_model`."""
 
     prefix = "lora_"
-    tuner_layer_cls = DyadsLayer
+    tuner_layer_cls = DyadsLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # Given by BaseTuner, which carries no types; routing is set before the first injection.
@@ -49,7 +49,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; then the core is verified once, and the layers share what their method shares."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = [m for m in model.modules() if isinstance(m, DyadsLayer) and adapter_name in m.lora_A]
+        layers = [m for m in model.modules() if isinstance(m, DyadsLinear) and adapter_name in m.lora_A]
         if layers:
             first = layers[0].core(adapter_name)
             first.check_declarations(layers[0].in_features, len(self.routing.names.get(adapter_name, ())))
@@ -66,10 +66,10 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, DyadsLayer):
+        if isinstance(target, DyadsLinear):
             target.update_layer(adapter_name, peft_config)
             return
-        layer = DyadsLayer(target, self.routing)
+        layer = DyadsLinear(target, self.routing)
         layer.of_decoder = "decoder" in current_key.split(".")
         layer.__dict__["_active_adapter"] = adapter_name
         layer.update_layer(adapter_name, peft_config)
@@ -80,9 +80,9 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
             layer.register_forward_pre_hook(_disable_fast_path)
         self._replace_module(parent, target_name, layer, target)
 
-    def _layers(self) -> Iterator[DyadsLayer]:
+    def _layers(self) -> Iterator[DyadsLinear]:
         for module in self.model.modules():
-            if isinstance(module, DyadsLayer):
+            if isinstance(module, DyadsLinear):
                 yield module
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -98,7 +98,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         """
         found = {}
         for name, module in self.model.named_modules():
-            if isinstance(module, DyadsLayer) and adapter_name in module.lora_A:
+            if isinstance(module, DyadsLinear) and adapter_name in module.lora_A:
                 gates = module.gates_of_tasks(adapter_name)
                 if gates is not None:
                     found[name] = gates
@@ -171,7 +171,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         wanted = [
             f"{name}.{part}.{adapter_name}".removeprefix("_fsdp_wrapped_module.")
             for name, module in model.named_modules()
-            if isinstance(module, DyadsLayer)
+            if isinstance(module, DyadsLinear)
             for part in module.adapter_layer_names
         ]
         whole = model.state_dict()
