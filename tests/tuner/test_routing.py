@@ -485,7 +485,15 @@ def test_adapters_that_come_and_go_while_weights_are_frozen_are_not_answered_fro
         assert torch.equal(model(**inputs).logits, first)
         model.load_adapter(str(tmp_path), "other")  # another one of that name
         model.set_adapter("other")
-        assert_close(model(**inputs).logits, saved(**inputs).logits)
+        third = model(**inputs).logits
+        assert_close(third, saved(**inputs).logits)
+        torch.manual_seed(8)
+        for layer in adapted_layers(model):
+            layer.update_layer("other", unlike.config(init_weights=False))  # in its place
+        assert not torch.equal(model(**inputs).logits, third)
+        with plain():
+            expected = model(**inputs).logits
+        assert_close(model(**inputs).logits, expected)
 
 
 def test_the_cache_is_gone_with_the_context_and_waits_for_no_collector() -> None:
