@@ -110,12 +110,12 @@ def test_the_help_of_a_verb_has_an_example_and_fits_80_columns(verb: str, monkey
 
 def test_a_file_beside_the_others_is_a_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = "@click.command(short_help='Greet.')\ndef command() -> None:\n    click.echo('hello')\n"
-    (tmp_path / "greet.py").write_text(f"import click\n\n\n{command}")
+    (tmp_path / "only_in_this_test.py").write_text(f"import click\n\n\n{command}")
     monkeypatch.setattr(dyads.cli, "__path__", [*dyads.cli.__path__, str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "dyads.cli.greet", raising=False)
-    assert "\n  greet     Greet.\n" in invoke("--help").output
-    assert invoke("greet").output == "hello\n"
-    sys.modules.pop("dyads.cli.greet")
+    monkeypatch.delitem(sys.modules, "dyads.cli.only_in_this_test", raising=False)
+    assert "\n  only_in_this_test  Greet.\n" in invoke("--help").output
+    assert invoke("only_in_this_test").output == "hello\n"
+    sys.modules.pop("dyads.cli.only_in_this_test")
 
 
 def test_version_is_the_packages() -> None:

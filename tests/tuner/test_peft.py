@@ -614,7 +614,7 @@ def test_files_of_a_pre_release_are_refused(unlike: Variant, tmp_path: Path) -> 
 
 def test_a_second_adapter_adapts_all_linear_layers_too() -> None:
     model = get_peft_model(tiny_model("llama"), Variant("mode").config(target_modules="all-linear"))
-    model.add_adapter("other", Variant("more").config(target_modules="all-linear"))
+    model.add_adapter("other", Variant("mode").config(r=2, target_modules="all-linear"))
     assert [set(layer.lora_A) for layer in layers(model)] == [{"default", "other"}] * 14
 
 
