@@ -77,7 +77,7 @@ def test_saved_and_loaded_adapter_gives_equal_logits(placed: tuple[Variant, str]
         assert not any(p.is_meta for p in loaded.parameters())
         assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in model.state_dict().items())
         # With low_memory the file's own memory is used, whose alignment may change the order of a product's sums.
-        tolerance = 1e-6 if low_memory else 0.0
+        tolerance = 1e-5 if low_memory else 0.0
         assert_close(logits(loaded, variant, kind), expected, atol=tolerance, rtol=tolerance)
 
 

@@ -30,8 +30,8 @@ def adapted(
     model = get_peft_model(tiny_model(kind, dtype), config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "embedding" in name and "lora_core" in name:
-                parameter.normal_(std=3)  # tasks far apart, so that they choose different ranks
+            if "lora_core" in name and name.endswith(("embedding", "logits")):
+                parameter.normal_(std=3)  # tasks far apart, so that their gates differ
     return model
 
 
@@ -231,9 +231,11 @@ def test_tokens_flattened_into_rows_keep_their_samples_tasks() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.lin(x.reshape(-1, 6)).view(*x.shape[:2], 4)
 
-    config = MoREConfig(r=2, tasks=list(TASKS), target_modules=["lin"], init_weights=False)
+    config = Variant("mtl_lora").config(target_modules=["lin"], init_weights=False)
     model, x = get_peft_model(Flat(), config), torch.randn(2, 5, 6)
+    nn.init.normal_(adapted_layers(model)[0].core("default").transform)
     together = model(x, task=["rte", "cola"])
+    assert_close(together[:1], model(x[:1], task="rte"))
     assert_close(together[1:], model(x[1:], task="cola"))
 
 
@@ -317,6 +319,8 @@ def test_checkpointing_by_hand_outside_the_models_call_is_refused_rather_than_wr
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 def test_generation_equals_that_of_every_sample_alone(unlike: Variant, task_type: str | None) -> None:
     model, inputs, tasks = adapted(unlike, task_type=task_type), batch("llama"), ["sst2", "rte", "cola"]
+    for layer in adapted_layers(model):
+        layer.lora_B["default"].weight.data *= 20  # tokens that depend on the gates
     for how in ({}, {"num_beams": 4, "num_return_sequences": 2}):
         options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, **how}
         together = model.generate(**inputs, **options, **task_of(unlike.config(), *tasks))
@@ -485,7 +489,15 @@ def test_adapters_that_come_and_go_while_weights_are_frozen_are_not_answered_fro
         assert torch.equal(model(**inputs).logits, first)
         model.load_adapter(str(tmp_path), "other")  # another one of that name
         model.set_adapter("other")
-        assert_close(model(**inputs).logits, saved(**inputs).logits)
+        third = model(**inputs).logits
+        assert_close(third, saved(**inputs).logits)
+        torch.manual_seed(8)
+        for layer in adapted_layers(model):
+            layer.update_layer("other", unlike.config(init_weights=False))  # in its place
+        assert not torch.equal(model(**inputs).logits, third)
+        with plain():
+            expected = model(**inputs).logits
+        assert_close(model(**inputs).logits, expected)
 
 
 def test_the_cache_is_gone_with_the_context_and_waits_for_no_collector() -> None:
