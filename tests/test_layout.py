@@ -116,6 +116,7 @@ def test_importing_the_package_and_asking_for_help_stays_light() -> None:
     [
         "import dyads, peft",
         "import peft, dyads",
+        "import dyads, importlib.util; importlib.util.find_spec('peft'); import peft",
         "import dyads.methods",
         "import dyads.tuner",
         "from dyads import MoDEConfig",

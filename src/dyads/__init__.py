@@ -55,13 +55,17 @@ class _RegisterWithPeft(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if fullname != "peft":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        # The other finders are called one by one: importlib.util.find_spec would call this one again. Finding a spec
+        # imports nothing and often only tests whether PEFT is installed, so this finder stays until PEFT is executed.
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
         if spec is None or spec.loader is None:
             return None
         inner = spec.loader.exec_module
 
         def exec_module(module: Any) -> None:
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             inner(module)
             importlib.import_module("dyads.tuner")
 
@@ -72,6 +76,4 @@ class _RegisterWithPeft(importlib.abc.MetaPathFinder):
 if "peft" in sys.modules:
     importlib.import_module("dyads.tuner")
 else:
-    import importlib.util
-
     sys.meta_path.insert(0, _RegisterWithPeft())

@@ -222,6 +222,9 @@ def test_wrong_declarations_are_refused(name: str, adapt: Adapt) -> None:
     if "reads a parameter" in message:  # which shows without values, as PEFT loads with low_cpu_mem_usage
         with torch.device("meta"), pytest.raises(ConfigError, match=message):
             core(6).check_declarations(6, 0)
+    for d in (64, 4096):  # also where scores of a wide layer would saturate the gates, and for a frozen adapter
+        with pytest.raises(ConfigError, match=message):
+            core(d).requires_grad_(False).check_declarations(d, 0)
 
 
 def test_a_method_from_outside_is_known_while_it_is_registered(adapt: Adapt) -> None:

@@ -427,7 +427,10 @@ def test_inputs_without_rows_pass_through(unlike: Variant, mlp: Callable[[], nn.
     config = unlike.config(target_modules=["lin0"])
     model = get_peft_model(mlp(), config).eval()
     for rows in ((0, 6), (2, 0, 6)):
-        assert model(torch.zeros(rows), **task_of(config, "rte")).shape == (*rows[:-1], 2)
+        y = model(torch.zeros(rows), **task_of(config, "rte"))
+        assert y.shape == (*rows[:-1], 2)
+        y.sum().backward()
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
         with torch.no_grad(), model.base_model.routing.frozen_weights():
             assert model(torch.zeros(rows), **task_of(config, "rte")).shape == (*rows[:-1], 2)
 
@@ -442,6 +445,15 @@ def test_config_survives_json(variant: Variant, tmp_path: Path) -> None:
     assert {k: v for k, v in again.to_dict().items() if k != "inference_mode"} == {
         k: v for k, v in config.to_dict().items() if k != "inference_mode"
     }
+
+
+def test_saving_does_not_touch_the_readme_of_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# My project\n")
+    for _ in range(2):
+        adapted(Variant("mode")).save_pretrained(tmp_path / "adapter")
+    Variant("mode").config().save_pretrained(str(tmp_path / "config"))
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+    assert (tmp_path / "adapter" / "README.md").read_text().count("import dyads") == 1
 
 
 def test_deep_copy_and_pickle_stand_on_their_own(unlike: Variant) -> None:

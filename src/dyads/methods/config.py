@@ -136,6 +136,11 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
 
     @property
+    def feature_blocks(self) -> int:
+        """Blocks that a layer's features are cut into (`Core.feature_blocks`)."""
+        return 1
+
+    @property
     def task_names(self) -> tuple[str, ...] | None:
         """Names of the tasks the gates know, in the order of their ids; None for a method that ignores the task."""
         return None
@@ -152,12 +157,15 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; the model card also says that dyads must be imported first."""
         super().save_pretrained(save_directory, **kwargs)
-        for card in (Path(save_directory) / "README.md", Path(save_directory).parent / "README.md"):
+        card = Path(save_directory) / "README.md"
+        if not card.is_file():
             # PEFT saves an adapter that is not called 'default' one folder below its card.
-            if card.is_file() and "import dyads" not in card.read_text(encoding="utf-8"):
-                with card.open("a", encoding="utf-8") as f:
-                    f.write(_IMPORT_NOTE)
-                break
+            card = Path(save_directory).parent / "README.md"
+            if not card.is_file() or "library_name: peft" not in card.read_text(encoding="utf-8"):
+                return
+        if "import dyads" not in card.read_text(encoding="utf-8"):
+            with card.open("a", encoding="utf-8") as f:
+                f.write(_IMPORT_NOTE)
 
 
 @dataclasses.dataclass

@@ -147,10 +147,16 @@ class Core(nn.Module):
             probe = probe.to("meta")  # PEFT's low_cpu_mem_usage leaves buffers on the CPU
         h, x, du = h.to(device), x.to(device), du.to(device)
         task = torch.tensor([0, num_tasks - 1], device=device) if num_tasks else None
-        probe = probe.float()
+        probe = probe.float().requires_grad_(True)  # an adapter that is not active is frozen
         with torch.no_grad():
-            for parameter in probe.parameters():  # a term that starts at zero must count too
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            for parameter in probe.parameters():
+                # Matrices that give scores of unit variance, whatever the width; vectors and numbers, such as a bias
+                # that starts at zero or a temperature, between 0.5 and 1.
+                if parameter.ndim > 1:
+                    drawn = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+                else:
+                    drawn = torch.rand(parameter.shape, generator=generator) * 0.5 + 0.5
+                parameter.copy_(drawn)
             scores, task_scores = Core.score(probe, h, x), probe.task_scores(task)
         with torch.enable_grad():
             g = probe.select(h, scores, task_scores)
@@ -163,7 +169,7 @@ class Core(nn.Module):
         if device.type == "meta":
             return
         with torch.no_grad():
-            if not torch.allclose(u, probe.mix(h, probe.route(h, x, task)), rtol=1e-4, atol=1e-5):
+            if not torch.allclose(u, probe.mix(h, probe.route(h, x, task)), rtol=1e-4, atol=1e-5, equal_nan=True):
                 raise ConfigError(
                     f"{name} declares linear_scores, but its route differs from select(h, R {self.router_input},"
                     " task_scores(task)): set linear_scores = False"
@@ -177,7 +183,7 @@ class Core(nn.Module):
         with torch.enable_grad():
             leaves = [h.requires_grad_(), *(t.requires_grad_() for t in (scores, task_scores) if t is not None)]
             g = probe.select(h, scores, task_scores)
-            wanted = torch.autograd.grad(probe.mix(h, g), leaves, du)
+            wanted = torch.autograd.grad(probe.mix(h, g), leaves, du, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             dh, ds = probe.gradients(h, g.detach(), du)
         found = [dh, *[ds.reshape(w.shape) for w in wanted[1:]]]

@@ -164,8 +164,8 @@ def softmax_group_gradients(h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, T
     with k over the groups, j over the ranks of a group and i over the experts: h (… K·S), g (… K n), du (… K·S·n).
     """
     groups, experts = g.shape[-2:]
-    h = h.view(*h.shape[:-1], groups, -1, 1)  # (… K S 1)
-    du = du.view(*du.shape[:-1], groups, -1, experts)  # (… K S n)
+    h = h.view(*h.shape[:-1], groups, h.shape[-1] // groups, 1)  # (… K S 1)
+    du = du.view(*du.shape[:-1], groups, h.shape[-2], experts)  # (… K S n)
     dh = _sum(du * g.unsqueeze(-2))
     dg = du * h
     dg = dg.squeeze(-2) if h.shape[-2] == 1 else _sum(dg.transpose(-1, -2))
@@ -180,5 +180,5 @@ def softmax_expert_gradients(h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, 
     with i over the experts and j over the ranks of an expert: h and du (… n·r), g (… n).
     """
     experts = g.shape[-1]
-    h, du = (t.view(*t.shape[:-1], experts, -1) for t in (h, du))  # (… n r)
+    h, du = (t.view(*t.shape[:-1], experts, t.shape[-1] // experts) for t in (h, du))  # (… n r)
     return (du * g.unsqueeze(-1)).flatten(-2), _softmax_gradient(_sum(du * h), g)

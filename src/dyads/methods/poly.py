@@ -50,6 +50,10 @@ class PolyConfig(TaskConditioned):
         self.require_whole("num_experts")
         self.require_whole("num_splits")
 
+    @property
+    def feature_blocks(self) -> int:
+        return self.num_splits
+
     def core(self, d: int) -> Poly:
         assert self.num_tasks is not None
         if d % self.num_splits:

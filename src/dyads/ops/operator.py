@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any, Protocol, cast
 
 import torch
@@ -55,7 +54,7 @@ class LinearGating(Gating, Protocol):
     router_input: str
     """What R multiplies: "x" or "h"."""
     closed_form: bool
-    """Whether `gradients` exists; otherwise autograd differentiates `select` and `mix`."""
+    """Whether `gradients` is the derivative of `select` and `mix`; otherwise autograd differentiates them."""
 
     def router_weight(self) -> Tensor | None:
         """R (s d) or (s p); None for a core without a router."""
@@ -79,19 +78,19 @@ class LinearGating(Gating, Protocol):
 
 
 _KEPT = 16
-"""A copy of weights with at most a sixteenth of the numbers of x is kept for backward."""
+"""A copy of weights is kept for backward if it has at most 1/16 as many entries as x."""
 
-_PLAIN: ContextVar[bool] = ContextVar("dyads_plain", default=False)
+_PLAIN = [False]  # not a context variable: backward runs in threads of its own, and must be plain too
 
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Within this context `fused` is `dyadic`, for comparing the two."""
-    token = _PLAIN.set(True)
+    """Within this context `fused` and `CachedOperator` are `dyadic`, in the whole process; for comparing them."""
+    before, _PLAIN[0] = _PLAIN[0], True
     try:
         yield
     finally:
-        _PLAIN.reset(token)
+        _PLAIN[0] = before
 
 
 # --- plain ------------------------------------------------------------------------------------------------------------
@@ -166,8 +165,8 @@ def is_fusable(core: Any) -> bool:
     torch.compile (which fuses by itself), torch.func and forward-mode differentiation."""
     return (
         getattr(core, "linear_scores", False)
-        and not torch.compiler.is_compiling()  # before the context variable, which Dynamo cannot trace
-        and not _PLAIN.get()
+        and not _PLAIN[0]
+        and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
@@ -227,8 +226,9 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            return (*_differentiable_gradients(ctx, dy), None, None, None)  # gradients of gradients are wanted
+        if torch.is_grad_enabled():  # gradients of gradients are wanted
+            with without_autocast(dy.device.type):
+                return (*_differentiable_gradients(ctx, dy), None, None, None)
         x, A, R, B, task_scores, z, joined, up, W = ctx.saved_tensors
         with without_autocast(x.device.type):
             need_x, need_A, need_R, need_B, need_task, need_out, *_ = ctx.needs_input_grad
@@ -242,10 +242,10 @@ class _Fused(torch.autograd.Function):
             h, scores = split(z, p)
             u, dh, ds, d_task = _gate_gradients(core, h, scores, task_scores, du, need_task)
             if need_B:
-                dB = _mm(dY.t(), u.reshape(dY.shape[0], -1), scale).to(B.dtype)  # dB = scale · Σ dy uᵀ
+                dB = _mm(dY.t(), u.reshape(-1, B.shape[1]), scale).to(B.dtype)  # dB = scale · Σ dy uᵀ
             dz = dh.reshape(-1, p).t()
             if ds is not None and R is not None:
-                dS = ds.reshape(dY.shape[0], -1).t()
+                dS = ds.reshape(-1, ds.shape[-1]).t()
                 if core.router_input == "h":
                     dz = torch.addmm(dz, _cast(R, x.dtype).t(), dS)  # scores = R h: dh += Rᵀ ds
                     dR = (dS @ h.reshape(-1, p)).to(R.dtype) if need_R else None  # dR = Σ ds hᵀ
@@ -256,8 +256,9 @@ class _Fused(torch.autograd.Function):
                 dx = (dz.t() @ joined) if dx is None else dx.addmm_(dz.t(), joined)
                 dx = dx.view(x.shape)
             if need_A or (need_R and dR is None):
-                d_joined = _cast(dz @ flat, A.dtype)  # d[A; R] = Σ dz xᵀ
-                dA = d_joined[:p] if need_A else None
+                wide = A.dtype if R is None else torch.promote_types(A.dtype, R.dtype)
+                d_joined = _cast(dz @ flat, wide)  # d[A; R] = Σ dz xᵀ
+                dA = _cast(d_joined[:p], A.dtype) if need_A else None
                 dR = _cast(d_joined[p:], R.dtype) if need_R and dR is None and R is not None else dR
         return dx, dA, dR, dB, d_task, dy if need_out else None, None, None, None
 
@@ -272,7 +273,9 @@ def _gate_gradients(
         dh, ds = core.gradients(h, g, du)
         d_task = None
         if need_task and task_scores is not None:
-            d_task = ds.reshape(task_scores.shape[0], -1, task_scores.shape[-1]).sum(1, dtype=task_scores.dtype)
+            tokens = ds.unsqueeze(0) if ds.ndim == 1 else ds  # a vector is the one row of its sample
+            axes = tuple(range(1, tokens.ndim - 1))
+            d_task = tokens.sum(axes, dtype=task_scores.dtype) if axes else tokens.to(task_scores.dtype)
         return u, dh, ds, d_task
     with torch.enable_grad():
         h = h.detach().requires_grad_()
@@ -300,6 +303,8 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
         y = y + F.linear(x, W)
     needs = ctx.needs_input_grad[:5]
     inputs = [t for t, need in zip((x, A, R, B, task_scores), needs, strict=True) if need]
+    if not inputs:
+        return (*[None] * len(needs), dy if ctx.needs_input_grad[5] else None)
     found = iter(torch.autograd.grad(y, inputs, dy.to(y.dtype), create_graph=True, materialize_grads=True))
     return (*(next(found) if need else None for need in needs), dy if ctx.needs_input_grad[5] else None)
 
@@ -338,9 +343,11 @@ def add(out: Tensor | None, u: Tensor, B: Tensor, scale: float, *, may_overwrite
     rows, o = u.reshape(-1, B.shape[1]), B.shape[0]
     if out is None:
         return _mm(rows, B.t(), scale).view(*u.shape[:-1], o)
+    in_place = may_overwrite and torch._C._len_torch_dispatch_stack() == 0
     if out.dtype != B.dtype:
-        return torch.add(out, (rows @ B.t()).view(out.shape), alpha=scale).to(out.dtype)
-    if may_overwrite and torch._C._len_torch_dispatch_stack() == 0:
+        delta = (rows @ B.t()).view(out.shape)
+        return out.add_(delta, alpha=scale) if in_place else torch.add(out, delta, alpha=scale).to(out.dtype)
+    if in_place:
         out.view(-1, o).addmm_(rows, B.t(), alpha=scale)
         return out
     return torch.addmm(out.reshape(-1, o), rows, B.t(), alpha=scale).view(out.shape)

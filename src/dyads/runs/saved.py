@@ -157,7 +157,7 @@ def _unknown_type(folder: Path, peft_type: str) -> RunError:
 
 def _layers(folder: Path, config: DyadsConfig, parts: dict[str, dict[str, dict[str, Tensor]]]) -> Iterator[SavedLayer]:
     # Where a core cuts a layer's features into blocks, A is stored at the width of one block.
-    blocks = getattr(config, "num_splits", 1)
+    blocks = config.feature_blocks
     cores: dict[str, Core] = {}
     states = {name: part.get("lora_core", {}) for name, part in parts.items()}
     name = ""

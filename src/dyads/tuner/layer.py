@@ -29,7 +29,7 @@ _FORWARD = nn.Linear.forward
 
 
 class LowRankFactor(nn.Linear):
-    """A or B of one adapter, as a module of the name that optimizers, trainers and sharding policies know from LoRA.
+    """A or B of one adapter, under the module name that LoRA uses, by which optimizers and trainers find it.
 
     `DyadsLinear` reads its weight and draws its initial values.
     """

@@ -93,7 +93,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
     def gates_of_tasks(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """By layer, the gates that every task has there (T …), in the order of the tasks' ids.
 
-        Empty for an adapter whose gates depend on anything but the task. A row holds the method's gates: for MoRE the
+        Empty for an adapter whose gates do not depend on the task alone. A row holds the method's gates: for MoRE the
         scaled prefix of ones, for MOELoRA the weights of the experts.
         """
         found = {}
@@ -168,15 +168,15 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:
         # PEFT drops from state_dict every key that has another adapter's name between dots, and so loses this adapter's
         # `gate.weight` where another adapter is called 'gate'. The layers know their own keys without names.
-        wanted = [
-            f"{name}.{part}.{adapter_name}".removeprefix("_fsdp_wrapped_module.")
-            for name, module in model.named_modules()
-            if isinstance(module, DyadsLinear)
-            for part in module.adapter_layer_names
-        ]
-        whole = model.state_dict()
-        own = [key for key in whole if key.startswith(tuple(f"{w}." for w in wanted)) or key in wanted]
-        return {key: state_dict.get(key, whole[key]) for key in own}
+        own: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, DyadsLinear):
+                for part in module.adapter_layer_names:
+                    prefix = f"{name}.{part}.{adapter_name}.".replace("_fsdp_wrapped_module.", "")
+                    parts = getattr(module, part)
+                    if adapter_name in parts:
+                        own |= {prefix + key: value for key, value in parts[adapter_name].state_dict().items()}
+        return {key: state_dict.get(key, value) for key, value in own.items()}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -284,7 +284,9 @@ class Routing:
         if self.state is None or adapter not in self.merged:
             return
         names, merged = self.names[adapter], self.merged[adapter]
-        ids = self.state.ids(adapter, names, torch.device("cpu"))
+        task = self.state.task
+        device = task.device if isinstance(task, Tensor) else torch.device("cpu")  # where reading them costs nothing
+        ids = self.state.ids(adapter, names, device)
         message = (
             f"adapter '{adapter}' is merged into the model for task '{names[merged]}', so it cannot serve another one:"
             " call unmerge_adapter() first"
