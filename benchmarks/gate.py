@@ -199,9 +199,9 @@ def _layer(
     _agree(what, [y, *mine], [y64, *_gradients(y64, weight.double(), [x64, *slow.leaves()])], dtype)
     with torch.no_grad():
         _agree(f"{what} without gradients", [model(x, task=task)], [y64], dtype)
-        with layer.routing.frozen_weights():  # as in generate
+        with layer.routing.unchanged_weights():  # as in generate
             for _ in range(2):
-                _agree(f"{what} with frozen weights", [model(x, task=task)], [y64], dtype)
+                _agree(f"{what} with unchanged weights", [model(x, task=task)], [y64], dtype)
 
 
 def _tiny_llama() -> nn.Module:

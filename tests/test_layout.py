@@ -39,7 +39,6 @@ def before(room: str) -> set[str]:
 
 
 ROOMS = {room: before(room) for room in ORDER}
-LIGHT = {"tasks": {"torch", "transformers", "peft"}, "methods": {"transformers"}}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -47,17 +46,10 @@ def room_of(path: Path) -> str:
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
-def imports(path: Path, *, typing_too: bool = True) -> set[str]:
+def imports(path: Path) -> set[str]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    skipped: set[ast.AST] = set()
-    if not typing_too:
-        for node in ast.walk(tree):
-            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-                skipped.update(n for child in node.body for n in ast.walk(child))
     found: set[str] = set()
     for node in ast.walk(tree):
-        if node in skipped:
-            continue
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in __all__ or name.endswith("Config"):
-        for room in ("dyads.tuner", "dyads.methods"):  # the tuner first: it registers the methods with PEFT
-            found = getattr(importlib.import_module(room), name, None)
+        for package in ("dyads.tuner", "dyads.methods"):  # the tuner first: it registers the methods with PEFT
+            found = getattr(importlib.import_module(package), name, None)
             if found is not None:
                 return found
     raise AttributeError(f"module 'dyads' has no attribute '{name}'")

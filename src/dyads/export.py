@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Export of an adapter as an ordinary PEFT LoRA, which loads and serves without dyads.
 
-    ΔW = scale · Bᵀ G A = (scale · Bᵀ U) (V A)        G = U V, (q p) = (q k)(k p)
+    ΔW = scale · B G A = (scale · B U) (V A)        G = U V, (q p) = (q k)(k p)
 
 Where the gates look at nothing, or at a task that is named, G is a constant matrix, and its factors give a LoRA of rank
 k. Rows and columns of zeros are dropped: a prefix of ranks exports at exactly that rank. Otherwise k is the smaller

@@ -54,7 +54,7 @@ def test_also_while_weights_are_frozen(score: str, count: int) -> None:
     routing = next(m.routing for m in model.modules() if hasattr(m, "routing"))
 
     def frozen(task: str) -> Tensor:
-        with routing.frozen_weights():
+        with routing.unchanged_weights():
             return logits(model, task, task, task)
 
     before = [frozen(name) for name in names]
@@ -146,7 +146,7 @@ def test_the_update_scaling_keeps_its_number_of_tasks() -> None:
 def test_decoding_in_progress_sees_the_new_row() -> None:
     model = adapted(Variant("more"))
     routing = next(m.routing for m in model.modules() if hasattr(m, "routing"))
-    with torch.no_grad(), routing.frozen_weights():
+    with torch.no_grad(), routing.unchanged_weights():
         logits(model, *TASKS)
         add_task(model, "wic", "rte")
         assert torch.equal(logits(model, "wic", "wic", "wic"), logits(model, "rte", "rte", "rte"))

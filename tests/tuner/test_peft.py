@@ -431,7 +431,7 @@ def test_inputs_without_rows_pass_through(unlike: Variant, mlp: Callable[[], nn.
         assert y.shape == (*rows[:-1], 2)
         y.sum().backward()
         assert all(p.grad is None or not p.grad.any() for p in model.parameters())
-        with torch.no_grad(), model.base_model.routing.frozen_weights():
+        with torch.no_grad(), model.base_model.routing.unchanged_weights():
             assert model(torch.zeros(rows), **task_of(config, "rte")).shape == (*rows[:-1], 2)
 
 
@@ -649,5 +649,5 @@ def test_fresh_adapter_changes_nothing_exactly_at_production_shapes(variant: Var
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {adapter_dtype}
         for x, y in zip(inputs, expected, strict=True):
             assert torch.equal(model(x, **task), y)
-            with torch.no_grad(), model.base_model.routing.frozen_weights():
+            with torch.no_grad(), model.base_model.routing.unchanged_weights():
                 assert torch.equal(model(x, **task), y)

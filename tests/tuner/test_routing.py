@@ -453,7 +453,7 @@ def test_cached_operators_serve_inference_only(unlike: Variant, monkeypatch: pyt
     monkeypatch.setattr(of_layer, "CachedOperator", lambda *args: made.append(args) or inner(*args))
     with torch.no_grad():
         expected = model(**inputs).logits
-    with routing.frozen_weights():
+    with routing.unchanged_weights():
         model(**inputs).logits.sum().backward()  # with gradients
         with torch.no_grad():
             model.train()(**inputs)
@@ -461,7 +461,7 @@ def test_cached_operators_serve_inference_only(unlike: Variant, monkeypatch: pyt
             with torch.autocast("cpu", torch.bfloat16):
                 model(**inputs)
             assert made == []
-            with routing.frozen_weights():
+            with routing.unchanged_weights():
                 assert_close(model(**inputs).logits, expected)
             assert_close(model(**inputs).logits, expected)
             assert len(made) == len(adapted_layers(model))
@@ -477,7 +477,7 @@ def test_adapters_that_come_and_go_while_weights_are_frozen_are_not_answered_fro
     torch.manual_seed(7)
     saved = adapted(unlike)
     saved.save_pretrained(tmp_path)
-    with torch.no_grad(), model.base_model.routing.frozen_weights():
+    with torch.no_grad(), model.base_model.routing.unchanged_weights():
         first = model(**inputs).logits
         model.add_adapter("other", unlike.config(target_modules=TARGETS["llama"], init_weights=False))
         assert torch.equal(model(**inputs).logits, first)
@@ -506,7 +506,7 @@ def test_the_cache_is_gone_with_the_context_and_waits_for_no_collector() -> None
     routing = model.base_model.routing
     gc.disable()
     try:
-        with torch.no_grad(), routing.frozen_weights():
+        with torch.no_grad(), routing.unchanged_weights():
             model(**batch("llama"))
             assert routing.cache is not None
             operators = [operator for layer in routing.cache.values() for operator in layer.values()]

@@ -20,7 +20,9 @@ class Core(nn.Module):
 
         delta(x) = scale · B mix(h; g)        g = route(h, x, task)        h = A x
 
-    A core needs `p`, `q`, `looks_at`, `route` and `mix`; autograd then trains every parameter that they read. Faster
+    A core needs `p`, `q`, `looks_at`, `route` (or `select`) and `mix`; autograd then trains every parameter that they
+    read. Parameters are cast to the dtype of h where they are used; gates of samples (b …) are spread over tokens by
+    `gates.per_token`; every per-task tensor has the tasks as its first axis. Faster
     paths are opt-in: a core whose gates are `select(h, R x, task_scores(task))` writes these three parts instead of
     `route` and declares `linear_scores`; one with the derivative of its gates declares `closed_form`. Both declarations
     are verified when an adapter is created (`check_declarations`).
@@ -75,7 +77,8 @@ class Core(nn.Module):
     def select(self, h: Tensor, scores: Tensor | None, task_scores: Tensor | None) -> Tensor:
         """Gates from h = A x (… p), the scores of the tokens (… s) and `task_scores`.
 
-        With `linear_scores` it may run again in backward and reads no parameter, as gradients reach its arguments only.
+        With `linear_scores` it may run again in backward; it and `mix` then read no parameter, as gradients reach their
+        arguments only.
         """
         raise NotImplementedError
 
@@ -107,7 +110,7 @@ class Core(nn.Module):
         raise NotImplementedError
 
     def stored_width(self, features: int) -> int:
-        """Columns of the stored A, or rows of the stored B, for a layer with so many features in, or out."""
+        """Columns of the stored A, or rows of the stored B, for a layer with `features` inputs, or outputs."""
         if features % self.feature_blocks:
             raise ConfigError(
                 f"a layer with {features} features cannot be cut into {self.feature_blocks} equal blocks: choose"

@@ -11,7 +11,7 @@ Ours ↔ theirs: num_experts ↔ m, group_size ↔ p, d ↔ P, o ↔ Q. Columns 
 We differ: lora_alpha / r scaling is ours (the paper has none: leave lora_alpha out to match). On average gates start
 at 1/m, so every expert gets 1/m of the signal; lora_alpha = r · num_experts undoes it. The paper does
 not say how routers start; ours draw N(0, 0.02²), as the public code of MoLORA does. All-equal routers would keep the
-experts of a rank equal for ever: the same gates on the same zero rows get the same gradients.
+experts of a rank equal for ever: the same gates on the same zero columns of B get the same gradients.
 
 Its *combine* stage is group_size. *Score* and *select* are the paper's linear score of the token and softmax, unless
 `score` and `select` say otherwise (stages.py); the paper names top-k routing as future work.

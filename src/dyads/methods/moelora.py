@@ -4,8 +4,8 @@
     delta_t(x) = alpha/r · Σ_i ω_i B_i A_i x        ω = softmax(W_T e_t) over the experts, each of rank r / num_experts
 
 All tokens of a task have the same gates, so for a named task it merges exactly. It is MoLORA's core with experts of
-rank r / num_experts and a score of the task's embedding alone; a LoRA of rank r has as many up- and
-down-vectors.
+rank r / num_experts and a score of the task's embedding alone; a LoRA of the same r has equally many parameters in A
+and B.
 
 Ours ↔ theirs: num_experts ↔ N (expert_num), task_dim ↔ task_embedding_dim (64), embedding ↔ E, task_router ↔ W_T.
 We differ: their table has a row more than there are tasks, which no task uses.

@@ -71,7 +71,7 @@ class MoREConfig(TaskConditioned):
         default="ranks",
         metadata={
             "help": "none, update (k/T on the update of a task with k ranks, of T tasks) or ranks (i/r on row i of A"
-            " and of B)."
+            " and column i of B)."
         },
     )
     scaled_tasks: int | None = field(
@@ -331,7 +331,7 @@ def _numbers(like: Tensor) -> Tensor:
 
 
 def select_soft_prefix(p: Tensor) -> Tensor:
-    """The prefix that p (… r) draws on average, nothing of it hard: g_i = Σ_{k ≥ i} p_k."""
+    """The expected prefix under p (… r), without a hard choice: g_i = Σ_{k ≥ i} p_k."""
     return p.flip(-1).cumsum(-1).flip(-1)
 
 

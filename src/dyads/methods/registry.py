@@ -6,8 +6,9 @@
     class ToyConfig(DyadsConfig):      # fields, and core(d), which builds the Core of a layer with d inputs
         ...
 
-Nothing else lists the methods: the package's public names, PEFT, recipes, the command line and the tests of the
-contract read the registry.
+No other source file changes: the package's public names, PEFT, recipes, the command line and the tests of the contract
+read the registry. Tests ask for a line in the README's table (`dyads methods --format markdown`), an entry in
+docs/papers.md and a contender in benchmarks/contenders.py. The `TYPE_CHECKING` lists are for editors only.
 """
 
 from __future__ import annotations

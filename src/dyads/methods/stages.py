@@ -4,8 +4,8 @@
     scores = score(x, A x, e_t) / temperature        g = select(scores)        u = combine(A x; g)
 
 A method that chooses among experts is a `StagedCore` with a `combine` of its own; fields of its config name the score
-and the select. The defaults, a linear score of the token and a softmax, are what the papers of MoLORA
-and MoDE use; the others are ablations and extensions.
+and the select. The defaults, a linear score of the token and a softmax, are what the papers of MoLORA and MoDE use; the
+others are ablations and extensions.
 """
 
 from __future__ import annotations
@@ -222,7 +222,10 @@ class StagedCore(Core):
     def __init__(
         self, d: int, gate_shape: tuple[int, ...], *, router_std: float | None, stages: Stages | None, inner: int
     ) -> None:
-        """`inner` counts the rows of A, which score: h reads. `router_std` None is Kaiming-uniform, as nn.Linear."""
+        """`inner` is the number of rows of A, the router's input size with score: h.
+
+        `router_std` None is Kaiming-uniform, as nn.Linear.
+        """
         super().__init__()
         self.stages = stages = stages or Stages()
         self.gate_shape, self.router_std = gate_shape, router_std

@@ -215,7 +215,7 @@ class Answerer:
     @contextmanager
     def _progress(self, questions: Sequence[Any], title: str | None) -> Iterator[Callable[[int], object]]:
         """The `update` of a progress bar over the questions, shown if it has a title; adapter weights are cached."""
-        frozen = self.routing.frozen_weights() if self.routing else nullcontext()
+        frozen = self.routing.unchanged_weights() if self.routing else nullcontext()
         with frozen, tqdm(total=len(questions), desc=title, unit="instance", disable=None if title else True) as bar:
             yield bar.update
 

@@ -2,7 +2,7 @@
 """Task families: the registry behind `family` in the section `tasks` of a recipe.
 
 A family is a pydantic model of its options, registered at its definition, whose `load` returns tasks. A new family is
-one new file in this folder; no other file changes:
+one new file in this folder; no other source file changes:
 
     # SPDX-License-Identifier: Apache-2.0
     '''Family `parity`: is a number even?'''

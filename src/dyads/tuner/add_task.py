@@ -2,8 +2,8 @@
 """Adding a task to a trained adapter, and the similarity of new samples to its known tasks.
 
 What a task-conditioned method keeps per task (embeddings, scores, matrices) has the tasks as its first axis. A new task
-is one more row at its end, in every layer; everything else stays as it is, and the outputs
-of the other tasks stay bit-identical.
+is one more row at its end, in every layer; everything else stays as it is, and the outputs of the other tasks stay
+bit-identical.
 """
 
 from __future__ import annotations

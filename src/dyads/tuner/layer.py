@@ -127,7 +127,7 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return self.routing.ids(adapter, x) if "task" in core.looks_at else None
 
     def _cache(self, x: Tensor) -> dict[str, CachedOperator] | None:
-        """This layer's cached operators, inside `Routing.frozen_weights` and without gradients; None elsewhere."""
+        """This layer's cached operators, inside `Routing.unchanged_weights` and without gradients; None elsewhere."""
         if self.routing.cache is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if autocast_dtype(x) is not None:
@@ -152,6 +152,7 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         idle = self.disable_adapters or self.merged
         adapters = [] if idle else [name for name in self.active_adapters if name in self.scaling]
         frozen = self._frozen() if adapters and not args and not kwargs else None
+        # Either the operator computes the frozen layer, or it adds to `out`, the frozen layer's output.
         out: Tensor | None = self.base_layer(x, *args, **kwargs) if frozen is None else None
         cache = self._cache(x)
         for adapter in adapters:

@@ -180,7 +180,7 @@ def _as_mask(mask: Any) -> Tensor | None:
 
 
 def _can_be_read(tensor: Tensor) -> bool:
-    """Whether reading a value neither makes an accelerator wait nor breaks a compiled graph."""
+    """Whether reading a value does not synchronise with an accelerator or break a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
@@ -210,7 +210,7 @@ class Routing:
         self.ambient: RoutingState | None = None
         """The state of forward passes without `task=`, inside `using`, for instance while generating."""
         self.cache: dict[int, dict[str, CachedOperator]] | None = None
-        """Operators by layer and adapter, inside `frozen_weights`."""
+        """Operators by layer and adapter, inside `unchanged_weights`."""
         self.call: TrainingCall | None = None
         """The running call of a model in training."""
         self.untaken: Tensor | None = None
@@ -233,7 +233,7 @@ class Routing:
             self.state, self.ambient = before
 
     @contextmanager
-    def frozen_weights(self) -> Iterator[None]:
+    def unchanged_weights(self) -> Iterator[None]:
         """A promise that adapters do not change within this context: layers join and cast their weights only once.
 
         For the many small forward passes of decoding; it holds without gradients only.
@@ -455,10 +455,10 @@ class _Generate:
 
     def __call__(self, *args: Any, task: TaskLike | None = None, **kwargs: Any) -> Any:
         if task is None or not self.routing.names:
-            with self.routing.frozen_weights():
+            with self.routing.unchanged_weights():
                 return self.inner(*args, **kwargs)
         RoutingState(task).for_call(args, kwargs, repeated=False)  # a wrong number of tasks is refused at once
-        with self.routing.using(task), self.routing.frozen_weights():
+        with self.routing.using(task), self.routing.unchanged_weights():
             return self.inner(*args, **kwargs)
 
 
