@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast is dyads, beside every rival? `python -m benchmarks --help` says how to ask."""
+"""Benchmarks of dyads beside its rivals; `python -m benchmarks --help` shows how to run them."""

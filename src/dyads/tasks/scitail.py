@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Family `scitail`: does a sentence from the web entail a fact of school science? (Khot et al., 2018)
+"""Family `scitail`: sentences from the web that entail a fact of school science, or do not (Khot et al., 2018)
 
     scitail hypothesis: … premise: …        entails / neutral
 
