@@ -22,10 +22,11 @@ class Core(nn.Module):
 
     A core needs `p`, `q`, `looks_at`, `route` (or `select`) and `mix`; autograd then trains every parameter that they
     read. Parameters are cast to the dtype of h where they are used; gates of samples (b …) are spread over tokens by
-    `gates.per_token`; every per-task tensor has the tasks as its first axis. Faster
-    paths are opt-in: a core whose gates are `select(h, R x, task_scores(task))` writes these three parts instead of
-    `route` and declares `linear_scores`; one with the derivative of its gates declares `closed_form`. Both declarations
-    are verified when an adapter is created (`check_declarations`).
+    `gates.per_token`; every per-task tensor has the tasks as its first axis.
+
+    Faster paths are opt-in: a core whose gates are `select(h, R x, task_scores(task))` writes these three parts instead
+    of `route` and declares `linear_scores`; one with the derivative of its gates declares `closed_form`. Both
+    declarations are verified when an adapter is created (`check_declarations`).
     """
 
     p: int

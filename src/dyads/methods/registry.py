@@ -81,10 +81,9 @@ def build_config(name: str, options: dict[str, Any], task_names: tuple[str, ...]
         from peft import LoraConfig
 
         config_class: type[Any] = LoraConfig
-        options = dict(options)
     else:
         config_class = method(name).config
-        options = dict(options)
+    options = dict(options)
     fields = {f.name for f in dataclasses.fields(config_class) if f.init and f.name != "peft_type"}
     for key in options:
         if key not in fields:

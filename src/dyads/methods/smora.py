@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dyads.methods.config import DyadsConfig
 from dyads.methods.core import Core
 from dyads.methods.registry import register
+from dyads.ops import in_backward
 
 __all__ = ["SMoRA", "SMoRAConfig"]
 
@@ -110,8 +111,7 @@ class SMoRA(Core):
 
     def _counts(self) -> bool:
         """Whether this run of `select` is a forward pass of training, and not its repetition in backward."""
-        # Within backward there is a graph task (torch.utils.checkpoint asks the same); checked with torch 2.6 to 2.13.
-        return self.training and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1
+        return self.training and not torch.compiler.is_compiling() and not in_backward()
 
     @torch.no_grad()
     def _move_bias(self) -> None:

@@ -2,7 +2,17 @@
 """The operator, its slow oracle, and its cache for decoding."""
 
 from dyads.ops.cached import CachedOperator
-from dyads.ops.operator import Frozen, Gating, LinearGating, autocast_dtype, dyadic, fused, plain, without_autocast
+from dyads.ops.operator import (
+    Frozen,
+    Gating,
+    LinearGating,
+    autocast_dtype,
+    dyadic,
+    fused,
+    in_backward,
+    plain,
+    without_autocast,
+)
 from dyads.ops.oracle import dyadic_sum
 
 __all__ = [
@@ -14,6 +24,7 @@ __all__ = [
     "dyadic",
     "dyadic_sum",
     "fused",
+    "in_backward",
     "plain",
     "without_autocast",
 ]

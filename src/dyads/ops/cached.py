@@ -6,10 +6,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dyads.ops.operator import Frozen, Gating, add, dyadic, inner_products, is_fusable, join, split
+from dyads.ops.operator import Frozen, Gating, dyadic, forward, is_fusable, join
 
 __all__ = ["CachedOperator"]
 
@@ -41,13 +40,9 @@ class CachedOperator:
         if not is_fusable(self.core):
             return dyadic(x, self.A, self.B, self.core, task, scale=self.scale, out=out, frozen=frozen)
         joined, R, up = self._weights_in(self._dtype(x))
-        z = inner_products(x.to(joined.dtype), joined, R, self.core)
-        h, scores = split(z, self.A.shape[0])
-        u = self.core.mix(h, self.core.select(h, scores, self.task_scores(task)))
-        may_overwrite = frozen is not None
-        if frozen is not None:
-            out = F.linear(x, *frozen)
-        return add(out, u, up, 1.0, may_overwrite=may_overwrite).to(x.dtype if out is None else out.dtype)
+        rows, p = self.task_scores(task), self.A.shape[0]
+        y, _ = forward(x, joined, R, up, self.core, rows, p, 1.0, out, frozen)  # the scale is in `up`
+        return y if out is not None or frozen is not None else y.to(x.dtype)  # else in the dtype of what it adds to
 
     def _dtype(self, x: Tensor) -> torch.dtype:
         """fp32 for few rows in half precision on a CPU, else the dtype of x."""

@@ -25,7 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["Frozen", "Gating", "LinearGating", "autocast_dtype", "dyadic", "fused", "plain", "without_autocast"]
+__all__ = [
+    "Frozen",
+    "Gating",
+    "LinearGating",
+    "autocast_dtype",
+    "dyadic",
+    "fused",
+    "in_backward",
+    "plain",
+    "without_autocast",
+]
 
 Frozen = tuple[Tensor, Tensor | None]
 """Weight (o d) and bias (o) of the frozen linear map; neither gets a gradient here."""
@@ -188,6 +198,12 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
+def in_backward() -> bool:
+    """Whether this runs within backward, that is in the second run of gradient checkpointing."""
+    # torch.utils.checkpoint tests the same; checked with torch 2.6 to 2.13.
+    return torch._C._current_graph_task_id() != -1
+
+
 def _apply(
     x: Tensor, A: Tensor, B: Tensor, core: LinearGating, task: Tensor | None, scale: float, out: Tensor | None,
     frozen: Frozen | None,
@@ -207,13 +223,7 @@ class _Fused(torch.autograd.Function):
         frozen: Frozen | None, core: LinearGating, scale: float,
     ) -> Tensor:  # fmt: skip
         joined, up = join(A, R, core, x.dtype), _cast(B, x.dtype)
-        z = inner_products(x, joined, R, core)  # z = [A; R] x
-        h, scores = split(z, A.shape[0])
-        u = core.mix(h, core.select(h, scores, task_scores))
-        may_overwrite = frozen is not None
-        if frozen is not None:
-            out = F.linear(x, *frozen)  # W x + b
-        y = add(out, u, up, scale, may_overwrite=may_overwrite)  # y = W x + b + scale · B u
+        y, z = forward(x, joined, R, up, core, task_scores, A.shape[0], scale, out, frozen)
 
         # The weight as it is now: the layer may be merged before backward.
         W = frozen[0].detach() if frozen is not None and ctx.needs_input_grad[0] else None
@@ -318,6 +328,20 @@ def join(A: Tensor, R: Tensor | None, core: LinearGating, dtype: torch.dtype) ->
         return _cast(A, dtype)
     joined = A.new_empty(A.shape[0] + R.shape[0], A.shape[1], dtype=dtype)
     return torch.cat([A.detach(), R.detach()], out=joined)  # joined and cast in one operation
+
+
+def forward(
+    x: Tensor, joined: Tensor, R: Tensor | None, B: Tensor, core: LinearGating, task_scores: Tensor | None, p: int,
+    scale: float, out: Tensor | None, frozen: Frozen | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y of equation (1) and z = [h; scores], from weights in one dtype: `joined` = [A; R], R and B; p rows of A."""
+    z = inner_products(x.to(joined.dtype), joined, R, core)  # z = [A; R] x
+    h, scores = split(z, p)
+    u = core.mix(h, core.select(h, scores, task_scores))
+    may_overwrite = frozen is not None
+    if frozen is not None:
+        out = F.linear(x, *frozen)  # W x + b
+    return add(out, u, B, scale, may_overwrite=may_overwrite), z  # y = W x + b + scale · B u
 
 
 def inner_products(x: Tensor, joined: Tensor, R: Tensor | None, core: LinearGating) -> Tensor:

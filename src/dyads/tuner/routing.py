@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dyads.errors import RoutingError, did_you_mean
 from dyads.methods.core import Core
-from dyads.ops import CachedOperator
+from dyads.ops import CachedOperator, in_backward
 
 __all__ = ["Routing", "RoutingState", "TaskLike", "auxiliary_loss", "use_task"]
 
@@ -184,12 +184,6 @@ def _can_be_read(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _runs_again() -> bool:
-    """Whether this runs within backward, that is in the second run of gradient checkpointing."""
-    # torch.utils.checkpoint asks the same; checked with torch 2.6 to 2.13.
-    return torch._C._current_graph_task_id() != -1
-
-
 def _unknown_id(adapter: str, task: Any, names: tuple[str, ...]) -> str:
     shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:8])) + (", …" if len(names) > 8 else "")
     return f"adapter '{adapter}' does not know task {task}: its ids go from 0 to {len(names) - 1} ({shown})"
@@ -301,7 +295,7 @@ class Routing:
 
         The second run of gradient checkpointing computes it again, as it must, and does not collect it again.
         """
-        again = not torch.compiler.is_compiling() and _runs_again()
+        again = not torch.compiler.is_compiling() and in_backward()
         if self.call is None and not again:
             return  # a part of the model that is called by itself, or a model in evaluation
         if not torch.is_grad_enabled():
