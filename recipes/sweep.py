@@ -24,7 +24,7 @@ def loss(recipe: Path, rate: str, out: Path, settings: list[str]) -> float:
     """Validation loss of a short training, which runs unless its folder is complete; infinity for a diverged one."""
     folder = out / f"{recipe.stem}-{rate}"
     parts = [part for s in (f"train.learning_rate={rate}", *settings) for part in ("--set", s)]
-    command = ["dyads", "train", str(recipe), "--out", str(folder), "--resume", "--no-evaluate", *parts]
+    command = ["dyads", "train", str(recipe), "--out", str(folder), "--auto-resume", "--no-evaluate", *parts]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     print(done.stderr, end="", file=sys.stderr)
     if done.returncode:

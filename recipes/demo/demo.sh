@@ -6,6 +6,6 @@ set -eu
 out=${1:-runs/demo}
 here=$(dirname "$0")
 for method in majority zero-shot lora mode; do
-  dyads train "$here/$method.yaml" --out "$out/$method" --resume
+  dyads train "$here/$method.yaml" --out "$out/$method" --auto-resume
 done
 dyads compare "$out/majority" "$out/zero-shot" "$out/lora" "$out/mode" --baseline "LoRA 9"

@@ -10,11 +10,11 @@ here=$(dirname "$0")
 rows=${ROWS:-$(cd "$here" && ls -- *.yaml | sed 's/\.yaml$//')}
 settings=
 for setting in ${SET:-}; do settings="$settings --set $setting"; done
-dyads train "$here/../glue-minilm/majority.yaml" --out "$out/majority" --resume || exit 1
+dyads train "$here/../glue-minilm/majority.yaml" --out "$out/majority" --auto-resume || exit 1
 for seed in ${SEEDS:-0 1 2}; do
   for row in $rows; do
     # shellcheck disable=SC2086  # settings are words on purpose
-    dyads train "$here/$row.yaml" --set seed=$seed $settings --out "$out/$row-seed$seed" --resume || exit 1
+    dyads train "$here/$row.yaml" --set seed=$seed $settings --out "$out/$row-seed$seed" --auto-resume || exit 1
   done
 done
 for whole in more mode; do

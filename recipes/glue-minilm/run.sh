@@ -12,7 +12,7 @@ for setting in ${SET:-}; do settings="$settings --set $setting"; done
 for seed in ${SEEDS:-0 1 2}; do
   for method in $methods; do
     # shellcheck disable=SC2086  # settings are words on purpose
-    dyads train "$here/$method.yaml" --set seed=$seed $settings --out "$out/$method-seed$seed" --resume || exit 1
+    dyads train "$here/$method.yaml" --set seed=$seed $settings --out "$out/$method-seed$seed" --auto-resume || exit 1
   done
 done
 case " $methods " in

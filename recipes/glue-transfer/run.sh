@@ -16,7 +16,7 @@ tasks=${TASKS:-scitail cb boolq}
 shots=${SHOTS:-4 16 32}
 for task in $tasks; do
   dyads train "$here/$task.yaml" --set name=majority --set method.name=majority --set model.name=packaged:minilm-l6 \
-    --out "$out/majority/$task" --resume || exit 1
+    --out "$out/majority/$task" --auto-resume || exit 1
 done
 for seed in ${SEEDS:-0 1 2}; do
   for task in $tasks; do
@@ -26,7 +26,7 @@ for seed in ${SEEDS:-0 1 2}; do
         # shellcheck disable=SC2086  # settings are words on purpose
         dyads adapt "$glue/$method-seed$seed" --task "$here/$task.yaml" --shots "$k" --parts "$parts" \
           --seed "$seed" --set name="$method $parts" $settings \
-          --out "$out/$task-$k/$method-$parts-seed$seed" --resume || exit 1
+          --out "$out/$task-$k/$method-$parts-seed$seed" --auto-resume || exit 1
       done
     done
   done

@@ -8,7 +8,7 @@ here=$(dirname "$0")
 methods=${METHODS:-majority zero-shot lora molora molora-sd mode mode-grouped more more-whole task-mode}
 for seed in ${SEEDS:-0}; do
   for method in $methods; do
-    dyads train "$here/$method.yaml" --set seed=$seed --out "$out/$method-seed$seed" --resume || exit 1
+    dyads train "$here/$method.yaml" --set seed=$seed --out "$out/$method-seed$seed" --auto-resume || exit 1
   done
 done
 dyads compare "$out" --baseline "LoRA 34"

@@ -189,6 +189,8 @@ def test_train_passes_on_the_recipe_with_its_overrides(
     result = invoke("train", recipe, "--out", "there", "--resume", "--no-evaluate")
     assert seen[1] == (Path("there"), {"resume": True, "evaluate": False})
     assert "not scored; next: dyads evaluate there" in result.output
+    invoke("train", recipe, "--out", "there", "--auto-resume", "--no-evaluate")
+    assert seen[2] == (Path("there"), {"resume": "auto", "evaluate": False})
 
 
 def test_train_refuses_a_wrong_recipe_before_anything_starts(recipe: Path, fake: Callable[..., None]) -> None:

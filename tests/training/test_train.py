@@ -354,6 +354,21 @@ def test_resuming_without_a_checkpoint_starts_again(
     assert [line["step"] for line in folder.log() if line.get("event") == "trained"] == [3]
 
 
+def test_a_folder_without_a_run_is_not_resumed(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tiny("majority")
+    train(recipe, tmp_path / "majority-seed0", resume="auto")
+    with pytest.raises(RunError, match=r"nothing to resume: there is no folder '.*sed0' – did you mean .*--resume out"):
+        train(recipe, tmp_path / "majority-sed0", resume=True)
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(RunError, match=r"nothing to resume: '.*notes' is no run: it has no config\.yaml"):
+        train(recipe, tmp_path / "notes", resume=True)
+    assert [p.name for p in tmp_path.iterdir()] in (["majority-seed0", "notes"], ["notes", "majority-seed0"])
+    assert not any((tmp_path / "notes").iterdir())
+    before = bytes_in(tmp_path)
+    train(recipe, tmp_path / "majority-seed0", resume="auto")
+    assert bytes_in(tmp_path) == before
+
+
 def test_resuming_a_finished_run_changes_nothing(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tiny("lora")
     folder = train(recipe, tmp_path / "a")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -43,7 +44,20 @@ Examples:
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="The new run's folder. Default: RUN-FILE-SHOTS."
 )
-@click.option("--resume", is_flag=True, help="Continue the run in that folder from its last checkpoint.")
+@click.option(
+    "--resume",
+    flag_value=True,
+    default=False,
+    type=click.UNPROCESSED,
+    help="Continue the run in that folder from its last checkpoint.",
+)
+@click.option(
+    "--auto-resume",
+    "resume",
+    flag_value="auto",
+    type=click.UNPROCESSED,
+    help="Continue the run in that folder if there is one, else start it.",
+)
 @click.option("--no-evaluate", is_flag=True, help="Train only; `dyads evaluate` scores later.")
 def command(
     run: Path,
@@ -54,7 +68,7 @@ def command(
     seed: int | None,
     overrides: tuple[str, ...],
     out: Path | None,
-    resume: bool,
+    resume: bool | Literal["auto"],
     no_evaluate: bool,
 ) -> None:
     """Train the adapter of the folder RUN on a new task, into a new run; RUN is unchanged.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -45,12 +46,27 @@ Examples:
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="The run's folder. Default: runs/NAME-seedSEED."
 )
-@click.option("--resume", is_flag=True, help="Continue the run in that folder from its last checkpoint.")
+@click.option(
+    "--resume",
+    flag_value=True,
+    default=False,
+    type=click.UNPROCESSED,
+    help="Continue the run in that folder from its last checkpoint.",
+)
+@click.option(
+    "--auto-resume",
+    "resume",
+    flag_value="auto",
+    type=click.UNPROCESSED,
+    help="Continue the run in that folder if there is one, else start it.",
+)
 @click.option("--no-evaluate", is_flag=True, help="Train only; `dyads evaluate` scores later.")
 @click.option(
     "--keys", is_flag=True, is_eager=True, expose_value=False, callback=_show_keys, help="List every key of a recipe."
 )
-def command(recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool, no_evaluate: bool) -> None:
+def command(
+    recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool | Literal["auto"], no_evaluate: bool
+) -> None:
     """Train and score the adapter that RECIPE, a YAML file, describes."""
     from dyads.recipe.load import load_recipe
     from dyads.training.train import train

@@ -13,7 +13,7 @@ import gc
 import inspect
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import get_peft_model
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from dyads.data.batches import Collator, PairCollator, PairTokenizer, PromptTokenizer, TaskDataset, pad_id_of
 from dyads.data.mixture import schedule
-from dyads.errors import ConfigError, DyadsError, TaskError
+from dyads.errors import ConfigError, DyadsError, RunError, TaskError
 from dyads.models.heads import MODULE, attach_heads, collator_of, heads_of, pair_tokenizer_of, write_heads
 from dyads.models.load import Kind, kind_of, load_model, load_tokenizer
 from dyads.recipe.spec import Recipe
@@ -45,13 +45,19 @@ from dyads.tuner.routing import find_routing
 __all__ = ["Training", "train"]
 
 
-def train(recipe: Recipe, out: str | Path, *, resume: bool = False, evaluate: bool = True) -> RunFolder:
+def train(
+    recipe: Recipe, out: str | Path, *, resume: bool | Literal["auto"] = False, evaluate: bool = True
+) -> RunFolder:
     """Train the recipe's method into a run folder and score it there.
 
     All refusals come before the folder is created. With `resume` an interrupted run continues from its last checkpoint,
-    and a complete run is left unchanged.
+    and a complete run is left unchanged; a folder without a run is refused. "auto" resumes the run where there is one
+    and starts it otherwise.
     """
     folder = RunFolder(out)
+    if resume is True and not folder.is_run:
+        raise _nothing_to_resume(folder)
+    resume = bool(resume)
     if folder.is_run:
         RunFolder.create(out, recipe, resume=resume)  # refuses another recipe, and a run without `resume`
         if folder.is_scored:
@@ -81,6 +87,14 @@ def train(recipe: Recipe, out: str | Path, *, resume: bool = False, evaluate: bo
         gc.collect()  # frees the trained model before evaluation loads its own
         evaluate_run(folder, suite=suite)
     return folder
+
+
+def _nothing_to_resume(folder: RunFolder) -> RunError:
+    try:
+        RunFolder.open(folder.path)
+    except RunError as error:
+        return RunError(f"nothing to resume: {error}; to start the run, leave --resume out")
+    raise AssertionError("a folder that opens is a run")
 
 
 def _refuse_parallel(number: int, of_what: str) -> None:
