@@ -74,6 +74,32 @@ def test_the_baseline_has_scale_one_too() -> None:
     assert build_config("lora", {"r": 34, "lora_alpha": 8}).lora_alpha == 8
 
 
+def test_the_papers_settings_are_a_preset() -> None:
+    config = build_config("mode", {"preset": "paper", "r": 6, "num_experts": 2})
+    assert (config.scaling, config.init_std, config.r, config.num_experts) == (1.0, 0.01, 6, 2)
+    assert build_config("mode", {"preset": "paper", "init_std": 0.5, "lora_alpha": 12, "r": 6}).scaling == 2.0
+    assert MoLoRAConfig.paper(r=4).init_std == 0.02
+    more = MoREConfig.paper(num_tasks=3)
+    assert (more.selector, more.linear_scaling, more.contrastive, more.task_dim) == (
+        "straight_through",
+        "ranks",
+        0.1,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "message"),
+    [
+        ("mode", "papers", "method 'mode': preset must be paper, or left out, got 'papers'"),
+        ("lora", "paper", "method 'lora': preset is for the other methods: leave it out, got 'paper'"),
+    ],
+)
+def test_unknown_presets_are_refused(name: str, preset: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_config(name, {"preset": preset})
+
+
 def test_options_of_a_recipe_are_checked_by_name() -> None:
     with pytest.raises(ConfigError, match="unknown option 'n_experts' of method 'mode' – did you mean 'num_experts'"):
         build_config("mode", {"n_experts": 4})

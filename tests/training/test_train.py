@@ -89,6 +89,21 @@ def test_training_learns(tiny: Tiny, tmp_path: Path) -> None:
     assert not folder.is_scored
 
 
+def test_parts_of_the_adapter_learn_at_their_own_rates(tiny: Tiny, tmp_path: Path) -> None:
+    """Three steps of AdamW move every weight by at most three times its rate; A and B are not held back."""
+    fresh = Training(tiny("mode"), load_suite(tiny("mode").tasks)).model.state_dict()
+    recipe = tiny("mode", train={"rates": {"router": 1e-4}})
+    weights = adapter_of(train(recipe, tmp_path / "run", evaluate=False))
+    rate = recipe.train.learning_rate
+    for name, after in weights.items():
+        stored = next(key for key in fresh if key.replace(".default", "") == name)
+        moved = (after - fresh[stored]).abs().max().item()
+        if "router" in name:
+            assert 0 < moved <= 3 * 1e-4 * rate * 1.01, name
+        else:
+            assert moved > 0.1 * rate, name
+
+
 @pytest.mark.parametrize("method", ["zero-shot", "majority"])
 def test_methods_that_train_nothing_are_only_scored(method: str, tiny: Tiny, tmp_path: Path) -> None:
     folder = train(tiny(method), tmp_path / "run")

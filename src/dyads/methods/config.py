@@ -83,6 +83,8 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
         default=None, metadata={"help": "Standard deviation of A at the start. Not set: Kaiming-uniform, as LoRA."}
     )
 
+    PAPER: ClassVar[dict[str, Any]] = {}
+    """Fields whose value in the method's paper, or in its public code, is not our default."""
     key: ClassVar[str]
     """The method's name in recipes and on the command line; set by `register`."""
 
@@ -129,6 +131,17 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
         value = getattr(self, name)
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         self.require(whole, name, "must be a whole number, 1 or more")
+
+    @classmethod
+    def paper(cls, **options: Any) -> Self:
+        """A config with the settings of the method's paper for every field that is not given; `preset: paper` in a
+        recipe. Scale 1 (lora_alpha = r) where the paper names none."""
+        return cls(**cls.paper_options(options) | options)
+
+    @classmethod
+    def paper_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The fields that `paper` sets beside these options."""
+        return {"lora_alpha": options.get("r", cls.r), **cls.PAPER}
 
     @property
     def scaling(self) -> float:

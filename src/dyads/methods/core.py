@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from dyads.errors import ConfigError
 
-__all__ = ["Core"]
+__all__ = ["ROLES", "Core"]
+
+ROLES = ("A", "B", "router", "embedding")
+"""Roles of an adapter's parameters, each of which may have its own learning rate."""
 
 
 class Core(nn.Module):
@@ -49,6 +52,8 @@ class Core(nn.Module):
     every outer direction writes one; A (p d/blocks) and B (o/blocks q) are stored without zeros (`block_diagonal`)."""
     has_auxiliary_loss: bool = False
     """Whether `auxiliary_loss` returns a loss."""
+    embeddings: ClassVar[frozenset[str]] = frozenset({"embedding", "projection"})
+    """Names of the parameters whose role is "embedding"; that of the others is "router"."""
     compares_samples: bool = False
     """Whether task embeddings are trained to resemble their samples, which gives `similarity` a meaning."""
 
@@ -95,6 +100,10 @@ class Core(nn.Module):
 
         Shared parameters stay part of the first core alone, so they are counted, saved and trained once.
         """
+
+    def role(self, name: str) -> str:
+        """Role of the parameter of that name, from ROLES."""
+        return "embedding" if name in self.embeddings else "router"
 
     def auxiliary_loss(self, x: Tensor, task: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """This layer's term of the training loss, weighted already: a scalar, or None.

@@ -13,6 +13,7 @@ We differ in nothing that we know of.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from dyads.methods.config import DyadsConfig
 from dyads.methods.mode import MoDE
@@ -30,6 +31,8 @@ class HydraLoRAConfig(DyadsConfig):
     lora_alpha: float | None = field(default=32, metadata={"help": "The update is scaled by lora_alpha / r."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the input of A, in [0, 1)."})
     num_experts: int = field(default=4, metadata={"help": "B matrices. 1 is LoRA."})
+
+    PAPER: ClassVar[dict[str, Any]] = {"lora_alpha": 32}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -20,6 +20,7 @@ Its *combine* stage is group_size. *Score* and *select* are the paper's linear s
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -44,6 +45,8 @@ class MoDEConfig(StagedConfig):
         default=0.01, metadata={"help": "Standard deviation of A at the start. None: Kaiming-uniform, as LoRA."}
     )
     router_std: float = field(default=0.02, metadata={"help": "Standard deviation of the routers at the start."})
+
+    PAPER: ClassVar[dict[str, Any]] = {"init_std": 0.01}
 
     def __post_init__(self) -> None:
         super().__post_init__()

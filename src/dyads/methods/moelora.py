@@ -14,6 +14,7 @@ We differ: their table has a row more than there are tasks, which no task uses.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from dyads.methods.config import TaskConditioned
 from dyads.methods.molora import MoLoRA
@@ -34,6 +35,8 @@ class MOELoRAConfig(TaskConditioned):
     init_std: float | None = field(
         default=0.01, metadata={"help": "Standard deviation of A at the start. None: Kaiming-uniform, as LoRA."}
     )
+
+    PAPER: ClassVar[dict[str, Any]] = {"init_std": 0.01}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,6 +15,7 @@ choose: no router is made, and both are LoRA.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -39,6 +40,8 @@ class MoLoRAConfig(StagedConfig):
         default=0.02, metadata={"help": "Standard deviation of A at the start. None: Kaiming-uniform, as LoRA."}
     )
     router_std: float = field(default=0.02, metadata={"help": "Standard deviation of the router at the start."})
+
+    PAPER: ClassVar[dict[str, Any]] = {"init_std": 0.02}
 
     def __post_init__(self) -> None:
         super().__post_init__()

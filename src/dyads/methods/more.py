@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,16 @@ class MoREConfig(TaskConditioned):
         default="mean",
         metadata={"help": "What stands for a sample there: the mean of its tokens, the first, the last."},
     )
+
+    PAPER: ClassVar[dict[str, Any]] = {
+        "lora_alpha": 32,
+        "lora_dropout": 0.1,
+        "task_dim": None,
+        "embedding_init": "normal",
+        "linear_scaling": "ranks",
+        "selector": "straight_through",
+        "contrastive": None,
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,6 +18,7 @@ authors' later code, so a layer that is run again for gradient checkpointing giv
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,8 @@ class PolyConfig(TaskConditioned):
     num_splits: int = field(
         default=1, metadata={"help": "Parts of the layer's features, each with a mixture of its own (MHR)."}
     )
+
+    PAPER: ClassVar[dict[str, Any]] = {"lora_alpha": 1}
 
     def __post_init__(self) -> None:
         super().__post_init__()

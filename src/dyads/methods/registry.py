@@ -74,7 +74,8 @@ def method_names() -> tuple[str, ...]:
 def build_config(name: str, options: dict[str, Any], task_names: tuple[str, ...] | None = None) -> PeftConfig:
     """The PEFT config of a method from the options of a recipe.
 
-    Unknown options are refused with the nearest names. A task-conditioned method without `tasks` gets the given
+    Unknown options are refused with the nearest names. `preset: paper` gives the fields that are not among the options
+    the values of the method's paper (`DyadsConfig.paper`). A task-conditioned method without `tasks` gets the given
     task names, unless `num_tasks` differs from their number.
     """
     if name == "lora":
@@ -84,6 +85,7 @@ def build_config(name: str, options: dict[str, Any], task_names: tuple[str, ...]
     else:
         config_class = method(name).config
     options = dict(options)
+    preset = options.pop("preset", None)
     fields = {f.name for f in dataclasses.fields(config_class) if f.init and f.name != "peft_type"}
     for key in options:
         if key not in fields:
@@ -92,6 +94,11 @@ def build_config(name: str, options: dict[str, Any], task_names: tuple[str, ...]
     if name == "lora" and "lora_alpha" not in options:
         # PEFT's default alpha is 8 whatever the rank; ours is scale 1, and a fair baseline has the same.
         options["lora_alpha"] = options.get("r", 8)
+    if preset is not None:
+        if preset != "paper" or name == "lora":
+            known = "is for the other methods: leave it out" if name == "lora" else "must be paper, or left out"
+            raise ConfigError(f"method '{name}': preset {known}, got {preset!r}")
+        options = config_class.paper_options(options) | options
     if (
         task_names
         and name != "lora"

@@ -18,6 +18,7 @@ input, ours the whole one. Groups of ranks that share a gate (rank_partition) ar
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class SMoRAConfig(DyadsConfig):
     )
     top_k: int = field(default=8, metadata={"help": "Ranks that a token uses."})
     bias_rate: float = field(default=1e-5, metadata={"help": "Step of the balance bias. 0: no balancing."})
+
+    PAPER: ClassVar[dict[str, Any]] = {"lora_alpha": 16}
 
     def __post_init__(self) -> None:
         super().__post_init__()

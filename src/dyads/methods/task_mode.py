@@ -15,6 +15,7 @@ does not merge. With score: task the gates depend on the task alone, and it merg
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from dyads.methods.mode import MoDEConfig
 from dyads.methods.registry import register
@@ -34,6 +35,8 @@ class TaskMoDEConfig(MoDEConfig):
     contrastive: float = field(
         default=0.1, metadata={"help": "Weight of MoRE's contrastive loss on the embeddings. 0: none."}
     )
+
+    PAPER: ClassVar[dict[str, Any]] = {**MoDEConfig.PAPER, "task_dim": None, "contrastive": 0.1}
 
     def __post_init__(self) -> None:
         self.require(

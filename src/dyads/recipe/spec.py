@@ -38,6 +38,7 @@ __all__ = [
     "EvaluateSpec",
     "MethodSpec",
     "ModelSpec",
+    "Rates",
     "Recipe",
     "Section",
     "TrainSpec",
@@ -139,6 +140,19 @@ class MethodSpec(Section):
         return methods.build_config(self.name, self.options, tuple(task_names))
 
 
+class Rates(Section):
+    """Multiples of the learning rate. 1 throughout is the choice of LOG.md (2026-11-28); LoRA+ is `{B: 16}`."""
+
+    A: float = Field(default=1.0, gt=0)
+    """Of the down-projections"""
+    B: float = Field(default=1.0, gt=0)
+    """Of the up-projections"""
+    router: float = Field(default=1.0, gt=0)
+    """Of routers, gates, and per-task transformations"""
+    embedding: float = Field(default=1.0, gt=0)
+    """Of task embeddings"""
+
+
 class TrainSpec(Section):
     """Training length, optimizer and batches. The defaults suit an adapter of a few million parameters."""
 
@@ -150,6 +164,8 @@ class TrainSpec(Section):
     """Parts that a batch is computed in, one at a time, to save memory; must divide batch_size"""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate; methods differ in their best one: choose it for each method on validation data"""
+    rates: Rates = Rates()
+    """Learning rates of parts of the adapter, as multiples of learning_rate"""
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     """adamw, or adafactor with a fixed learning rate"""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -237,6 +237,7 @@ class Training:
             folder=folder,
             encoder_decoder=self.encoder_decoder,
             has_heads=bool(self.heads),
+            rates=self.recipe.train.rates.model_dump(),
         )
         log = LogCallback(folder, offset=seconds_until(checkpoint, folder))
         trainer.add_callback(log)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from dyads.data.batches import IGNORED, ScheduledBatches, TaskDataset
 from dyads.errors import RunError
 from dyads.models.heads import head_loss
 from dyads.runs.folder import RunFolder
+from dyads.tuner.parameter_groups import parameter_groups
 from dyads.tuner.routing import auxiliary_loss, find_routing
 
 __all__ = ["LogCallback", "TaskTrainer", "label_loss", "last_checkpoint", "seconds_until"]
@@ -29,8 +30,10 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
     """A Trainer that takes its batches from a schedule and stops at a loss or gradient that is not finite.
 
     `batches` holds (task, example) pairs, one list per optimizer step, and `task_names` the names of the task ids that
-    the collator writes into a batch. Checkpoints lie in `folder`.
+    the collator writes into a batch. Checkpoints lie in `folder`. `rates` is that of `parameter_groups`.
     """
+
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,
@@ -44,7 +47,9 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         folder: RunFolder,
         encoder_decoder: bool,
         has_heads: bool,
+        rates: Mapping[str, float] | None = None,
     ) -> None:
+        self.rates = dict(rates or {})
         self.task_names, self.folder = task_names, folder
         self.encoder_decoder, self.has_heads = encoder_decoder, has_heads
         size = arguments.per_device_train_batch_size
@@ -64,6 +69,22 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
         # For a decoder the first label of a row predicts nothing and is not counted.
         self._loss_shifts_labels = not encoder_decoder and not has_heads
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's, with a parameter group for every role and its learning rate."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = self.get_decay_parameter_names(model)
+            groups = parameter_groups(
+                model,
+                self.args.learning_rate,
+                rates=self.rates,
+                weight_decay=self.args.weight_decay,
+                no_decay=[name for name, _ in model.named_parameters() if name not in decayed],
+            )
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer(groups, **options)
+        return cast(torch.optim.Optimizer, self.optimizer)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = DataLoader(

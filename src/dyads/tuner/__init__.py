@@ -4,6 +4,7 @@
 from dyads.tuner.add_task import STARTS, add_task, similarity_to_tasks
 from dyads.tuner.layer import DyadsLinear
 from dyads.tuner.model import DyadsModel
+from dyads.tuner.parameter_groups import parameter_groups
 from dyads.tuner.register import register_methods
 from dyads.tuner.routing import Routing, auxiliary_loss, use_task
 
@@ -14,6 +15,7 @@ __all__ = [
     "Routing",
     "add_task",
     "auxiliary_loss",
+    "parameter_groups",
     "register_methods",
     "similarity_to_tasks",
     "use_task",
