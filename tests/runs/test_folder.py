@@ -16,6 +16,7 @@ from dyads.errors import RunError
 from dyads.recipe.spec import Recipe
 from dyads.runs import folder as folder_module
 from dyads.runs.folder import Prediction, RunFolder, environment
+from dyads.tasks import load
 
 Make = Callable[..., Recipe]
 Run = Callable[..., Path]
@@ -48,6 +49,24 @@ def test_a_run_is_not_started_among_other_files(tmp_path: Path, recipe: Make) ->
     with pytest.raises(RunError, match=r"notes\.txt' is a file; choose a folder for --out"):
         RunFolder.create(tmp_path / "notes.txt", recipe("a"))
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_templates_are_read_back_and_those_of_an_adapted_run_come_first(tmp_path: Path, recipe: Make) -> None:
+    old, new = (RunFolder.create(tmp_path / name, recipe("a")) for name in ("old", "new"))
+    assert old.templates() == {}
+    first, last = load({"family": "starter", "names": ["first_word", "last_word"], "train_per_task": 1})
+    old.write_templates([last])
+    new.write_templates([first], old)
+    assert list(new.templates().items()) == [("last_word", last.template), ("first_word", first.template)]
+    assert new.templates()["first_word"].prompt({"input": "fox lake"}) == first.prompt_of({"input": "fox lake"})
+
+
+@pytest.mark.parametrize("content", ['{"a": {"texts": []}}', '{"a": {"texts": ["{"]}}', '{"a": {"form": "x"}}'])
+def test_damaged_templates_are_refused(tmp_path: Path, recipe: Make, content: str) -> None:
+    folder = RunFolder.create(tmp_path / "a", recipe("a"))
+    (folder.path / "templates.json").write_text(content)
+    with pytest.raises(RunError, match=r"(?s)templates\.json holds no templates: .*; restore the file, or delete it"):
+        folder.templates()
 
 
 def test_a_folder_that_is_no_run_says_why(tmp_path: Path, recipe: Make) -> None:

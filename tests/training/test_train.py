@@ -49,6 +49,8 @@ def test_a_run_leaves_everything_that_it_is_made_of(method: str, tiny: Tiny, tmp
     folder = train(recipe, tmp_path / "run")
     assert RunFolder.open(folder.path).recipe() == recipe
     assert folder.environment()["seed"] == 0
+    for task in load_suite(recipe.tasks).tasks:
+        assert folder.templates()[task.name] == task.template
     log = folder.log()
     assert [line["step"] for line in log if "loss" in line] == [1, 2, 3]
     assert all(line["grad_norm"] > 0 for line in log if "loss" in line)

@@ -3,6 +3,7 @@
 
     config.yaml              the resolved recipe
     env.json                 versions, git hash, device, threads, command, date, tasks (again for every resumption)
+    templates.json           the form of each task's prompts, by task
     log.jsonl                one line per logged step
     adapter/                 the trained adapter, in PEFT's format
     checkpoints/             checkpoints for resuming the training
@@ -30,10 +31,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 from urllib.parse import quote
 
-from dyads.errors import RunError, did_you_mean
+from pydantic import ValidationError
+
+from dyads.errors import RunError, TaskError, did_you_mean
 from dyads.recipe.load import parse_recipe
 from dyads.recipe.spec import Recipe, differences
+from dyads.tasks import Task
 from dyads.tasks.rows import Row, read_jsonl
+from dyads.tasks.template import Template
 
 __all__ = ["SCHEMA", "Prediction", "RunFolder", "ScoreRow", "Scores", "Seconds", "environment"]
 
@@ -92,7 +97,7 @@ class Scores(TypedDict):
 
 
 _CONFIG, _ENV, _LOG, _SCORES = "config.yaml", "env.json", "log.jsonl", "scores.json"
-_HEADS = "heads.json"
+_HEADS, _TEMPLATES = "heads.json", "templates.json"
 _ADAPTER, _CHECKPOINTS, _PREDICTIONS, _UNFINISHED = "adapter", "checkpoints", "predictions", ".predictions-unfinished"
 
 
@@ -202,6 +207,24 @@ class RunFolder:
     def task_names(self) -> tuple[str, ...]:
         """The tasks of the run in the order of their ids; empty if it has no env.json."""
         return tuple(self.environment().get("tasks", ())) if (self.path / _ENV).is_file() else ()
+
+    def write_templates(self, tasks: Iterable[Task], source: RunFolder | None = None) -> None:
+        """Write the templates of the tasks, after those of the run that this one adapts (`source`)."""
+        templates = source.templates() if source is not None else {}
+        templates.update({task.name: task.template for task in tasks if task.template is not None})
+        _write(self.path / _TEMPLATES, _json({name: template.model_dump() for name, template in templates.items()}))
+
+    def templates(self) -> dict[str, Template]:
+        """The templates of the run's tasks by name; empty for a run of an earlier version."""
+        path = self.path / _TEMPLATES
+        if not path.is_file():
+            return {}
+        remedy = "restore the file, or delete it to answer raw prompts"
+        content = _read_object(path, f"'{self.path}'", remedy)
+        try:
+            return {name: Template.model_validate(template) for name, template in content.items()}
+        except (ValidationError, TaskError) as error:
+            raise RunError(f"{path} holds no templates: {error}; {remedy}") from error
 
     # log
 

@@ -34,6 +34,7 @@ from dyads.tasks.family import FamilySpec, Suite, register_family
 from dyads.tasks.metrics import metric as metric_named
 from dyads.tasks.rows import read_jsonl, read_text, shortened
 from dyads.tasks.task import SPLITS, Example, Task
+from dyads.tasks.template import Template
 
 __all__ = ["FilesSpec"]
 
@@ -92,6 +93,7 @@ class FilesSpec(FamilySpec):
 
     def _task(self, name: str, rows: list[_Row], short_names: dict[Path, str], notes: list[str]) -> Task:
         instruction = self.instructions.get(name)
+        template = _template(instruction, rows)
         examples = []
         for row in rows:
             if instruction is not None and row.instruction:
@@ -99,11 +101,11 @@ class FilesSpec(FamilySpec):
                     f"{row.place}: task '{name}' has an instruction in this row and in `instructions`; drop one"
                 )
             examples.append(
-                Example(
-                    row.id or f"{short_names[row.path]}:{row.line}",
-                    _prompt(instruction or row.instruction, row.input),
-                    row.output,
-                    segments=(row.input,),
+                template.example(
+                    {"input": row.input, **({"instruction": row.instruction} if row.instruction else {})},
+                    id=row.id or f"{short_names[row.path]}:{row.line}",
+                    references=row.output,
+                    place=row.place,
                 )
             )
         _refuse_repeated_ids(name, rows, examples)
@@ -144,6 +146,7 @@ class FilesSpec(FamilySpec):
             max_prompt_tokens=self.max_prompt_tokens,
             labels=labels,
             description=(instruction or rows[0].instruction).strip(),
+            template=template,
         )
 
 
@@ -164,9 +167,13 @@ class _Row:
         return f"{self.path}, line {self.line}"
 
 
-def _prompt(instruction: str, text: str) -> str:
-    whole = f"{instruction.strip()}\n\n{text}" if instruction.strip() else text
-    return whole if whole[-1:].isspace() else whole + "\n"
+def _template(instruction: str | None, rows: list[_Row]) -> Template:
+    """Instruction, empty line and input; an instruction that all rows share is the default of later rows."""
+    given = {row.instruction for row in rows} if instruction is None else {instruction}
+    with_, without = "{instruction:strip}\n\n{input}", "{input}"
+    texts = (with_,) if all(text.strip() for text in given) else (with_, without) if any(given) else (without,)
+    defaults = {"instruction": min(given)} if len(given) == 1 and texts == (with_,) else {}
+    return Template(texts=texts, segments=("{input}",), defaults=defaults, ends_line=True)
 
 
 def _refuse_repeated_ids(task: str, rows: list[_Row], examples: list[Example]) -> None:

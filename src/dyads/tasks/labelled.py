@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,6 +25,7 @@ from dyads.tasks.divide import divide, take
 from dyads.tasks.family import FamilySpec, Suite
 from dyads.tasks.rows import Row
 from dyads.tasks.task import Example, Task
+from dyads.tasks.template import Template
 
 __all__ = ["Form", "LabelledSpec", "NotAtHandError", "Parts", "is_unlabelled", "merge_notes", "verbalizer"]
 
@@ -34,7 +36,7 @@ class NotAtHandError(TaskError):
     """A task without files or training examples: an error if the recipe names the task, else it is left out."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Form:
     """Prompt, labels and metrics of one task, independent of its file format."""
 
@@ -59,15 +61,13 @@ class Form:
         group: str = "",
     ) -> Example:
         """The example with these texts."""
-        prompt = self.prompt.format_map(texts)
-        return Example(
-            id=id,
-            prompt=prompt if self.prompt[-1].isspace() else prompt + "\n",
-            references=tuple(references),
-            segments=tuple(segment.format_map(texts) for segment in self.segments),
-            choices=tuple(choices),
-            group=group,
-        )
+        return self.template.example(texts, id=id, references=references, choices=choices, group=group)
+
+    @cached_property
+    def template(self) -> Template:
+        """The form of the prompts."""
+        ends = "" if self.prompt[-1].isspace() else "\n"
+        return Template(texts=(self.prompt + ends,), segments=self.segments)
 
 
 @dataclass(slots=True)
@@ -201,6 +201,7 @@ class LabelledSpec(FamilySpec):
             labels=form.labels,
             regression=not form.labels,
             description=form.description,
+            template=form.template,
         )
         return task, notes
 

@@ -21,7 +21,6 @@ GPT-2's BPE tokenizer: our scores of that track are not comparable with official
 
 from __future__ import annotations
 
-import string
 from collections import Counter
 from pathlib import Path
 from typing import Literal
@@ -33,6 +32,7 @@ from dyads.tasks.divide import divide, take
 from dyads.tasks.family import FamilySpec, Suite, register_family
 from dyads.tasks.sni_folder import Checkout, TaskFile, read_task
 from dyads.tasks.task import Example, Task
+from dyads.tasks.template import Template, escape, sentence
 
 __all__ = ["MODE_CASE_STUDY", "MODE_CASE_STUDY_STAND_INS", "NAMED_SUITES", "STAND_INS", "SNISpec"]
 
@@ -217,45 +217,44 @@ class SNISpec(FamilySpec):
             max_prompt_tokens=SEQUENCE_TOKENS - TARGET_TOKENS if self.protocol == "mode" else SOURCE_TOKENS,
             category=content.categories[0] if content.categories else "",
             description=content.definition[0].strip(),
+            template=self._template(content),
         )
+
+    def _template(self, content: TaskFile) -> Template:
+        if self.protocol == "mode":
+            return mode_template(content.definition[0])
+        return official_template(content, self.demonstrations)
 
     def _examples(self, name: str, content: TaskFile) -> list[Example | None]:
         """The example of every instance, in the order of the file; None for an instance without output."""
-        examples: list[Example | None] = []
+        template, examples = self._template(content), list[Example | None]()
         times: Counter[str] = Counter()
         for number, instance in enumerate(content.instances):
             id_ = instance.id or f"{name}-{number}"
             times[id_] += 1
             if times[id_] > 1:  # some files of the release repeat an id
                 id_ = f"{id_}#{times[id_]}"
-            if self.protocol == "mode":
-                prompts = [mode_prompt(content.definition[0], instance.input)]
-            else:
-                prompts = official_prompts(content, instance.input, self.demonstrations)
-            references = tuple(o.strip() for o in instance.output if o.strip())
-            examples.append(Example(id_, prompts[0], references, tuple(prompts[1:])) if references else None)
+            references = [o.strip() for o in instance.output if o.strip()]
+            row = {"input": instance.input}
+            examples.append(template.example(row, id=id_, references=references) if references else None)
         return examples
 
 
-def mode_prompt(definition: str, text: str) -> str:
+def mode_template(definition: str) -> Template:
     """Definition and input, without demonstrations. The answer follows the final space."""
-    return f"{definition.strip()}\n\nInput: {text.strip()}\nOutput: "
+    return Template(texts=(f"{escape(definition.strip())}\n\nInput: {{input:strip}}\nOutput: ",))
 
 
-def official_prompts(content: TaskFile, text: str, demonstrations: int | None) -> list[str]:
+def official_template(content: TaskFile, demonstrations: int | None) -> Template:
     """Tk-Instruct's prompts, with at most `demonstrations` positive examples in the first and one less in each next."""
     most = DEMONSTRATIONS if demonstrations is None else demonstrations
-    start = f"Definition: {_sentence(content.definition[0].strip())}\n\n"
+    start = f"Definition: {sentence(content.definition[0].strip())}\n\n"
     shown = [
         f" Positive Example {number} -\n"
-        f"{_sentence(f'Input: {example.input.strip()}')}\n"
-        f"{_sentence(f' Output: {example.output.strip()}')}\n\n"
+        f"{sentence(f'Input: {example.input.strip()}')}\n"
+        f"{sentence(f' Output: {example.output.strip()}')}\n\n"
         for number, example in enumerate(content.positive_examples[:most], start=1)
     ]
-    end = f"Now complete the following example -\n{_sentence(f'Input: {text.strip()}')}\nOutput: "
-    return [start + "".join(shown[:k]) + end for k in range(len(shown), -1, -1)]
-
-
-def _sentence(text: str) -> str:
-    """The text, with a full stop unless it ends in punctuation, as in the release."""
-    return text if text and text[-1] in string.punctuation else text + "."
+    end = "Now complete the following example -\nInput: {input:sentence}\nOutput: "
+    first, *shorter = (escape(start + "".join(shown[:k])) + end for k in range(len(shown), -1, -1))
+    return Template(texts=(first,), shorter=tuple(shorter))

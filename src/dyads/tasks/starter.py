@@ -23,7 +23,8 @@ from pydantic import Field, field_validator
 
 from dyads.errors import did_you_mean
 from dyads.tasks.family import FamilySpec, Suite, register_family
-from dyads.tasks.task import Example, Task
+from dyads.tasks.task import Task
+from dyads.tasks.template import Template
 
 __all__ = ["STARTER_TASKS", "StarterSpec"]
 
@@ -107,14 +108,15 @@ class StarterSpec(FamilySpec):
 
     def _task(self, name: str, lists: dict[str, list[Words]]) -> Task:
         category, instruction, answer = _TASKS[name]
+        template = Template(texts=(f"Words: {{input}}\n{instruction}\nAnswer: ",))
         splits = {}
         for split, inputs in lists.items():
             draw = Random(f"starter/{self.seed}/{split}/{name}")
             examples = []
             for k, words in enumerate(inputs):
                 word = draw.choice(words[1:-1])
-                prompt = f"Words: {' '.join(words)}\n{instruction.format(word=word)}\nAnswer: "
-                examples.append(Example(f"{split}-{k}", prompt, (answer(words, word),)))
+                row = {"input": " ".join(words), **({"word": word} if "word" in template.columns else {})}
+                examples.append(template.example(row, id=f"{split}-{k}", references=[answer(words, word)]))
             splits[split] = tuple(examples)
         return Task(
             name=name,
@@ -128,6 +130,7 @@ class StarterSpec(FamilySpec):
             category=category,
             labels=("no", "yes") if category == "yes or no" else (),
             description=instruction.format(word="a given word"),
+            template=template,
         )
 
 

@@ -7,11 +7,14 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dyads.errors import TaskError, did_you_mean
+from dyads.tasks.example import Example
 from dyads.tasks.metrics import metric as metric_named
+from dyads.tasks.template import Template
 
 __all__ = ["SPLITS", "Example", "Score", "Task"]
 
@@ -19,40 +22,6 @@ SPLITS = ("train", "validation", "test")
 
 # Predictions are stored in a file named after the task, which must work on every file system.
 _NOT_IN_FILE_NAMES = re.compile(r'[/\\:*?"<>|\x00-\x1f]')
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A prompt with its reference answers: an instance when it is scored, an example when it is trained on."""
-
-    id: str
-    """Unique within the task."""
-    prompt: str
-    """The text that the model reads."""
-    references: tuple[str, ...]
-    """Correct answers, at least one; the first is the training target."""
-    shorter: tuple[str, ...] = ()
-    """Shorter versions of the prompt (fewer demonstrations), longest first. Used when the prompt exceeds its limit."""
-    segments: tuple[str, ...] = ()
-    """The text or pair of texts that an encoder with a head reads; empty: it reads the prompt."""
-    choices: tuple[str, ...] = ()
-    """Candidate answers of this example, where they differ between examples; empty: the task's labels."""
-    group: str = ""
-    """Examples with the same group are parts of one question (MultiRC): `group_accuracy` needs all of them correct."""
-
-    def __post_init__(self) -> None:
-        if not self.references:
-            raise TaskError(f"example '{self.id}' has no reference; give at least one, or leave the example out")
-        if len(self.segments) > 2:
-            raise TaskError(f"example '{self.id}' has {len(self.segments)} segments: an encoder reads one text or two")
-        if self.choices:
-            if len(self.choices) < 2 or len(set(self.choices)) < len(self.choices):
-                raise TaskError(f"example '{self.id}' needs two or more different choices, got {list(self.choices)}")
-            if unlisted := [r for r in self.references if r not in self.choices]:
-                raise TaskError(
-                    f"example '{self.id}': the reference '{unlisted[0]}' is not one of its choices "
-                    f"{', '.join(self.choices)}"
-                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +69,8 @@ class Task:
     """References are numbers written as text. The first is the training target as text, the last the exact value."""
     description: str = ""
     """What the task asks, in a few sentences; used to measure the similarity of two tasks."""
+    template: Template | None = None
+    """The form of its prompts, with which `dyads generate --task` renders a row; None: it answers raw prompts only."""
 
     def __post_init__(self) -> None:
         if not self.name.strip():
@@ -165,6 +136,12 @@ class Task:
                         f"task '{self.name}': answer '{answer}' of example '{example.id}' is not one of its labels "
                         f"{', '.join(self.labels)}"
                     )
+
+    def prompt_of(self, row: Mapping[str, Any]) -> str:
+        """The prompt for a row of columns, rendered as in training; TaskError for missing or unknown columns."""
+        if self.template is None:
+            raise TaskError(f"task '{self.name}' has no template: give its family one, or write the whole prompt")
+        return self.template.prompt(row, f"task '{self.name}'")
 
     def choices(self, example: Example) -> tuple[str, ...]:
         """The candidate answers: those of the example, else the task's labels; empty for free text."""

@@ -80,6 +80,7 @@ def train(
     else:
         task_names = folder.task_names() or tuple(task.name for task in suite.tasks)
     folder.write_environment(seed=recipe.seed, tasks=list(task_names), **facts)
+    folder.write_templates(suite.tasks, RunFolder(recipe.adapt.run) if recipe.adapt is not None else None)
     if training is not None:
         training.run(folder, resume=resume)
     if evaluate:

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Templates: how a task turns a row of columns into a prompt, in training and for every later question.
+
+    Template(texts=("Words: {input}\\nWhich word comes last?\\nAnswer: ",)).prompt({"input": "fox lake"})
+
+A template is data: a run folder keeps the one of each task, so that `dyads generate --task` renders a row as the
+training did. In a text `{column}` is the row's value, and braces of the text itself are doubled (`escape`).
+`{column:strip}` is the value without surrounding white space. `{column:sentence}` also has a full stop at its end,
+unless it ends in punctuation, as the release of Super-NaturalInstructions writes its inputs.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from dyads.errors import TaskError, did_you_mean
+from dyads.tasks.example import Example
+
+__all__ = ["Template", "escape", "sentence"]
+
+
+class Template(BaseModel):
+    """The form of a task's prompts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    texts: tuple[str, ...] = Field(min_length=1)
+    """Texts over the columns of a row: the first with all columns filled is used, else the first with all given."""
+    shorter: tuple[str, ...] = ()
+    """Versions of the first text with fewer demonstrations, longest first."""
+    segments: tuple[str, ...] = ()
+    """Texts that an encoder with a head reads instead; empty: the prompt."""
+    defaults: dict[str, str] = {}
+    """Values of columns that a row leaves out, such as the task's instruction."""
+    ends_line: bool = False
+    """Whether a line break is added to a prompt that does not end in white space."""
+
+    @field_validator("texts", "shorter", "segments")
+    @classmethod
+    def _known_forms(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            _pieces(text)
+        return texts
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that a row may have, in the order of the texts."""
+        names = (name for text in (*self.texts, *self.shorter, *self.segments) for name in _columns(text))
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def input_column(self) -> str | None:
+        """The column that a single text fills: the only one without a default; None where there are several."""
+        open_ = [name for name in self.columns if name not in self.defaults]
+        return open_[0] if len(open_) == 1 else None
+
+    def prompt(self, row: Mapping[str, Any], place: str = "the row") -> str:
+        """The prompt for a row. TaskError, starting with `place`, for a column that is missing, unknown or no text."""
+        return self.example(row, place=place).prompt
+
+    def example(
+        self,
+        row: Mapping[str, Any],
+        *,
+        id: str = "",  # noqa: A002 – an example's id is called that everywhere
+        references: Sequence[str] = ("",),
+        choices: Sequence[str] = (),
+        group: str = "",
+        place: str = "the row",
+    ) -> Example:
+        """The example for a row; without references it is a question that is not scored."""
+        values = {**self.defaults, **self._values(row, place)}
+        filled = {name for name, value in values.items() if value.strip()}
+        text = next(
+            (text for have in (filled, set(values)) for text in self.texts if have.issuperset(_columns(text))), None
+        )
+        if text is None:
+            needed = _columns(self.texts[-1])
+            raise TaskError(
+                f"{place}: column '{next(name for name in needed if name not in values)}' is missing; it has "
+                f"{', '.join(row) or 'no columns'}, the task's prompt needs {', '.join(needed)}"
+            )
+        prompt = _fill(text, values)
+        return Example(
+            id=id,
+            prompt=prompt + "\n" if self.ends_line and not prompt[-1:].isspace() else prompt,
+            references=tuple(references),
+            shorter=tuple(_fill(text, values) for text in self.shorter),
+            segments=tuple(_fill(text, values) for text in self.segments),
+            choices=tuple(choices),
+            group=group,
+        )
+
+    def _values(self, row: Mapping[str, Any], place: str) -> dict[str, str]:
+        values = {}
+        for name, value in row.items():
+            if name not in self.columns:
+                raise TaskError(f"{place}: unknown column '{name}'{did_you_mean(str(name), self.columns)}")
+            if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+                raise TaskError(f"{place}: '{name}' must be text, got {str(value)[:60]}; put it in quotes")
+            values[name] = str(value)
+        return values
+
+
+def escape(text: str) -> str:
+    """A text with its braces doubled, so that a template repeats them."""
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def sentence(text: str) -> str:
+    """The text, with a full stop unless it ends in punctuation."""
+    return text if text and text[-1] in string.punctuation else text + "."
+
+
+_FORMS: dict[str, Callable[[str], str]] = {
+    "": str,
+    "strip": str.strip,
+    "sentence": lambda value: sentence(value.strip()),
+}
+
+
+@lru_cache(maxsize=512)
+def _pieces(text: str) -> tuple[tuple[str, str | None, str], ...]:
+    """The text as (literal, column after it or None, form of the column's value)."""
+    try:
+        pieces = [(literal, name, form or "") for literal, name, form, _ in string.Formatter().parse(text)]
+    except ValueError as error:
+        raise TaskError(
+            f"template {text[:60]!r}: {error}; double a brace that is not a column's: {{{{ or }}}}"
+        ) from None
+    for _, name, form in pieces:
+        if name is not None and (not name or form not in _FORMS):
+            raise TaskError(
+                f"template {text[:60]!r}: {{{name}{':' * bool(form)}{form}}} is not {{column}}, {{column:strip}} or "
+                "{column:sentence}; double the braces that are not a column's"
+            )
+    return tuple(pieces)
+
+
+def _columns(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for _, name, _ in _pieces(text) if name is not None))
+
+
+def _fill(text: str, values: Mapping[str, str]) -> str:
+    return "".join(
+        literal if name is None else literal + _FORMS[form](values[name]) for literal, name, form in _pieces(text)
+    )
