@@ -25,10 +25,12 @@ from dyads.tasks.metrics import (
     matthews,
     matthews_exact,
     metric,
+    numeric_match,
     pearson,
     pearson_digits,
     rouge_l,
     rouge_l_words,
+    sni_exact_match,
     spearman,
 )
 
@@ -82,8 +84,81 @@ def test_rouge_l_words_sees_letters_that_rouge_l_drops():
         ("¿si?", "si", 0.0),  # only ASCII punctuation
     ],
 )
-def test_exact_match_normalises_as_the_official_evaluation(prediction, reference, right):
+def test_sni_exact_match_normalises_as_the_official_evaluation(prediction, reference, right):
+    assert sni_exact_match(prediction, ["something else", reference]) == right
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "right"),
+    [
+        ("  New\n York ", "New York", 1.0),
+        ("caf\u0065\u0301", "caf\u00e9", 1.0),  # decomposed and composed
+        ("\u1112\u1161\u11ab\u1100\u1173\u11af", "한글", 1.0),
+        ("你好，世界！", "你好,世界!", 1.0),  # full-width punctuation
+        ("ＡＢＣ　１２", "ABC 12", 1.0),
+        ("ｶﾞ", "ガ", 1.0),
+        ("a\u00a0b", "a b", 1.0),
+        ("paris", "Paris", 0.0),
+        ("-5", "5", 0.0),
+        ("\u22125", "5", 0.0),
+        ("C++", "C#", 0.0),
+        ("", "?", 0.0),
+        ("好。", "好！", 0.0),
+        ("resume", "résumé", 0.0),
+        ("x²", "x2", 0.0),
+        ("½", "1/2", 0.0),
+    ],
+)
+def test_exact_match_normalises_characters_and_blanks_only(prediction, reference, right):
     assert exact_match(prediction, ["something else", reference]) == right
+    assert exact_match(reference, [prediction]) == right
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "right"),
+    [
+        ("The answer is 42.", "42", 1.0),
+        ("3 + 4 = 7", "7.0", 1.0),
+        ("$1,200.50", "1200.5", 1.0),
+        ("-5", "5", 0.0),
+        ("\u22125 °C", "-5", 1.0),
+        ("-$5", "-5", 1.0),
+        ("10-5", "5", 1.0),  # an operator, or a hyphen
+        ("x = -5", "-5", 1.0),
+        ("25 m2", "25", 1.0),
+        ("25 m²", "25", 1.0),
+        ("5x2", "5", 1.0),
+        ("答案是５。", "5", 1.0),
+        ("so it is...5", "5", 1.0),
+        ("1/2", "0.5", 1.0),
+        ("2", "1/2", 0.0),
+        ("2e-3", ".002", 1.0),
+        ("0.333333", "1/3", 0.0),
+        ("0.30000000000000004", "0.3", 1.0),
+        ("12,34", "1234", 0.0),  # no thousands
+        ("1,234,567", "1234567", 1.0),
+        ("1/0", "0", 0.0),
+        ("1e999999999", "1", 0.0),
+        ("9" * 2000, "1", 0.0),
+        ("-0", "0", 1.0),
+        ("none", "0", 0.0),
+        ("", "5", 0.0),
+        ("5", "no number", 0.0),
+        ("#### 18", "First 9, then 18 are left. #### 18", 1.0),
+    ],
+)
+def test_numeric_match_compares_the_last_numbers(prediction, reference, right):
+    assert numeric_match(prediction, [reference]) == right
+    assert numeric_match(prediction, ["77", reference]) == right
+
+
+def test_a_metric_knows_what_it_cannot_compare():
+    unread = metric("rouge_l").unread
+    assert [unread(text) for text in ("Paris", "café, naïve", "1º", "5", "")] == [""] * 5
+    assert [unread(text) for text in ("北京 2008", "α = 5", "?!", "да", "…")] == ["北京", "α", "?!", "да", "…"]
+    unread = metric("numeric_match").unread
+    assert (unread("about 5"), unread("five")) == ("", "five")
+    assert metric("exact_match").unread is None
 
 
 def test_accuracy_strips_and_folds_case_only():

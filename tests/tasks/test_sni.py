@@ -32,7 +32,7 @@ def test_mode_scores_a_tenth_and_sets_validation_aside(sni_folder):
     task = {t.name: t for t in read(sni_folder).tasks}["task002_colour_guessing"]
     assert (len(task.train), len(task.validation), len(task.test)) == (111, 6, 13)
     assert (task.max_prompt_tokens, task.max_new_tokens) == (896, 128)
-    assert (task.metrics, task.category) == (("rouge_l", "exact_match"), "Colour Naming")
+    assert (task.metrics, task.category) == (("rouge_l", "sni_exact_match"), "Colour Naming")
     assert task.test[0].references[1] == "grey"
 
 

@@ -41,7 +41,7 @@ def test_there_are_a_dozen_tasks_of_the_asked_size():
     assert tuple(tasks) == STARTER_TASKS
     assert len(tasks) == 12
     assert {(len(t.train), len(t.validation), len(t.test)) for t in tasks.values()} == {(40, 7, 9)}
-    assert {t.metrics for t in tasks.values()} == {("exact_match", "rouge_l")}
+    assert {t.metrics for t in tasks.values()} == {("sni_exact_match", "rouge_l")}
 
 
 def test_answers_are_right():

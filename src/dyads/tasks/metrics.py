@@ -8,7 +8,9 @@ correct and the group of its example.
 
     rouge_l       max over references of F(P, R) = 2PR / (P + R),  P = lcs / |prediction|,  R = lcs / |reference|
     rouge_l_words the same over whitespace-separated words, for languages whose letters the English tokenizer drops
-    exact_match   1 if the prediction equals a reference, both lower-cased, without punctuation, with white space folded
+    exact_match   1 if the prediction equals a reference, both normalised (NFC, widths, white space); case counts
+    sni_exact_match  the official natural-instructions form of it: lower case, ASCII punctuation removed
+    numeric_match 1 if the last number of the prediction equals that of a reference: 1,200.50 and 1200.5 do
     accuracy      1 if the prediction is a reference up to case and surrounding white space
     accuracy_exact  1 if the prediction is a reference up to surrounding white space; case counts
     pearson       correlation of predicted and exact numbers; -1..1
@@ -31,9 +33,11 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal, DecimalException
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -60,10 +64,12 @@ __all__ = [
     "matthews_exact",
     "metric",
     "metric_names",
+    "numeric_match",
     "pearson",
     "pearson_digits",
     "rouge_l",
     "rouge_l_words",
+    "sni_exact_match",
     "spearman",
     "to_digits",
     "to_number",
@@ -88,6 +94,8 @@ class Metric:
     over_labels: LabelMetric | None = None
     over_groups: GroupMetric | None = None
     higher_is_better: bool = True
+    unread: Callable[[str], str] | None = None
+    """The part of a reference that the metric cannot compare, empty where it can; None: it compares every text."""
 
     def measure(
         self,
@@ -144,11 +152,13 @@ def _add(new: Metric) -> None:
     _METRICS[new.name] = new
 
 
-def instance_metric(name: str, *, higher_is_better: bool = True) -> Callable[[InstanceMetric], InstanceMetric]:
-    """Register a function (prediction, references) -> 0..1 under `name`."""
+def instance_metric(
+    name: str, *, higher_is_better: bool = True, unread: Callable[[str], str] | None = None
+) -> Callable[[InstanceMetric], InstanceMetric]:
+    """Register a function (prediction, references) -> 0..1 under `name`; `unread` is as in `Metric`."""
 
     def register(function: InstanceMetric) -> InstanceMetric:
-        _add(Metric(name, per_instance=function, higher_is_better=higher_is_better))
+        _add(Metric(name, per_instance=function, higher_is_better=higher_is_better, unread=unread))
         return function
 
     return register
@@ -225,7 +235,16 @@ def _best_rouge(words: bool, prediction: str, references: Sequence[str]) -> floa
     return max(float(scorer.score(target=r, prediction=prediction)["rougeL"].fmeasure) for r in references)
 
 
-@instance_metric("rouge_l")
+def _unread_by_rouge(reference: str) -> str:
+    """The letters other than Latin ones, or all of a text without any of a-z and 0-9."""
+    if reference.isascii():
+        return "" if re.search("[A-Za-z0-9]", reference) else reference
+    text = unicodedata.normalize("NFKD", reference)
+    foreign = [c for c in text if c.isalpha() and not c.isascii() and "LATIN" not in unicodedata.name(c, "LATIN")]
+    return "".join(foreign) or ("" if re.search("[A-Za-z0-9]", text) else reference)
+
+
+@instance_metric("rouge_l", unread=_unread_by_rouge)
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """ROUGE-L of the official Super-NaturalInstructions scorer: F-measure, Porter stemmer, best reference.
 
@@ -240,18 +259,83 @@ def rouge_l_words(prediction: str, references: Sequence[str]) -> float:
     return _best_rouge(True, prediction, references)
 
 
-_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+def _normalised(text: str) -> str:
+    """NFC, with full-width and half-width forms in their usual width and white space folded to single spaces."""
+    if not text.isascii():
+        text = "".join(unicodedata.normalize("NFKC", c) if _has_width(c) else c for c in text)
+        text = unicodedata.normalize("NFC", text)
+    return " ".join(text.split())
 
 
-def _normalise(text: str) -> str:
-    return " ".join(text.lower().translate(_WITHOUT_PUNCTUATION).split())
+def _has_width(character: str) -> bool:
+    return unicodedata.decomposition(character).startswith(("<wide>", "<narrow>"))
 
 
 @instance_metric("exact_match")
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """Exact match of the official natural-instructions scorer. Unlike SQuAD's it keeps articles; accents count."""
-    answer = _normalise(prediction)
-    return float(any(answer == _normalise(r) for r in references))
+    """1 if the prediction is a reference up to the form of its characters and white space.
+
+    Composed and decomposed accents are equal, and so are the full-width and usual forms of a character. Case, accents,
+    signs and punctuation count.
+    """
+    answer = _normalised(prediction)
+    return float(any(answer == _normalised(r) for r in references))
+
+
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _without_punctuation(text: str) -> str:
+    return " ".join(text.lower().translate(_WITHOUT_PUNCTUATION).split())
+
+
+@instance_metric("sni_exact_match")
+def sni_exact_match(prediction: str, references: Sequence[str]) -> float:
+    """Exact match of the official natural-instructions scorer. Unlike SQuAD's it keeps articles; accents count.
+
+    It removes signs too: -5 is 5, and C++ is C#.
+    """
+    answer = _without_punctuation(prediction)
+    return float(any(answer == _without_punctuation(r) for r in references))
+
+
+_NUMBER = re.compile(
+    r"(?:(?<![A-Za-z\d.)])(?P<sign>[-\u2212\u2013])[$€£¥]?)?"  # after a letter or number it is a hyphen or an operator
+    r"(?<![A-Za-z\d])(?<!\d\.)"  # the 2 of m2 and the 15 of 3.14.15 are no numbers of their own
+    r"(?P<whole>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\.)\.\d+)(?P<exponent>[eE][-+\u2212]?\d+)?"
+    r"(?:\s?/\s?(?P<under>\d+(?:\.\d+)?))?"
+)
+_MOST_DIGITS = 1000
+
+
+def _last_number(text: str) -> Decimal | None:
+    """The last number in a text: 1,200 is a number, and so are 1/2, 2e-3, -$5 and .5; None without one."""
+    found = None
+    for found in _NUMBER.finditer(_normalised(text)):  # noqa: B007 – the last one
+        pass
+    if found is None:
+        return None
+    try:
+        written = found["whole"].replace(",", "") + (found["exponent"] or "").replace("\u2212", "-")
+        value = Decimal(written) / Decimal(found["under"] or 1)
+    except DecimalException:
+        return None
+    if abs(value.adjusted()) > _MOST_DIGITS:
+        return None
+    return -value if found["sign"] else value
+
+
+@instance_metric("numeric_match", unread=lambda reference: "" if _last_number(reference) is not None else reference)
+def numeric_match(prediction: str, references: Sequence[str]) -> float:
+    """1 if the last number in the prediction is the last number in a reference, up to a billionth of it.
+
+    A comma separates thousands and a point decimals. Signs count; units and all other text do not.
+    """
+    answer = _last_number(prediction)
+    exact = [number for number in map(_last_number, references) if number is not None]
+    if answer is None:
+        return 0.0
+    return float(any(abs(answer - number) <= abs(number) * Decimal("1e-9") for number in exact))
 
 
 @instance_metric("accuracy")

@@ -204,7 +204,7 @@ class SNISpec(FamilySpec):
                 notes.append(f"{name}: no train split, {len(rest)} usable instances after the first {OFFICIAL_TEST}")
 
         english = content.output_language in ([], ["English"])
-        metrics = ("rouge_l" if english else "rouge_l_words", "exact_match")
+        metrics = ("rouge_l" if english else "rouge_l_words", "sni_exact_match")
         return Task(
             name=name,
             version=VERSION,

@@ -9,8 +9,8 @@ All tasks use the same lists in the same form and differ in a short instruction 
 
 so the correct answer to one list depends on the task. The instructions of `has_animal` / `no_animal` and `word_after` /
 `word_before` differ in one word and have opposite answers.
-A list of one split is in no other split of any task. Exact match, the headline metric, ignores case and punctuation;
-no answer depends on either.
+A list of one split is in no other split of any task. The headline metric, `sni_exact_match`, ignores case and
+punctuation; no answer depends on either.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class StarterSpec(FamilySpec):
             train=splits["train"],
             validation=splits["validation"],
             test=splits["test"],
-            metric="exact_match",
-            metrics=("exact_match", "rouge_l"),
+            metric="sni_exact_match",
+            metrics=("sni_exact_match", "rouge_l"),
             max_new_tokens=MAX_NEW_TOKENS,
             category=category,
             labels=("no", "yes") if category == "yes or no" else (),
