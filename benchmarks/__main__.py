@@ -44,7 +44,6 @@ Examples:
 )
 @click.option("--rounds", type=click.IntRange(min=1), default=12, show_default=True, help="Of groups with a bar.")
 @click.option("--other-rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Of all other groups.")
-@click.option("--run-rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Of training and scoring.")
 @click.option("--minutes", type=click.FloatRange(min=0), help="Leave out groups that would end after this time.")
 @click.option("--plan", "only_plan", is_flag=True, help="Measure nothing; show the groups and their estimated time.")
 @click.option("--only", metavar="NAMES", help="Contenders, comma-separated; results go to a folder `only`.")
@@ -64,7 +63,6 @@ def main(
     parts: tuple[str, ...],
     rounds: int,
     other_rounds: int,
-    run_rounds: int,
     minutes: float | None,
     only_plan: bool,
     only: str | None,
@@ -95,12 +93,12 @@ def main(
             "the page names the commit that it was measured at: commit the changes in src/dyads and benchmarks first"
         )
     if quick:
-        rounds = other_rounds = run_rounds = 1
+        rounds = other_rounds = 1
     chosen = parts or (("tiny", "startup") if quick else tuple(part for part in PARTS if part not in BY_NAME))
     if only:
         chosen = tuple(part for part in chosen if part in SETTINGS)
     out = (out / ("quick" if quick else commit()) / ("only" if only else "")).absolute()
-    jobs = plan(chosen, rounds=rounds, other_rounds=other_rounds, run_rounds=run_rounds, profiles=tuple(PROFILED))
+    jobs = plan(chosen, rounds=rounds, other_rounds=other_rounds, profiles=tuple(PROFILED))
     if only:
         jobs = [_only(part, only, rounds) for part in chosen]
     if not tables:
@@ -171,7 +169,7 @@ class Measurement:
 
             def train() -> dict[str, Any]:
                 self._gate("smollm2", ("mode-16x4",))
-                return training.measure(options, job.rounds, self.logs, self.say)
+                return training.measure(options, training.GROUPS[job.group], job.rounds, self.logs, self.say)
 
             self._keep(job, {**options, "rounds": job.rounds}, train)
         elif job.part == "scoring":

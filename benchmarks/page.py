@@ -24,6 +24,7 @@ from benchmarks.counted import BATCH, LENGTH, REFERENCE, WIDTH
 from benchmarks.environment import machine
 from benchmarks.plan import Job
 from benchmarks.profile import KINDS, NEW_TOKENS, PROFILED
+from benchmarks.training import GROUPS as TRAINING_GROUPS
 from benchmarks.training import LABELS as TRAINING_LABELS
 
 MEGA = 1e6
@@ -105,7 +106,8 @@ def check_one_source(results: list[dict[str, Any]]) -> None:
 def of_part(results: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
     """The groups of a part, in the order in which its setting names them."""
     groups = [r for r in results if r["part"] == part]
-    order = list(SETTINGS[part].groups) if part in SETTINGS else []
+    named = {"training": TRAINING_GROUPS, **{name: setting.groups for name, setting in SETTINGS.items()}}
+    order = list(named.get(part, ()))
     return sorted(groups, key=lambda r: order.index(r["group"]) if r["group"] in order else len(order))
 
 
@@ -196,10 +198,11 @@ def rounds_of(results: list[dict[str, Any]], part: str) -> str:
 
 
 def training(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """(side, parameters, tokens, examples/s, ratio to TRL) of every side."""
+    """(side, parameters, tokens, examples/s, ratio to TRL) of every side, from the first group that has it."""
     rows: list[tuple[str, ...]] = []
-    for group in of_part(results, "training"):
-        for name, label in TRAINING_LABELS.items():
+    groups = of_part(results, "training")
+    for name, label in TRAINING_LABELS.items():
+        for group in [group for group in groups if name in group["facts"] or name in group["errors"]][:1]:
             if name in group["errors"]:
                 rows.append((label, "–", "–", "failed", "–"))
             elif facts := group["facts"].get(name):
@@ -448,8 +451,8 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         about = (
             f"SmolLM2-135M, {facts['dtype']}, {facts['examples']} examples of family {', '.join(families)} in steps of"
             f" {facts['batch_size']} ({facts['accumulation']} parts each), {facts['threads']} threads; from loading the"
-            " model to the saved adapter. dyads computes attention as its recipes do (eager); TRL as transformers"
-            " chooses, unless the row says otherwise."
+            f" model to the saved adapter; {rounds_of(results, 'training')}. dyads computes attention as its recipes do"
+            " (eager); TRL as transformers chooses, unless the row says otherwise."
         )
         lines += [
             "",

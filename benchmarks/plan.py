@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from benchmarks.bars import BARS
 from benchmarks.contenders import SETTINGS, Contender, Setting
 from benchmarks.rounds import metrics_of
+from benchmarks.training import GROUPS as TRAINING_GROUPS
 
 PARTS = ("counted", "startup", "smollm2", "llama", "training", "scoring", "profile", "tiny")
 BY_NAME = ("profile", "tiny")
@@ -19,10 +20,10 @@ BY_NAME = ("profile", "tiny")
 
 CHECK_SECONDS = 4.0
 """The gate, for one contender of dyads."""
-SECONDS = {"counted": 70.0, "scoring": 120.0, "profile": 150.0}
-"""Of a whole group that has no rounds of its own, or whose rounds are short beside the rest."""
-TRAINING_ROUND = 180.0
-"""Five sides, one after the other."""
+SECONDS = {"counted": 70.0, "profile": 150.0}
+"""Of a whole group that has no rounds of its own."""
+TRAINING_SIDE = 36.0
+SCORING_ROUND = 40.0
 STARTUP_ROUND = 2.0
 
 
@@ -38,9 +39,7 @@ class Job:
     """Estimated."""
 
 
-def plan(
-    parts: tuple[str, ...], *, rounds: int, other_rounds: int, run_rounds: int, profiles: tuple[str, ...]
-) -> list[Job]:
+def plan(parts: tuple[str, ...], *, rounds: int, other_rounds: int, profiles: tuple[str, ...]) -> list[Job]:
     """The jobs of some parts, those with bars first."""
     jobs: list[Job] = []
     for part in parts:
@@ -56,9 +55,12 @@ def plan(
             jobs.append(Job(part, "all", rounds, True, rounds * STARTUP_ROUND))
         elif part == "counted":
             jobs.append(Job(part, "all", 1, True, SECONDS[part]))
+        elif part == "training":
+            for group, sides in TRAINING_GROUPS.items():
+                n = rounds if group == "main" else other_rounds
+                jobs.append(Job(part, group, n, group == "main", n * len(sides) * TRAINING_SIDE))
         else:
-            seconds = run_rounds * TRAINING_ROUND if part == "training" else SECONDS[part]
-            jobs.append(Job(part, "all", run_rounds, True, seconds))
+            jobs.append(Job(part, "all", rounds, True, rounds * SCORING_ROUND))
     return sorted(jobs, key=lambda job: not job.has_bar)
 
 

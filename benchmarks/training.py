@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ LABELS = {
 }
 LORA_R = 66
 """Rank at which LoRA has the size of MoDE 16×4 on q, k, v and o of SmolLM2: 7.60 against 7.65 million parameters."""
+GROUPS = {"main": ("dyads-mode", "trl"), "others": ("trl", "dyads-lora", "trl-eager", "trl-default")}
+"""Sides that are measured beside each other, round by round; the first group has the bar."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -53,14 +55,16 @@ def job(*, quick: bool, sni: Path, attention: str) -> dict[str, Any]:
     }
 
 
-def measure(job: dict[str, Any], rounds: int, logs: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """{facts, rounds, errors} of all sides, each run in a process of its own in every round."""
+def measure(
+    job: dict[str, Any], sides: Sequence[str], rounds: int, logs: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """{facts, rounds, errors} of some sides, each run in a process of its own in every round."""
     facts: dict[str, Any] = {}
     errors: dict[str, str] = {}
     results = []
     for number in range(rounds):
         values: dict[str, dict[str, float]] = {"examples": {}, "seconds": {}, "train_seconds": {}}
-        for side in rotated(list(LABELS), number):
+        for side in rotated(list(sides), number):
             if side in errors:
                 continue
             worker = Worker("benchmarks.training", {**job, "side": side}, job["threads"], logs / f"{side}.log")

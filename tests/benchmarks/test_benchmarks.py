@@ -380,15 +380,17 @@ def test_the_page_is_not_written_from_uncommitted_code(monkeypatch: pytest.Monke
 def test_groups_with_bars_come_first_and_get_more_rounds() -> None:
     assert groups_with_bars("smollm2") == {"main", "growth"}
     assert groups_with_bars("llama") == {"main"}
-    jobs = plan(("llama", "startup"), rounds=12, other_rounds=3, run_rounds=2, profiles=())
+    jobs = plan(("llama", "startup", "training"), rounds=12, other_rounds=3, profiles=())
     assert [(job.part, job.group, job.rounds) for job in jobs] == [
         ("llama", "main", 12),
         ("startup", "all", 12),
+        ("training", "main", 12),
         ("llama", "family", 3),
         ("llama", "rivals", 3),
         ("llama", "relatives", 3),
+        ("training", "others", 3),
     ]
-    whole = plan(tuple(SETTINGS), rounds=12, other_rounds=3, run_rounds=3, profiles=())
+    whole = plan(tuple(SETTINGS), rounds=12, other_rounds=3, profiles=())
     assert {(job.part, job.group) for job in whole} == {(p, g) for p, s in SETTINGS.items() for g in s.groups}
 
 
