@@ -33,7 +33,7 @@ def test_jsonl_with_splits_and_several_references(tmp_path):
     )
     (task,) = read(path).tasks
     assert (task.train[0].prompt, task.train[0].references) == ("question 0\n", ("answer 0",))
-    assert (task.test[0].id, task.test[0].references) == ("a.jsonl:3", ("x", "y"))
+    assert (task.test[0].id, task.test[0].references) == ("a.jsonl:3", ("x", " y "))
     assert len(task.validation) == 1
     assert task.metrics == ("rouge_l", "exact_match")
 
@@ -101,6 +101,159 @@ def test_a_json_text_that_looks_like_a_list_is_one_reference(tmp_path):
     rows = [row(0, output='["a", "b"]'), row(1, split="test", output='["a", b')]
     (task,) = read(write(tmp_path / "a.jsonl", *rows)).tasks
     assert (task.train[0].references, task.test[0].references) == (('["a", "b"]',), ('["a", b',))
+
+
+def test_texts_are_kept_as_they_are(tmp_path):
+    code = "    return x\n\n"
+    path = write(tmp_path / "a.jsonl", row(0, input="  f = ", output=code), row(1, split="test", output=["\ty", " "]))
+    (task,) = read(path).tasks
+    assert (task.train[0].prompt, task.train[0].references) == ("  f = ", (code,))
+    assert task.test[0].references == ("\ty",)
+    path = write(tmp_path / "a.csv", "task,input,output", *(f't,{k},"  x = {k}"' for k in range(9)))
+    assert {e.references[0][:4] for e in read(path).tasks[0].train} == {"  x "}
+
+
+def test_an_instruction_without_input_is_a_prompt(tmp_path):
+    rows = [
+        row(0, instruction="Name a colour.", input="", split="train"),
+        row(1, instruction="Translate.", input="chat", split="test"),
+        row(2, instruction="Name a fruit.", input=None, split="test"),
+    ]
+    (task,) = read(write(tmp_path / "a.jsonl", *rows)).tasks
+    assert task.train[0].prompt == "Name a colour.\n"
+    assert [e.prompt for e in task.test] == ["Translate.\n\nchat\n", "Name a fruit.\n"]
+    assert task.prompt_of({"instruction": "Name a colour."}) == task.train[0].prompt
+    path = write(tmp_path / "a.csv", "task,instruction,input,output,split", "t,Say.,,x,train", "t,Do.,a,x,test")
+    assert read(path).tasks[0].train[0].prompt == "Say.\n"
+
+
+def test_a_task_renders_later_rows_with_the_instruction_that_its_rows_share(tmp_path):
+    rows = [row(0, instruction="Opposite?"), row(1, split="test", instruction="Opposite?")]
+    (task,) = read(write(tmp_path / "a.jsonl", *rows)).tasks
+    assert task.prompt_of({"input": "question 0"}) == task.train[0].prompt
+    (task,) = read(write(tmp_path / "a.jsonl", row(0), row(1, split="test")), instructions="Opposite?").tasks
+    assert task.prompt_of({"input": "hot"}) == "Opposite?\n\nhot\n"
+    rows[1]["instruction"] = "Another?"
+    (task,) = read(write(tmp_path / "a.jsonl", *rows)).tasks
+    with pytest.raises(TaskError, match="task 't': column 'instruction' is missing"):
+        task.prompt_of({"input": "hot"})
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_an_unknown_column_is_refused_with_the_nearest_name(tmp_path, suffix):
+    rows = [row(0, split=None, spilt="test")] if suffix == "jsonl" else ["task,input,output,spilt", "t,x,y,test"]
+    path = write(tmp_path / f"a.{suffix}", *rows)
+    with pytest.raises(TaskError, match=r"line 1: unknown column 'spilt' – did you mean 'split'\?"):
+        read(path)
+    with pytest.raises(
+        TaskError, match=r"column 'spilt' is not read – did you mean 'split'\? .*split: spilt or split: null"
+    ):
+        read(path, columns={"input": "input"})
+    with pytest.raises(TaskError, match="unknown column 'imput' in `columns` of family 'files' – did you mean 'input'"):
+        read(path, columns={"imput": "input"})
+
+
+def test_only_the_first_row_need_not_be_the_misspelt_one(tmp_path):
+    path = write(tmp_path / "a.jsonl", row(0), row(1, split="test"), row(2, matric="accuracy"))
+    with pytest.raises(TaskError, match=r"line 3: unknown column 'matric' – did you mean 'metric'\?"):
+        read(path)
+    path = write(tmp_path / "a.jsonl", row(0), row(1, messages=[]))
+    with pytest.raises(TaskError, match=r"unknown column 'messages' .*family: chat reads messages"):
+        read(path)
+
+
+def test_columns_are_renamed_joined_and_left_out(tmp_path):
+    rows = [
+        {"kind": "t", "title": f"T{k}", "text": "{x}", "answer": "yes", "labels": 3, "source": "web", "split": split}
+        for k, split in enumerate(("train", "test"))
+    ]
+    path = write(tmp_path / "a.jsonl", *rows)
+    columns = {"task": "kind", "input": "{title}: {text}", "output": "answer", "labels": None}
+    suite = read(path, columns=columns)
+    assert suite.tasks[0].test[0].prompt == "T1: {x}\n"
+    assert suite.tasks[0].prompt_of({"title": "a", "text": "b"}) == "a: b\n"
+    assert suite.notes == ("columns that are not read: source",)
+    with pytest.raises(TaskError, match=r"line 1: 'labels' must be a list of texts .*`columns: \{labels: null\}`"):
+        read(path, columns={k: v for k, v in columns.items() if v})
+    with pytest.raises(TaskError, match="column 'name' is missing; it has kind, title"):
+        read(path, columns={**columns, "input": "{name}: {text}"})
+    with pytest.raises(TaskError, match="double a brace"):
+        read(path, columns={**columns, "input": "{title: {text}"})
+
+
+def test_labels_come_from_a_column_or_for_the_whole_file(tmp_path):
+    rows = [row(k, output=("no", "yes ")[k % 2], split=("train", "test")[k > 1]) for k in range(4)]
+    for options, given in (({}, [{**r, "labels": ["no", "yes"]} for r in rows]), ({"labels": ["no", "yes"]}, rows)):
+        (task,) = read(write(tmp_path / "a.jsonl", *given), **options).tasks
+        assert (task.labels, task.metric) == (("no", "yes"), "accuracy")
+        assert task.train[1].references == ("yes",)
+    lines = [
+        "task,input,output,split,labels",
+        *(f't,{k},no,{r["split"]},"[""no"", ""yes""]"' for k, r in enumerate(rows)),
+    ]
+    assert read(write(tmp_path / "a.csv", *lines)).tasks[0].labels == ("no", "yes")
+    (task,) = read(write(tmp_path / "a.jsonl", {**rows[0], "labels": ["no", "yes"]}, *rows[1:])).tasks
+    assert task.labels == ("no", "yes")  # one row may speak for its task
+
+
+def test_contradicting_labels_and_metrics_are_refused(tmp_path):
+    path = write(tmp_path / "a.jsonl", row(0, labels=["a", "b"]), row(1, split="test", labels=["b", "a"]))
+    with pytest.raises(
+        TaskError, match=r'task \'t\' has two lists of labels: \["a", "b"\] in .*, line 1 and .*, line 2'
+    ):
+        read(path)
+    path = write(tmp_path / "a.jsonl", row(0, labels=["a", "b"], output="a"), row(1, split="test", output="b"))
+    with pytest.raises(TaskError, match=r"line 1: 'labels' is .* in the recipe; choose one"):
+        read(path, labels={"t": ["b", "a"]})
+    path = write(tmp_path / "a.jsonl", row(0, metric="accuracy"), row(1, split="test"))
+    with pytest.raises(TaskError, match=r"line 1: 'metric' is 'accuracy', but 'exact_match' in the recipe; choose one"):
+        read(path, metric="exact_match")
+    with pytest.raises(TaskError, match=r"tasks\.metric: unknown metric 'exact' – did you mean 'exact_match'"):
+        read(write(tmp_path / "a.jsonl", row(0), row(1, split="test")), metric="exact")
+
+
+def test_a_metric_for_the_whole_file_or_by_task(tmp_path):
+    rows = [row(0, task), row(1, task, "test")] if (task := "t") else []
+    path = write(tmp_path / "a.jsonl", *rows, row(0, "u"), row(1, "u", "test"))
+    assert [t.metric for t in read(path, metric="exact_match").tasks] == ["exact_match"] * 2
+    assert [t.metric for t in read(path, metric={"u": "accuracy"}).tasks] == ["rouge_l", "accuracy"]
+    assert [t.metric for t in read(path, metric={"*": "accuracy", "u": "exact_match"}).tasks] == [
+        "accuracy",
+        "exact_match",
+    ]
+    with pytest.raises(TaskError, match="metric for an unknown task 'v'"):
+        read(path, metric={"v": "accuracy"})
+
+
+def test_references_that_the_metric_cannot_score_are_noted(tmp_path):
+    rows = [row(0, output="北京"), row(1, split="test", output="北京"), row(2, split="test", output="Paris")]
+    path = write(tmp_path / "a.jsonl", *rows)
+    (note,) = read(path).notes
+    assert note.startswith('t: metric rouge_l cannot score 1 of 2 test references: it does not read "北京"')
+    assert read(path, metric="exact_match").notes == (note,)  # reported beside it
+    rows = [row(0), row(1, split="test", output="five")]
+    assert "numeric_match cannot score 1 of 1" in read(write(path, *rows), metric="numeric_match").notes[0]
+
+
+def test_a_large_cell_is_read(tmp_path):
+    path = write(tmp_path / "a.csv", "task,input,output,split", f"t,{'x' * 300_000},y,train", "t,z,y,test")
+    assert len(read(path).tasks[0].train[0].prompt) == 300_001
+
+
+def test_half_of_a_surrogate_pair_is_refused(tmp_path):
+    line = '{"task": "t", "input": "x\\ud83d", "output": "y", "split": "train"}'
+    with pytest.raises(TaskError, match=r"a\.jsonl, line 2.*half of a surrogate pair"):
+        read(write(tmp_path / "a.jsonl", row(0, split="test"), line))
+    whole = line.replace("\\ud83d", "\\ud83d\\ude00")
+    assert read(write(tmp_path / "a.jsonl", row(0, split="test"), whole)).tasks[0].train[0].prompt == "x😀\n"
+
+
+def test_limits_take_a_part_of_every_split(tmp_path):
+    path = write(tmp_path / "a.jsonl", *(row(k, split=None) for k in range(100)))
+    (task,) = read(path, train_per_task=7, test_per_task=3, validation_per_task=2).tasks
+    assert (len(task.train), len(task.validation), len(task.test)) == (7, 2, 3)
+    (larger,) = read(path, train_per_task=9).tasks
+    assert set(task.train) < set(larger.train)
 
 
 def test_own_ids_are_kept(tmp_path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dyads.errors import TaskError
+from dyads.tasks.messages import Message
 
 __all__ = ["Example"]
 
@@ -28,6 +29,8 @@ class Example:
     """Candidate answers of this example, where they differ between examples; empty: the task's labels."""
     group: str = ""
     """Examples with the same group are parts of one question (MultiRC): `group_accuracy` needs all of them correct."""
+    messages: tuple[Message, ...] = ()
+    """The turns before the answer, which a chat template renders; empty: the prompt is read as it is."""
 
     def __post_init__(self) -> None:
         if not self.references:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of record files: JSON lines, JSON lists and tab-separated values.
+"""Readers of record files: JSON lines, JSON lists, and comma- or tab-separated values.
 
 Every JSONL file of the library is read by `read_jsonl`. Errors name the file and the line, or the number of the record
 in a JSON list.
@@ -7,6 +7,8 @@ in a JSON list.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ from typing import Any
 
 from dyads.errors import DyadsError, TaskError
 
-__all__ = ["Row", "first_file", "read_json", "read_jsonl", "read_text", "read_tsv", "shortened"]
+__all__ = ["Row", "first_file", "read_csv", "read_json", "read_jsonl", "read_text", "read_tsv", "shortened"]
+
+_LARGEST_CELL = 2**31 - 1  # the largest limit that the csv module takes on every system
 
 DOWNLOAD_AGAIN = "download the file again"
 """The way out of an error in a file of a public benchmark."""
@@ -82,6 +86,33 @@ def read_tsv(path: Path, columns: Sequence[str] | None = None) -> tuple[list[Row
     if dropped and not rows:
         raise TaskError(f"{path}: no row has {len(columns)} cells ({', '.join(columns)}); separate cells with tabs")
     return rows, dropped
+
+
+def read_csv(path: Path) -> tuple[list[str], list[Row]]:
+    """Column names and rows of a CSV file; cells may hold commas and line breaks in quotation marks."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    rows: list[Row] = []
+    limit = csv.field_size_limit(_LARGEST_CELL)  # a setting of the whole process; its default is 128 KiB
+    line = 1
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if len(set(header)) < len(header):
+            raise TaskError(f"{path}, line 1: a column name is used twice: {', '.join(header)}")
+        line = reader.line_num + 1
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                if len(cells) != len(header):
+                    raise TaskError(
+                        f"{path}, line {line}: {len(cells)} cells for {len(header)} columns ({', '.join(header)}); "
+                        f'put a text with commas or line breaks in "quotes"'
+                    )
+                rows.append(Row(f"{path}, line {line}", len(rows), dict(zip(header, cells, strict=True)), line))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise TaskError(f"{path}, line {line}: not valid CSV: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
+    return header, rows
 
 
 def read_jsonl(path: Path, *, error: type[DyadsError] = TaskError, remedy: str = DOWNLOAD_AGAIN) -> list[Row]:

@@ -7,6 +7,9 @@ A template is data: a run folder keeps the one of each task, so that `dyads gene
 training did. In a text `{column}` is the row's value, and braces of the text itself are doubled (`escape`).
 `{column:strip}` is the value without surrounding white space. `{column:sentence}` also has a full stop at its end,
 unless it ends in punctuation, as the release of Super-NaturalInstructions writes its inputs.
+
+With `chat`, the prompt is a user's message, which a model with a chat template reads as a turn. A row may then have a
+column `system`, and with `conversation` a column `messages`: the turns before the answer.
 """
 
 from __future__ import annotations
@@ -20,8 +23,12 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dyads.errors import TaskError, did_you_mean
 from dyads.tasks.example import Example
+from dyads.tasks.messages import SYSTEM, USER, Message, read_messages, transcript
 
-__all__ = ["Template", "escape", "sentence"]
+__all__ = ["MESSAGES", "Template", "columns_of", "escape", "sentence"]
+
+MESSAGES = "messages"
+"""The column of a conversation."""
 
 
 class Template(BaseModel):
@@ -39,6 +46,12 @@ class Template(BaseModel):
     """Values of columns that a row leaves out, such as the task's instruction."""
     ends_line: bool = False
     """Whether a line break is added to a prompt that does not end in white space."""
+    chat: bool = False
+    """Whether the prompt is a user's message; else it is read as it is, by chat models too."""
+    conversation: bool = False
+    """Whether a row may have `messages` in place of the columns of the texts."""
+    strips_answers: bool = True
+    """Whether white space around an answer is removed."""
 
     @field_validator("texts", "shorter", "segments")
     @classmethod
@@ -50,13 +63,13 @@ class Template(BaseModel):
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that a row may have, in the order of the texts."""
-        names = (name for text in (*self.texts, *self.shorter, *self.segments) for name in _columns(text))
-        return tuple(dict.fromkeys(names))
+        names = [name for text in (*self.texts, *self.shorter, *self.segments) for name in columns_of(text)]
+        return tuple(dict.fromkeys([*names, *[SYSTEM] * self.chat, *[MESSAGES] * self.conversation]))
 
     @property
     def input_column(self) -> str | None:
         """The column that a single text fills: the only one without a default; None where there are several."""
-        open_ = [name for name in self.columns if name not in self.defaults]
+        open_ = [name for name in self.columns if name not in {*self.defaults, SYSTEM, MESSAGES}]
         return open_[0] if len(open_) == 1 else None
 
     def prompt(self, row: Mapping[str, Any], place: str = "the row") -> str:
@@ -75,32 +88,60 @@ class Template(BaseModel):
     ) -> Example:
         """The example for a row; without references it is a question that is not scored."""
         values = {**self.defaults, **self._values(row, place)}
-        filled = {name for name, value in values.items() if value.strip()}
-        text = next(
-            (text for have in (filled, set(values)) for text in self.texts if have.issuperset(_columns(text))), None
-        )
-        if text is None:
-            needed = _columns(self.texts[-1])
-            raise TaskError(
-                f"{place}: column '{next(name for name in needed if name not in values)}' is missing; it has "
-                f"{', '.join(row) or 'no columns'}, the task's prompt needs {', '.join(needed)}"
-            )
-        prompt = _fill(text, values)
+        system = [Message(SYSTEM, values[SYSTEM])] if self.chat and values.get(SYSTEM, "").strip() else []
+        turns: tuple[Message, ...] = ()
+        shorter: tuple[str, ...] = ()
+        segments: tuple[str, ...] = ()
+        if self.conversation and MESSAGES in row:
+            turns = read_messages(row[MESSAGES], place)
+            if turns[0].role != SYSTEM:
+                turns = (*system, *turns)
+            if turns[-1].role != USER:
+                raise TaskError(f"{place}: the last message must be the user's, got one of the {turns[-1].role}")
+            prompt = turns[-1].content
+        else:
+            prompt = _fill(self._text(row, values, place), values)
+            shorter = tuple(_fill(text, values) for text in self.shorter)
+            segments = tuple(_fill(text, values) for text in self.segments)
+            if self.chat:
+                turns = (*system, Message(USER, prompt))
+        if len(turns) > 1:
+            prompt = transcript(turns)
+        elif self.ends_line and not prompt[-1:].isspace():
+            prompt += "\n"
         return Example(
             id=id,
-            prompt=prompt + "\n" if self.ends_line and not prompt[-1:].isspace() else prompt,
+            prompt=prompt,
             references=tuple(references),
-            shorter=tuple(_fill(text, values) for text in self.shorter),
-            segments=tuple(_fill(text, values) for text in self.segments),
+            shorter=shorter,
+            segments=segments,
             choices=tuple(choices),
             group=group,
+            messages=turns,
+        )
+
+    def _text(self, row: Mapping[str, Any], values: Mapping[str, str], place: str) -> str:
+        """The text that fits the row."""
+        filled = {name for name, value in values.items() if value.strip()}
+        for given in (filled, set(values)):
+            for text in self.texts:
+                if given.issuperset(columns_of(text)):
+                    return text
+        needed = columns_of(self.texts[-1])
+        missing = next(name for name in needed if name not in values)
+        raise TaskError(
+            f"{place}: column '{missing}' is missing; it has {', '.join(row) or 'no columns'}, the task's prompt needs "
+            f"{', '.join(needed)}"
         )
 
     def _values(self, row: Mapping[str, Any], place: str) -> dict[str, str]:
+        """The columns of the texts."""
         values = {}
         for name, value in row.items():
             if name not in self.columns:
                 raise TaskError(f"{place}: unknown column '{name}'{did_you_mean(str(name), self.columns)}")
+            if name == MESSAGES and self.conversation:
+                continue
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
                 raise TaskError(f"{place}: '{name}' must be text, got {str(value)[:60]}; put it in quotes")
             values[name] = str(value)
@@ -142,7 +183,8 @@ def _pieces(text: str) -> tuple[tuple[str, str | None, str], ...]:
     return tuple(pieces)
 
 
-def _columns(text: str) -> tuple[str, ...]:
+def columns_of(text: str) -> tuple[str, ...]:
+    """The columns in a text, in their order."""
     return tuple(dict.fromkeys(name for _, name, _ in _pieces(text) if name is not None))
 
 
