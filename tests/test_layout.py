@@ -16,6 +16,7 @@ from dyads.methods import methods
 SOURCE = Path(dyads.__file__).parent
 ORDER = {  # what a room may import, beside itself and `errors`: the rooms that come before it
     "errors": set(),
+    "console": set(),
     "ops": set(),
     "methods": {"ops"},
     "tuner": {"methods"},
@@ -24,7 +25,7 @@ ORDER = {  # what a room may import, beside itself and `errors`: the rooms that 
     "recipe": {"data", "methods"},
     "models": {"recipe", "tuner"},
     "runs": {"models"},
-    "scoring": {"runs"},
+    "scoring": {"runs", "console"},
     "comparing": {"runs"},
     "export": {"runs"},
     "analysis": {"runs"},

@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 import dyads.cli
 from dyads import __version__
 from dyads.cli import main
+from dyads.console import Reporter, TextReporter
 from dyads.errors import ConfigError, RunError
 from dyads.recipe.load import parse_recipe
 from dyads.recipe.spec import Recipe
@@ -169,6 +170,7 @@ def test_train_passes_on_the_recipe_with_its_overrides(
     seen: list[Any] = []
 
     def train(loaded: Recipe, out: Path, **how: Any) -> RunFolder:
+        assert type(how.pop("reporter")) is TextReporter
         seen.append((loaded, out, how))
         return scored(tmp_path / "made")
 
@@ -181,14 +183,14 @@ def test_train_passes_on_the_recipe_with_its_overrides(
     assert (out, how) == (Path("runs/a-seed5"), {"resume": False, "evaluate": True})
     assert "micro 50.0, macro 50.0" in result.output
 
-    def train_only(_: Recipe, out: Path, **how: Any) -> RunFolder:
+    def train_only(_: Recipe, out: Path, *, reporter: Reporter, **how: Any) -> RunFolder:
         seen.append((out, how))
         return RunFolder(out)
 
     fake("dyads.training.train", train=train_only)
     result = invoke("train", recipe, "--out", "there", "--resume", "--no-evaluate")
     assert seen[1] == (Path("there"), {"resume": True, "evaluate": False})
-    assert "not scored; next: dyads evaluate there" in result.output
+    assert "there: not scored\nnext: dyads evaluate there\n" in result.output
     invoke("train", recipe, "--out", "there", "--auto-resume", "--no-evaluate")
     assert seen[2] == (Path("there"), {"resume": "auto", "evaluate": False})
 
@@ -223,7 +225,7 @@ def scoring(tmp_path: Path, fake: Callable[..., None]) -> tuple[Path, list[dict[
     folder = scored(tmp_path / "a")
     seen: list[dict[str, Any]] = []
 
-    def evaluate(run: RunFolder, *, on_stand_in: Callable[[str], object], **how: Any) -> Scores:
+    def evaluate(run: RunFolder, *, on_stand_in: Callable[[str], object], reporter: Reporter, **how: Any) -> Scores:
         seen.append({"run": run.path, **{key: value for key, value in how.items() if value is not None}})
         if how["unseen"]:
             on_stand_in("t is unseen: answered as u (similarity 0.50)")

@@ -67,7 +67,10 @@ def test_whole_floats_count_as_whole_numbers() -> None:
         ({"train": "{steps: 1.5}"}, "'train.steps' must be a whole number, got 1.5"),
         ({"train": "{steps: '10'}"}, "'train.steps' must be a whole number, got '10'"),
         ({"train": "{optimizer: adam}"}, "must be 'adamw' or 'adafactor', got 'adam' – did you mean 'adamw'?"),
-        ({"train": "{report_to: wandbb}"}, "'train.report_to.0' must be 'tensorboard' or 'wandb', got 'wandbb'"),
+        (
+            {"train": "{report_to: wandbb}"},
+            "'train.report_to.0' must be 'tensorboard', 'wandb' or 'trackio', got 'wandbb'",
+        ),
         ({"train": "3"}, "'train' must be a section of `key: value` lines, got 3"),
         ({"train": "{batch_size: 16, gradient_accumulation: 3}"}, "batch_size 16 cannot be cut into 3 equal parts"),
         ({"train": "{warmup: 2.5}"}, "warmup 2.5 is neither a share below 1 nor a whole number of steps"),
@@ -244,7 +247,7 @@ def test_keys_that_allow_a_few_values_list_them() -> None:
     protocols = [key.choices for key in recipe_keys() if key.name == "tasks.protocol"]
     assert choices["mixture.kind"] == ("proportional", "temperature", "uniform", "balanced", "round_robin")
     assert choices["train.lr_scheduler"] == ("linear", "cosine", "constant")
-    assert choices["train.report_to"] == ("tensorboard", "wandb")
+    assert choices["train.report_to"] == ("tensorboard", "wandb", "trackio")
     assert choices["model.attention"][-1] == "null"  # it may be left out
     assert choices["tasks.family"] == tuple(families())
     assert ("mode", "official") in protocols  # every family has its own keys

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -616,8 +618,25 @@ def test_more_than_one_process_or_gpu_is_refused_before_the_folder_is_touched(
 
 def test_tensorboard_gets_the_log(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
-    train(tiny("lora", train={"report_to": "tensorboard"}), tmp_path / "a", evaluate=False)
-    assert list(tmp_path.rglob("events.out.tfevents*"))
+    folder = train(tiny("lora", train={"report_to": "tensorboard"}), tmp_path / "a", evaluate=False)
+    assert [path.parent for path in tmp_path.rglob("events.out.tfevents*")] == [folder.tensorboard]
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
+    train(tiny("lora", train={"report_to": "tensorboard"}), tmp_path / "b", evaluate=False)
+    assert list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_destination_of_the_log_that_is_not_installed_is_refused_before_anything_is_loaded(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("tensorboard", "wandb", "trackio"):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, p=package: None if name == p else "found")
+        recipe = tiny("lora", tmp_path / "no model", train={"report_to": ["tensorboard", package]})
+        with pytest.raises(
+            ConfigError, match=f"report_to is {package}, which is not installed: .*pip install {package}"
+        ):
+            train(recipe, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_checkpoint_is_an_adapter_that_peft_loads(tiny: Tiny, llama: Path, tmp_path: Path) -> None:

@@ -20,25 +20,72 @@ the tests of the command line include it:
         click.echo(f"hello {RunFolder.open(run).recipe().name}")
 
 - The click command is named `command`, its `short_help` fits one line of `dyads --help`, and its epilog has an example.
-- At the top a verb imports only click and the standard library, so that `dyads --help` is quick; heavy imports (torch,
-  PEFT, pydantic, …) stand in the function that uses them.
+- At the top a verb imports only click, dyads.console and the standard library, so that `dyads --help` is quick; heavy
+  imports (torch, PEFT, pydantic, …) stand in the function that uses them.
+- A verb that takes long has the decorator `reports`, which adds `--quiet` and `--json` and passes a `reporter`.
 - A refusal is a DyadsError (dyads/errors.py) that says what was given, what is allowed and what mends it.
 """
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from dyads import __version__
+from dyads.console import JsonReporter, Reporter, TextReporter, tolerate_encodings
 from dyads.errors import DyadsError, did_you_mean
 from dyads.training.memory import keep_memory
 
-__all__ = ["main"]
+__all__ = ["main", "reports", "resumable"]
+
+_ARGUMENTS = "dyads.arguments"
+"""Key of the whole command line in a context's `meta`."""
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def reports(command: Command) -> Command:
+    """Add `--quiet` and `--json` to a verb; its function gets the `reporter` that they choose."""
+
+    @click.option("--quiet", is_flag=True, help="Print errors only.")
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line, for programs.")
+    @wraps(command)
+    def with_reporter(*arguments: Any, quiet: bool, as_json: bool, **options: Any) -> Any:
+        if quiet and as_json:
+            raise click.UsageError("give either --quiet or --json")
+        reporter = Reporter() if quiet else JsonReporter() if as_json else TextReporter()
+        return command(*arguments, reporter=reporter, **options)
+
+    return with_reporter  # type: ignore[return-value]
+
+
+@contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """On Ctrl-C, print how far the run in the folder `out` came and the command that continues it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from dyads.runs.folder import RunFolder
+        from dyads.training.progress import state_of
+
+        context, folder = click.get_current_context(), RunFolder(out)
+        if not folder.is_run:
+            click.echo("\ninterrupted before the run began: nothing was written", err=True)
+            context.exit(130)
+        again = [a for a in context.meta.get(_ARGUMENTS, ()) if a not in ("--resume", "--auto-resume")]
+        quoted = (subprocess.list2cmdline if sys.platform == "win32" else shlex.join)(["dyads", *again, "--resume"])
+        click.echo(f"\ninterrupted {state_of(folder)}\nTo continue:\n  {quoted}", err=True)
+        context.exit(130)
 
 
 class _Refusal(click.ClickException):
@@ -46,6 +93,10 @@ class _Refusal(click.ClickException):
 
 
 class _Verbs(click.Group):
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[_ARGUMENTS] = list(args)
+        return super().parse_args(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(module.name for module in iter_modules(__path__) if module.name != "__main__")
 
@@ -91,3 +142,4 @@ def main(debug: bool) -> None:
     # PEFT 0.21 calls a method that transformers 5.23 renames; the user of a command cannot change that.
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
     keep_memory()
+    tolerate_encodings()

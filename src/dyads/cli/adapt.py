@@ -8,6 +8,9 @@ from typing import Literal
 
 import click
 
+from dyads.cli import reports, resumable
+from dyads.console import Reporter
+
 
 @click.command(
     short_help="Teach a trained adapter a new task from a few examples.",
@@ -59,6 +62,7 @@ Examples:
     help="Continue the run in that folder if there is one, else start it.",
 )
 @click.option("--no-evaluate", is_flag=True, help="Train only; `dyads evaluate` scores later.")
+@reports
 def command(
     run: Path,
     source: Path,
@@ -70,6 +74,7 @@ def command(
     out: Path | None,
     resume: bool | Literal["auto"],
     no_evaluate: bool,
+    reporter: Reporter,
 ) -> None:
     """Train the adapter of the folder RUN on a new task, into a new run; RUN is unchanged.
 
@@ -80,22 +85,28 @@ def command(
 
     RunFolder.open(run)  # a missing run is refused before torch is imported
     from dyads.training.adapt import adapt_recipe
-    from dyads.training.train import train
 
     given = {"shots": shots, "parts": parts, "start": start}
     recipe = adapt_recipe(run, source, {k: v for k, v in given.items() if v is not None}, overrides, seed=seed)
     here = run if run.name else run.resolve()
     out = out or here.with_name("-".join([here.name, source.stem, *([str(shots)] if shots else [])]))
-    folder = train(recipe, out, resume=resume, evaluate=not no_evaluate)
+    with resumable(out):
+        from dyads.training.train import train
+
+        folder = train(recipe, out, resume=resume, evaluate=not no_evaluate, reporter=reporter)
     started = [line for line in folder.log() if line.get("event") == "adapted"][-1]  # one entry per resumption
-    for task, scores in started.get("similarity", {}).items():
+    similarity = started.get("similarity", {})
+    lines = []
+    for task, scores in similarity.items():
         (best, score), *others = scores.items()
         runner_up = f"; next {others[0][0]} {others[0][1]:.3f}" if others else ""
-        click.echo(f"{task} starts as its most similar task, {best} ({score:.3f}{runner_up})")
+        lines.append(f"{task} starts as its most similar task, {best} ({score:.3f}{runner_up})")
+    facts = {"run": str(folder.path), "similarity": similarity}
     if not folder.is_scored:
-        click.echo(f"{folder.path}: not scored; next: dyads evaluate {folder.path}")
+        lines += [f"{folder.path}: not scored", f"next: dyads evaluate {folder.path}"]
+        reporter.result("trained", "\n".join(lines), **facts)
         return
-    for row in folder.scores()["scores"]:
-        if row["headline"]:
-            click.echo(f"{row['task']}: {row['metric']} {row['value']:.1f}, n={row['n']}")
-    click.echo(f"{folder.path}: next: dyads compare {folder.path} OTHER…")
+    rows = [row for row in folder.scores()["scores"] if row["headline"]]
+    lines += [f"{row['task']}: {row['metric']} {row['value']:.1f}, n={row['n']}" for row in rows]
+    lines.append(f"next: dyads compare {folder.path} OTHER…")
+    reporter.result("scored", "\n".join(lines), **facts, tasks={row["task"]: row["value"] for row in rows})

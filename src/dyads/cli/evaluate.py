@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dyads.cli import reports
+from dyads.console import Reporter
+
 if TYPE_CHECKING:
     from dyads.tasks import FamilySpec
 
@@ -37,6 +40,7 @@ Examples:
     type=click.Path(file_okay=False, path_type=Path),
     help="Write the scores to this new run folder, without an adapter; needed with --tasks.",
 )
+@reports
 def command(
     run: Path,
     split: str | None,
@@ -45,6 +49,7 @@ def command(
     unseen: str | None,
     nearest_by: str | None,
     out: Path | None,
+    reporter: Reporter,
 ) -> None:
     """Score the adapter in the folder RUN on all its tasks, replacing earlier scores, or on others."""
     from dyads.runs.folder import RunFolder
@@ -57,13 +62,22 @@ def command(
         how["suite"] = _tasks(tasks)
     from dyads.scoring.evaluate import evaluate
 
-    scores = evaluate(folder, **how, on_stand_in=click.echo)
+    scores = evaluate(
+        folder, **how, on_stand_in=lambda stand_in: reporter.note("unseen", str(stand_in)), reporter=reporter
+    )
     rows = [row for row in scores["scores"] if row["headline"]]
     width = max(len(row["task"]) for row in rows)
-    for row in rows:
-        click.echo(f"{row['task']:{width}}  {row['metric']:11}  {row['value']:6.1f}  n={row['n']}")
-    click.echo(
-        f"micro {scores['micro']['headline']:.1f}, macro {scores['macro']['headline']:.1f}, {scores['split']} split"
+    micro, macro = (scores[level]["headline"] for level in ("micro", "macro"))
+    lines = [f"{row['task']:{width}}  {row['metric']:11}  {row['value']:6.1f}  n={row['n']}" for row in rows]
+    lines.append(f"micro {micro:.1f}, macro {macro:.1f}, {scores['split']} split")
+    reporter.result(
+        "scored",
+        "\n".join(lines),
+        run=str(out or run),
+        split=scores["split"],
+        micro=micro,
+        macro=macro,
+        tasks={row["task"]: row["value"] for row in rows},
     )
 
 

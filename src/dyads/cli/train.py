@@ -8,6 +8,9 @@ from typing import Literal
 
 import click
 
+from dyads.cli import reports, resumable
+from dyads.console import Reporter
+
 
 def _show_keys(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if not value or ctx.resilient_parsing:
@@ -64,18 +67,30 @@ Examples:
 @click.option(
     "--keys", is_flag=True, is_eager=True, expose_value=False, callback=_show_keys, help="List every key of a recipe."
 )
+@reports
 def command(
-    recipe: Path, overrides: tuple[str, ...], out: Path | None, resume: bool | Literal["auto"], no_evaluate: bool
+    recipe: Path,
+    overrides: tuple[str, ...],
+    out: Path | None,
+    resume: bool | Literal["auto"],
+    no_evaluate: bool,
+    reporter: Reporter,
 ) -> None:
     """Train and score the adapter that RECIPE, a YAML file, describes."""
     from dyads.recipe.load import load_recipe
-    from dyads.training.train import train
 
     loaded = load_recipe(recipe, overrides)
     out = out or Path("runs") / f"{loaded.name}-seed{loaded.seed}"
-    folder = train(loaded, out, resume=resume, evaluate=not no_evaluate)
-    if folder.is_scored:
-        micro, macro = (folder.scores()[level]["headline"] for level in ("micro", "macro"))
-        click.echo(f"{folder.path}: micro {micro:.1f}, macro {macro:.1f}; next: dyads compare {folder.path} OTHER…")
-    else:
-        click.echo(f"{folder.path}: not scored; next: dyads evaluate {folder.path}")
+    with resumable(out):
+        from dyads.training.train import train
+
+        folder = train(loaded, out, resume=resume, evaluate=not no_evaluate, reporter=reporter)
+    if not folder.is_scored:
+        text = f"{folder.path}: not scored\nnext: dyads evaluate {folder.path}"
+        reporter.result("trained", text, run=str(folder.path))
+        return
+    scores = folder.scores()
+    micro, macro = (scores[level]["headline"] for level in ("micro", "macro"))
+    tasks = {row["task"]: row["value"] for row in scores["scores"] if row["headline"]}
+    text = f"{folder.path}: micro {micro:.1f}, macro {macro:.1f}\nnext: dyads compare {folder.path} OTHER…"
+    reporter.result("scored", text, run=str(folder.path), micro=micro, macro=macro, tasks=tasks)

@@ -183,9 +183,9 @@ class TrainSpec(Section):
     save_steps: PositiveInt | None = 500
     """Optimizer steps between two checkpoints; null: no checkpoints, so no resuming"""
     report_to: Annotated[
-        tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_one_or_many), Field(strict=False)
+        tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_one_or_many), Field(strict=False)
     ] = ()
-    """Further destinations of the log: none, tensorboard, wandb, or a list"""
+    """Further destinations of the log: none, tensorboard, wandb, trackio, or a list; each needs its package"""
     max_prompt_tokens: PositiveInt = 1024
     """Longer prompts are cut, in training and evaluation; a smaller limit of the task applies first"""
     max_target_tokens: PositiveInt = 128

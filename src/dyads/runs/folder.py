@@ -7,6 +7,7 @@
     log.jsonl                one line per logged step
     adapter/                 the trained adapter, in PEFT's format
     checkpoints/             checkpoints for resuming the training
+    tensorboard/             events for TensorBoard, where the recipe reports to it
     predictions/<task>.jsonl one line per instance: id, prediction, references, scores (0 to 100) by metric
     scores.json              every score with its task's version, written last: a folder with it is complete
 
@@ -97,7 +98,7 @@ class Scores(TypedDict):
 
 
 _CONFIG, _ENV, _LOG, _SCORES = "config.yaml", "env.json", "log.jsonl", "scores.json"
-_HEADS, _TEMPLATES = "heads.json", "templates.json"
+_HEADS, _TEMPLATES, _TENSORBOARD = "heads.json", "templates.json", "tensorboard"
 _ADAPTER, _CHECKPOINTS, _PREDICTIONS, _UNFINISHED = "adapter", "checkpoints", "predictions", ".predictions-unfinished"
 
 
@@ -169,6 +170,16 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The folder of checkpoints for resuming."""
         return self.path / _CHECKPOINTS
+
+    @property
+    def log_path(self) -> Path:
+        """The file of the log."""
+        return self.path / _LOG
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's events (`train.report_to: tensorboard`)."""
+        return self.path / _TENSORBOARD
 
     @property
     def has_adapter(self) -> bool:

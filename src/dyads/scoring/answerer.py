@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from dyads.console import SILENT, Reporter
 from dyads.data.batches import EncodedPair, PairTokenizer, PromptTokenizer, pad_id_of, prompt_batches
 from dyads.errors import ConfigError, RunError, TaskError, did_you_mean
 from dyads.models.heads import (
@@ -49,7 +49,11 @@ class Majority:
             raise TaskError(f"there is no majority answer without training examples: {', '.join(empty)} has none")
 
     def answer(
-        self, tasks: Sequence[Task], instances: Sequence[Sequence[Example]], spec: EvaluateSpec
+        self,
+        tasks: Sequence[Task],
+        instances: Sequence[Sequence[Example]],
+        spec: EvaluateSpec,
+        reporter: Reporter = SILENT,
     ) -> list[list[str]]:
         most = [
             f"{fmean(task.target(example) for example in task.train):.4f}"
@@ -163,7 +167,11 @@ class Answerer:
             )
 
     def answer(
-        self, tasks: Sequence[Task], instances: Sequence[Sequence[Example]], spec: EvaluateSpec
+        self,
+        tasks: Sequence[Task],
+        instances: Sequence[Sequence[Example]],
+        spec: EvaluateSpec,
+        reporter: Reporter = SILENT,
     ) -> list[list[str]]:
         """Answers to the instances of every task, in their order."""
         places = {head.task: place for place, head in enumerate(self.heads)}
@@ -186,11 +194,11 @@ class Answerer:
                 else:
                     questions.append(Question(prompt, spec.max_new_tokens or task.max_new_tokens, task.name))
         if for_heads:
-            texts = self._answer_by_heads(for_heads, spec, "scoring")
+            texts = self._answer_by_heads(for_heads, spec, reporter)
         elif choices:
-            texts = self._choose(choices, spec, "scoring")
+            texts = self._choose(choices, spec, reporter)
         else:
-            texts = self._write(questions, spec, "scoring")
+            texts = self._write(questions, spec, reporter)
         remaining = iter(texts)
         return [[next(remaining) for _ in examples] for examples in instances]
 
@@ -201,28 +209,28 @@ class Answerer:
         spec: EvaluateSpec,
         max_new_tokens: int,
         max_prompt_tokens: int | None,
+        reporter: Reporter = SILENT,
     ) -> list[str]:
         """Answers to prompts, each with the name or id of its task, in their order."""
         if isinstance(self.prompt_tokenizer, PairTokenizer):
             names = [head.task for head in self.heads]
             places = [names.index(task) if isinstance(task, str) else cast(int, task) for task in tasks]
             return self._answer_by_heads(
-                _head_questions(self.prompt_tokenizer, examples, places, max_prompt_tokens), spec
+                _head_questions(self.prompt_tokenizer, examples, places, max_prompt_tokens), spec, reporter
             )
         prompts = [self.prompt_tokenizer.prompt(example, max_prompt_tokens) for example in examples]
-        return self._write([Question(p, max_new_tokens, task) for p, task in zip(prompts, tasks, strict=True)], spec)
+        questions = [Question(p, max_new_tokens, task) for p, task in zip(prompts, tasks, strict=True)]
+        return self._write(questions, spec, reporter)
 
     @contextmanager
-    def _progress(self, questions: Sequence[Any], title: str | None) -> Iterator[Callable[[int], object]]:
-        """The `update` of a progress bar over the questions, shown if it has a title; adapter weights are cached."""
+    def _progress(self, questions: Sequence[Any], reporter: Reporter) -> Iterator[Callable[[int], object]]:
+        """The function that counts answered questions; adapter weights are cached."""
         frozen = self.routing.unchanged_weights() if self.routing else nullcontext()
-        with frozen, tqdm(total=len(questions), desc=title, unit="instance", disable=None if title else True) as bar:
-            yield bar.update
+        with frozen, reporter.track("answering", len(questions), speed="instances/s") as tracker:
+            yield tracker.advance
 
-    def _answer_by_heads(
-        self, questions: Sequence[HeadQuestion], spec: EvaluateSpec, title: str | None = None
-    ) -> list[str]:
-        with self._progress(questions, title) as done:
+    def _answer_by_heads(self, questions: Sequence[HeadQuestion], spec: EvaluateSpec, reporter: Reporter) -> list[str]:
+        with self._progress(questions, reporter) as done:
             return answer_by_heads(
                 self.model,
                 questions,
@@ -232,9 +240,9 @@ class Answerer:
                 done=done,
             )
 
-    def _choose(self, questions: Sequence[ChoiceQuestion], spec: EvaluateSpec, title: str | None = None) -> list[str]:
+    def _choose(self, questions: Sequence[ChoiceQuestion], spec: EvaluateSpec, reporter: Reporter) -> list[str]:
         """The most likely choice for every question."""
-        with self._progress(questions, title) as done:
+        with self._progress(questions, reporter) as done:
             found = log_likelihoods(
                 self.model,
                 questions,
@@ -245,10 +253,10 @@ class Answerer:
             )
         return [question.best(sums, spec.length_normalise) for question, sums in zip(questions, found, strict=True)]
 
-    def _write(self, questions: Sequence[Question], spec: EvaluateSpec, title: str | None = None) -> list[str]:
+    def _write(self, questions: Sequence[Question], spec: EvaluateSpec, reporter: Reporter) -> list[str]:
         """Answers in text, by `decode` where it serves the model and by the model's own `generate` elsewhere."""
         assert isinstance(self.prompt_tokenizer, PromptTokenizer)
-        with self._progress(questions, title) as done:
+        with self._progress(questions, reporter) as done:
             if spec.num_beams == 1 and refusal(self.model) is None:
                 tokens = decode(
                     self.model,

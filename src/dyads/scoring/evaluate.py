@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dyads.console import SILENT, Reporter
 from dyads.errors import ConfigError, RunError, TaskError, did_you_mean
 from dyads.models.heads import heads_of
 from dyads.models.load import kind_of, model_config
@@ -39,13 +40,14 @@ def evaluate(
     nearest_by: str | None = None,
     into: str | Path | None = None,
     on_stand_in: Callable[[StandIn], object] = lambda stand_in: None,
+    reporter: Reporter = SILENT,
 ) -> Scores:
     """Score a run; predictions and scores are written to its folder.
 
     `split`, `limit`, `unseen` and `nearest_by` override the recipe's section `evaluate`, `suite` its tasks. With `into`
     the results are written to a new run folder, whose recipe has these tasks, without an adapter; those of `folder` are
     unchanged. The new run's name ends with the policy if there are stand-ins. `on_stand_in` is called for each of them
-    before scoring.
+    before scoring; `reporter` shows the progress.
     """
     if split is not None and split not in SPLITS:
         raise ConfigError(f"cannot evaluate on split '{split}'{did_you_mean(split, SPLITS)}")
@@ -78,7 +80,7 @@ def evaluate(
     for stand_in in stand_ins:
         on_stand_in(stand_in)
     begin = time.perf_counter()
-    answers = answerer.answer(suite.tasks, instances, spec)
+    answers = answerer.answer(suite.tasks, instances, spec, reporter)
     seconds = time.perf_counter() - begin
 
     target, name = folder, recipe.name
@@ -209,6 +211,7 @@ def generate(
     unseen: str = "error",
     description: str | None = None,
     on_stand_in: Callable[[StandIn], object] = lambda stand_in: None,
+    reporter: Reporter = SILENT,
 ) -> list[str]:
     """Answers to prompts, which are passed to the model unchanged, each with the name or id of its task.
 
@@ -254,7 +257,7 @@ def generate(
         unseen_texts = {task: like or prompts[:INPUTS] for task, prompts in new.items()}
         for stand_in in answerer.add_unseen_texts(unseen_texts, spec):
             on_stand_in(stand_in)
-    return answerer.answer_prompts(examples, tasks, spec, max_new_tokens, None)
+    return answerer.answer_prompts(examples, tasks, spec, max_new_tokens, None, reporter)
 
 
 def _is_known(task: str | int, known: Sequence[str]) -> bool:

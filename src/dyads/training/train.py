@@ -10,16 +10,21 @@ per task in place of the LM head (models/heads.py).
 from __future__ import annotations
 
 import gc
+import importlib.util
 import inspect
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+from transformers import ProgressCallback as TrainerProgressCallback
 
+from dyads.console import SILENT, Reporter
 from dyads.data.batches import Collator, PairCollator, PairTokenizer, PromptTokenizer, TaskDataset, pad_id_of
 from dyads.data.mixture import schedule
 from dyads.errors import ConfigError, DyadsError, RunError, TaskError
@@ -39,20 +44,26 @@ from dyads.training.adapt import (
     source_facts,
     source_run,
 )
-from dyads.training.trainer import LogCallback, TaskTrainer, last_checkpoint, seconds_until
+from dyads.training.progress import ProgressCallback, show_summary
+from dyads.training.trainer import LogCallback, TaskTrainer, last_checkpoint, seconds_until, step_of
 from dyads.tuner.routing import find_routing
 
 __all__ = ["Training", "train"]
 
 
 def train(
-    recipe: Recipe, out: str | Path, *, resume: bool | Literal["auto"] = False, evaluate: bool = True
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool | Literal["auto"] = False,
+    evaluate: bool = True,
+    reporter: Reporter = SILENT,
 ) -> RunFolder:
     """Train the recipe's method into a run folder and score it there.
 
     All refusals come before the folder is created. With `resume` an interrupted run continues from its last checkpoint,
     and a complete run is left unchanged; a folder without a run is refused. "auto" resumes the run where there is one
-    and starts it otherwise.
+    and starts it otherwise. `reporter` shows the opening summary and the progress.
     """
     folder = RunFolder(out)
     if resume is True and not folder.is_run:
@@ -63,6 +74,7 @@ def train(
         if folder.is_scored:
             return folder
     _refuse_parallel(int(os.environ.get("WORLD_SIZE", "1")), "processes")
+    _refuse_missing(recipe.train.report_to)
     suite = load_suite(recipe.tasks)
     if recipe.adapt is not None:
         suite = few_shot(suite, recipe.adapt.shots, recipe.seed)
@@ -82,11 +94,15 @@ def train(
     folder.write_environment(seed=recipe.seed, tasks=list(task_names), **facts)
     folder.write_templates(suite.tasks, RunFolder(recipe.adapt.run) if recipe.adapt is not None else None)
     if training is not None:
-        training.run(folder, resume=resume)
+        training.summary(folder, reporter)
+        with _logging_to(folder):
+            training.run(folder, resume=resume, reporter=reporter)
+    else:
+        show_summary(reporter, recipe, suite, folder)
     if evaluate:
         training = None
         gc.collect()  # frees the trained model before evaluation loads its own
-        evaluate_run(folder, suite=suite)
+        evaluate_run(folder, suite=suite, reporter=reporter)
     return folder
 
 
@@ -96,6 +112,27 @@ def _nothing_to_resume(folder: RunFolder) -> RunError:
     except RunError as error:
         return RunError(f"nothing to resume: {error}; to start the run, leave --resume out")
     raise AssertionError("a folder that opens is a run")
+
+
+@contextmanager
+def _logging_to(folder: RunFolder) -> Iterator[None]:
+    """TensorBoard and W&B write into the run's folder, unless the environment names another."""
+    places = {"TENSORBOARD_LOGGING_DIR": folder.tensorboard, "WANDB_DIR": folder.path}
+    added = {name: str(path.absolute()) for name, path in places.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+
+
+def _refuse_missing(packages: Sequence[str]) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"train.report_to is {package}, which is not installed: run `pip install {package}`, or leave it out"
+            )
 
 
 def _refuse_parallel(number: int, of_what: str) -> None:
@@ -150,14 +187,17 @@ class Training:
         self.dataset = TaskDataset(suite.tasks, self.prompt_tokenizer, places=places)
         if self.extended is not None:
             self._start_new_tasks(self.extended)
+        lengths = self.dataset.lengths()
         self.batches = schedule(
-            self.dataset.lengths(),
+            lengths,
             spec=recipe.mixture,
             steps=spec.steps,
             batch_size=spec.batch_size,
             seed=recipe.seed,
             window=spec.bucket_window,
         )
+        self.tokens = [sum(lengths[task][i] for task, i in batch) for batch in self.batches]
+        """Input tokens of every step."""
         if spec.validation_limit and (empty := [task.name for task in suite.tasks if not task.validation]):
             raise TaskError(
                 f"train.validation_limit is {spec.validation_limit}, but there are no validation instances of"
@@ -225,7 +265,21 @@ class Training:
             return self.extended.trainable(module)
         return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
-    def run(self, folder: RunFolder, *, resume: bool = False) -> None:
+    def summary(self, folder: RunFolder, reporter: Reporter) -> None:
+        """Show what will be trained."""
+        show_summary(
+            reporter,
+            self.recipe,
+            self.suite,
+            folder,
+            device=self.arguments(folder).device,
+            base=sum(p.numel() for p in self.model.parameters()) - self.parameters - self.head_parameters,
+            trained=self.parameters,
+            heads=self.head_parameters,
+            tokens=self.tokens,
+        )
+
+    def run(self, folder: RunFolder, *, resume: bool = False, reporter: Reporter = SILENT) -> None:
         """Train all steps and save the adapter."""
         checkpoint = last_checkpoint(folder) if resume else None
         trainer = TaskTrainer(
@@ -240,12 +294,18 @@ class Training:
             has_heads=bool(self.heads),
             rates=self.recipe.train.rates.model_dump(),
         )
+        for callback in (TrainerProgressCallback, PrinterCallback):  # they would print every line of the log
+            trainer.remove_callback(callback)
+        if checkpoint is not None:
+            reporter.note("resumed", f"  resume  after step {step_of(checkpoint):,}", step=step_of(checkpoint))
         log = LogCallback(folder, offset=seconds_until(checkpoint, folder))
         trainer.add_callback(log)
         if self.extended is not None:
             trainer.add_callback(RestoreFrozenRows(self.extended))
             folder.append_log({"event": "adapted", "run": cast(Any, self.recipe.adapt).run, **self.start})
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with reporter.track("training", self.recipe.train.steps, speed="tokens/s") as tracker:
+            trainer.add_callback(ProgressCallback(reporter, tracker, self.tokens))
+            trainer.train(resume_from_checkpoint=checkpoint)
         folder.append_log(
             {
                 "event": "trained",

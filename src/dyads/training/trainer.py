@@ -23,7 +23,7 @@ from dyads.runs.folder import RunFolder
 from dyads.tuner.parameter_groups import parameter_groups
 from dyads.tuner.routing import auxiliary_loss, find_routing
 
-__all__ = ["LogCallback", "TaskTrainer", "label_loss", "last_checkpoint", "seconds_until"]
+__all__ = ["LogCallback", "TaskTrainer", "label_loss", "last_checkpoint", "seconds_until", "step_of"]
 
 
 class TaskTrainer(Trainer):  # type: ignore[misc]
@@ -212,18 +212,19 @@ class LogCallback(TrainerCallback):  # type: ignore[misc]
 
 def last_checkpoint(folder: RunFolder) -> str | None:
     """The latest complete checkpoint; the Trainer writes trainer_state.json last."""
-    complete = {_step_of(p.parent): p.parent for p in folder.checkpoints.glob("checkpoint-*/trainer_state.json")}
+    complete = {step_of(p.parent): p.parent for p in folder.checkpoints.glob("checkpoint-*/trainer_state.json")}
     return str(complete[max(complete)]) if complete else None
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def step_of(checkpoint: str | Path) -> int:
+    """The step of a checkpoint, from its folder's name."""
+    return int(Path(checkpoint).name.rpartition("-")[2])
 
 
 def seconds_until(checkpoint: str | None, folder: RunFolder) -> float:
     """Seconds of training up to a checkpoint, from the log; 0 without one. Later steps are trained and timed again."""
     if checkpoint is None:
         return 0.0
-    until = _step_of(Path(checkpoint))
+    until = step_of(checkpoint)
     logged = [line["seconds"] for line in folder.log() if "seconds" in line and line.get("step", until + 1) <= until]
     return float(logged[-1]) if logged else 0.0

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Screens of real processes: a training in a terminal, in a log, interrupted, and in a terminal without UTF-8."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import shlex
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from dyads.cli import main
+from dyads.recipe.spec import Recipe
+from dyads.runs.folder import RunFolder
+
+DYADS = [sys.executable, "-m", "dyads.cli"]
+
+
+@pytest.fixture
+def recipe(tiny: Callable[..., Recipe], tmp_path: Path) -> Path:
+    """A recipe of a few moments, with a long name and many options."""
+    path = tmp_path / "recipe.yaml"
+    made = tiny("mode", train={"steps": 12, "save_steps": 5, "logging_steps": 4})
+    path.write_text(made.resolved_yaml(), encoding="utf-8")
+    return path
+
+
+def in_terminal(command: list[str], cwd: Path, columns: int = 80) -> tuple[int, str]:
+    """The exit code of a process in a terminal of this width, and everything that it drew."""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.chdir(cwd)
+        os.environ.pop("COLUMNS", None)
+        os.environ["TERM"] = "xterm"
+        os.execv(command[0], command)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    drawn, ends = b"", time.monotonic() + 120
+    while time.monotonic() < ends:
+        if select.select([terminal], [], [], 1)[0]:
+            try:
+                part = os.read(terminal, 65536)
+            except OSError:  # the process has closed its side
+                break
+            if not part:
+                break
+            drawn += part
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), drawn.decode("utf-8")
+
+
+def lines_of(drawn: str) -> list[str]:
+    """The lines as they were drawn, each version of a rewritten line by itself, without colours."""
+    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn))
+
+
+def test_a_training_in_a_terminal_fits_80_columns(recipe: Path, tmp_path: Path) -> None:
+    code, drawn = in_terminal([*DYADS, "train", "recipe.yaml", "--out", "run"], tmp_path)
+    lines = lines_of(drawn)
+    assert code == 0, drawn
+    ours = [line for line in lines if not line.startswith("[transformers]")]
+    assert max(map(len, ours)) <= 80
+    starts = [line.split()[0] for line in ours if line.startswith("  ") and not line.startswith("    ")]
+    assert starts[:7] == ["model", "method", "trains", "tasks", "steps", "log", "expect"]
+    trained = [line for line in ours if line.startswith("training")]
+    assert re.search(r"^training \S+ +12/12 loss \d\.\d+ · [\d,]+ tokens/s · took 0:\d\d$", trained[-1])
+    assert re.search(r"^answering \S+ 12/12 [\d,]+ instances/s · took", next(x for x in reversed(ours) if "took" in x))
+    assert [line for line in ours if line][-2:] == [
+        next(x for x in ours if x.startswith("run: micro")),
+        "next: dyads compare run OTHER…",
+    ]
+    assert "{'loss'" not in drawn
+
+
+def test_an_interrupted_training_names_the_command_that_continues_it(recipe: Path, tmp_path: Path) -> None:
+    command = [*DYADS, "train", "recipe.yaml", "--set", "train.steps=4000", "--out", "my run"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        checkpoint = tmp_path / "my run" / "checkpoints" / "checkpoint-5" / "trainer_state.json"
+        ends = time.monotonic() + 60
+        while not checkpoint.exists() and process.poll() is None and time.monotonic() < ends:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, ""), err
+    *_, state, remedy, again = err.splitlines()
+    assert re.fullmatch(r"interrupted in the training; last checkpoint: step \d+ of 4,000", state)
+    assert remedy == "To continue:"
+    assert again == "  dyads train recipe.yaml --set train.steps=4000 --out 'my run' --resume"
+    assert "Traceback" not in err
+    assert "\x1b" not in err
+
+    seen: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        patch.setattr("dyads.training.train.train", lambda recipe, out, **how: seen.append(how) or RunFolder(out))
+        result = CliRunner().invoke(main, shlex.split(again)[1:], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert seen[0]["resume"] is True
+
+
+def test_json_has_one_object_per_line(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(main, ["train", "recipe.yaml", "--out", "run", "--json", "--no-evaluate"])
+    events = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [e["event"] for e in events] == ["start", "expect", "training", "training", "training", "trained"]
+    logged = next(line for line in RunFolder(tmp_path / "run").log() if "parameters" in line)
+    assert events[0]["parameters"] == logged["parameters"]
+    assert [e["done"] for e in events if e["event"] == "training"] == [4, 8, 12]
+    assert events[-1] == {"event": "trained", "run": "run"}
+    quiet = CliRunner().invoke(main, ["train", "recipe.yaml", "--out", "other", "--quiet", "--no-evaluate"])
+    assert (quiet.exit_code, quiet.output) == (0, "")
+    both = CliRunner().invoke(main, ["train", "recipe.yaml", "--quiet", "--json"])
+    assert "give either --quiet or --json" in both.output
+
+
+def test_a_terminal_without_utf_8_shows_what_it_can(tmp_path: Path) -> None:
+    rows = ({"task": "naïve", "input": f"中{i}", "output": "a → b"} for i in range(3))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    command = [*DYADS, "tasks", "--family", "files", "--path", "rows.jsonl", "--show", "naïve"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "train, rows.jsonl:" in done.stdout.decode("cp1252")
+    assert re.search(r"\\u4e2d\d\na -> b", done.stdout.decode("cp1252"))
