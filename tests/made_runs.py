@@ -245,7 +245,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "mode": {"name": "mode", "r": 4, "num_experts": 3},
     "molora": {"name": "molora", "r": 2, "num_experts": 3},
     "molora-sd": {"name": "molora", "r": 4, "num_experts": 3, "shared_down": True},
-    "more": {"name": "more", "r": 4},
+    "more": {"name": "more", "r": 4, "preset": "paper", "lora_alpha": 4, "lora_dropout": 0.0},  # with its loss
 }
 
 

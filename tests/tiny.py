@@ -31,9 +31,10 @@ TASKS = ("rte", "cola", "sst2")
 SMALL: dict[str, dict[str, Any]] = {
     "hydralora": {"lora_dropout": 0.0},
     "moelora": {"num_experts": 2, "task_dim": 5},
-    "more": {"contrastive": 0.0},  # what the loss adds is tested in tuner/test_auxiliary_losses.py
+    # The paper's form, without its loss, which is tested in tuner/test_auxiliary_losses.py.
+    "more": {"selector": "straight_through", "linear_scaling": "ranks", "task_dim": None, "embedding_init": "normal"},
     "smora": {"top_k": 2},
-    "task_mode": {"contrastive": 0.0},  # as for more
+    "task_mode": {"task_dim": 5},
 }
 
 
@@ -72,7 +73,7 @@ VARIANTS = [
     Variant("mode", (("score", "random"), ("select", "top_k"), ("top_k", 2))),
     Variant("molora", (("shared_down", True),)),
     Variant("task_mode", (("score", "h+task"),)),
-    Variant("more", (("task_dim", 5), ("lora_alpha", 8), ("linear_scaling", "none"))),
+    Variant("more", (("task_dim", 5), ("lora_alpha", 8), ("selector", "soft"), ("linear_scaling", "none"))),
     Variant("more", (("embedding", "shared"), ("task_dim", 5), ("selector", "soft"), ("linear_scaling", "update"))),
     Variant("more", (("embedding", "none"), ("selector", "subset"))),
     Variant("more", (("selector", "frozen_random"), ("linear_scaling", "update"))),
@@ -145,10 +146,8 @@ def tiny_layer(
 
 
 def task_of(config: DyadsConfig, *tasks: int | str) -> dict[str, Any]:
-    """`task=` for a method that looks at one, nothing for the others; a single task is for all rows."""
-    if config.task_names is None:
-        return {}
-    return {"task": tasks[0] if len(tasks) == 1 else list(tasks)}
+    """`task=` for a method that looks at one, nothing for the others."""
+    return {"task": list(tasks)} if config.task_names is not None else {}
 
 
 class MLP(nn.Module):

@@ -96,8 +96,8 @@ def ladder(
 
 
 TASK_EMBEDDING = {"num_tasks": TASKS, "task_dim": TASK_DIM}
-MORE = {**TASK_EMBEDDING, "linear_scaling": "none", "contrastive": 0.0}
-FREE = {"num_tasks": TASKS, "embedding": "none", "linear_scaling": "none"}
+MORE = {**TASK_EMBEDDING, "linear_scaling": "none", "contrastive": 0.0, "embedding_init": "normal"}
+FREE = {"num_tasks": TASKS, "embedding": "none", "embedding_init": "normal", "linear_scaling": "none"}
 LADDERS = {
     "lora": ladder("LoRA", "mode", (4, 8, 16)),
     "molora": ladder("MoLORA 4×", "molora", (1, 2, 4), 4),
@@ -110,21 +110,30 @@ LADDERS = {
     "more_subset": ladder("MoRE subset", "more", (4, 8, 16), passes=0.5, selector="subset", **MORE),
     "mtl_lora": ladder("MTL-LoRA 4×", "mtl_lora", (2, 4, 8), 4, num_tasks=TASKS),
     # Forms that are looked at, but that no rule is to serve:
-    "more_default": ladder("MoRE default", "more", (4, 8, 16), num_tasks=TASKS),
-    "more_prefix": ladder("MoRE prefix", "more", (4, 8, 16), **MORE),
+    "more_paper": ladder("MoRE paper", "more", (4, 8, 16), num_tasks=TASKS, preset="paper"),
+    "more_prefix": ladder("MoRE prefix", "more", (4, 8, 16), selector="straight_through", **MORE),
     "more_soft_kaiming": ladder(
-        "MoRE soft Kaiming", "more", (4, 8, 16), passes=0.5, selector="soft", embedding_init="kaiming", **MORE
+        "MoRE soft Kaiming", "more", (4, 8, 16), passes=0.5, selector="soft", **{**MORE, "embedding_init": "kaiming"}
     ),
     "more_subset_kaiming": ladder(
-        "MoRE subset Kaiming", "more", (4, 8, 16), passes=0.5, selector="subset", embedding_init="kaiming", **MORE
+        "MoRE subset Kaiming",
+        "more",
+        (4, 8, 16),
+        passes=0.5,
+        selector="subset",
+        **{**MORE, "embedding_init": "kaiming"},
     ),
     "more_soft_free": ladder("MoRE soft free", "more", (4, 8, 16), passes=0.5, selector="soft", **FREE),
     "more_subset_free": ladder("MoRE subset free", "more", (4, 8, 16), passes=0.5, selector="subset", **FREE),
     "more_soft_contrastive": ladder(
         "MoRE soft contrastive", "more", (4, 8, 16), passes=0.5, selector="soft", **{**MORE, "contrastive": 0.1}
     ),
-    "task_mode_contrastive": ladder("TaskMoDE contrastive 4×", "task_mode", (1, 2, 4), 4, **TASK_EMBEDDING),
-    "task_mode_wide": ladder("TaskMoDE wide 4×", "task_mode", (1, 2, 4), 4, contrastive=0.0, num_tasks=TASKS),
+    "task_mode_contrastive": ladder(
+        "TaskMoDE contrastive 4×", "task_mode", (1, 2, 4), 4, contrastive=0.1, **TASK_EMBEDDING
+    ),
+    "task_mode_wide": ladder(
+        "TaskMoDE wide 4×", "task_mode", (1, 2, 4), 4, contrastive=0.0, num_tasks=TASKS, task_dim=None
+    ),
     "task_mode_alone": ladder(
         "TaskMoDE task alone 4×", "task_mode", (1, 2, 4), 4, contrastive=0.0, score="task", **TASK_EMBEDDING
     ),

@@ -461,7 +461,7 @@ def test_methods_lists_every_method_with_its_own_options() -> None:
     shared = invoke("methods", "mode")
     assert "lora_dropout = 0.0" in shared.output
     assert shared.output.count("init_std = ") == 1
-    assert "init_std = 0.01\n" in shared.output
+    assert "init_std = null\n" in shared.output
     assert "Rows of the shared A" in shared.output
     assert max(map(len, (result.output + shared.output).splitlines())) <= 80
     assert "unknown method 'moed' – did you mean" in invoke("methods", "moed").output

@@ -22,7 +22,7 @@ METHODS = [Variant(m.key) for m in methods()]
         ({"r": True}, r"r must be a whole number, 1 or more, got True"),
         ({"lora_dropout": "0.1"}, r"lora_dropout must be a number, got '0.1'"),
         ({"lora_alpha": "abc"}, r"lora_alpha must be a number, got 'abc'"),
-        ({"lora_alpha": 0}, r"lora_alpha must be above 0 \(leave it out for scale 1\), got 0"),
+        ({"lora_alpha": 0}, r"lora_alpha must be above 0 \(None is scale 1\), got 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout must be at least 0 and below 1, got 1.0"),
         ({"init_std": -1.0}, r"init_std must be above 0 .*got -1.0"),
         ({"target_modules": ".*q", "layers_to_transform": [1]}, r"layers_to_transform cannot be used with a regular"),
@@ -69,8 +69,8 @@ def test_methods_refuse_contradictions(make: Any, message: str) -> None:
         make()
 
 
-def test_the_baseline_has_scale_one_too() -> None:
-    assert build_config("lora", {"r": 34}).lora_alpha == 34
+def test_the_baseline_has_our_alpha() -> None:
+    assert build_config("lora", {"r": 34}).lora_alpha == MoDEConfig(r=34).lora_alpha == 16
     assert build_config("lora", {"r": 34, "lora_alpha": 8}).lora_alpha == 8
 
 

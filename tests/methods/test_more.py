@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from dyads.errors import ConfigError
-from dyads.methods import MoREConfig
+from dyads.methods import MoDEConfig, MoREConfig
 from dyads.methods.contrastive import contrastive_loss
 from dyads.methods.more import EMBEDDINGS, SCALINGS, SELECTORS, MoRE
 from dyads.ops import dyadic
@@ -26,7 +26,7 @@ def core(d: int = 6, *, std: float | None = 1.0, **options: Any) -> MoRE:
     """One layer's core in float64, with scores far enough apart that tasks differ."""
     if options.get("embedding") == "shared":
         options = {"task_dim": 5, **options}
-    made = MoREConfig(**{"r": 4, "tasks": list(TASKS), "contrastive": 0.0, **options}).core(d).double()
+    made = MoREConfig.paper(**{"r": 4, "tasks": list(TASKS), "contrastive": 0.0, **options}).core(d).double()
     made.reset_parameters()
     if std is not None:
         for parameter in made.parameters():
@@ -40,7 +40,7 @@ def scores(made: MoRE) -> Tensor:
         return made.fixed_choice
     if made.embeds == "none":
         return made.logits
-    return made.embedding @ made.gate_weight.T + made.gate_bias
+    return made.embedding @ made.gate.weight.T + made.gate.bias
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,8 @@ def test_scaling_of_the_update_is_k_over_the_number_of_tasks_and_can_exceed_one(
     gates, ranks = made.task_scores(torch.arange(3)), made.ranks()
     assert_close(gates.amax(-1), (ranks / 3).double())
     with torch.no_grad():
-        made.gate_weight.zero_()
-        made.gate_bias.copy_(torch.eye(4)[3])
+        made.gate.weight.zero_()
+        made.gate.bias.copy_(torch.eye(4)[3])
     assert_close(made.task_scores(torch.tensor([0])), torch.full((1, 4), 4 / 3).double())
 
 
@@ -103,8 +103,8 @@ def test_the_tasks_loss_trains_what_chooses_the_ranks(embedding: str, selector: 
     assert table.grad[1].abs().max() == 0  # no sample of this task was there
     assert table.grad[2].abs().max() > 0
     if embedding != "none":
-        assert made.gate_weight.grad.abs().max() > 0
-        assert made.gate_bias.grad.abs().max() > 0
+        assert made.gate.weight.grad.abs().max() > 0
+        assert made.gate.bias.grad.abs().max() > 0
 
 
 def test_frozen_random_ranks_are_a_random_gates_and_nothing_trains_them() -> None:
@@ -186,7 +186,7 @@ def test_one_table_serves_two_layers_of_different_width() -> None:
 
 def test_parameters_of_a_layer_are_the_papers() -> None:
     def count(**options: Any) -> int:
-        made = MoREConfig(**{"r": 8, "num_tasks": 8, **options}).core(768)
+        made = MoREConfig.paper(**{"r": 8, "num_tasks": 8, **options}).core(768)
         return sum(p.numel() for p in made.parameters())
 
     assert count() == 8 * 768 + 8 * 768 + 8  # embeddings, gate, its bias
@@ -203,9 +203,9 @@ def test_parameters_of_a_layer_are_the_papers() -> None:
             {"embedding": "layers"},
             r"embedding must be one of layer, shared, none – did you mean 'layer'\?, got 'layers'",
         ),
-        ({"embedding_init": "zeros"}, r"embedding_init must be one of normal, kaiming.*got 'zeros'"),
+        ({"embedding_init": "zeros"}, r"embedding_init must be one of kaiming, normal.*got 'zeros'"),
         ({"linear_scaling": "rank"}, r"linear_scaling must be one of none, update, ranks – did you mean 'ranks'\?"),
-        ({"selector": "softmax"}, r"selector must be one of straight_through, soft, subset, frozen_random.*'softmax'"),
+        ({"selector": "softmax"}, r"selector must be one of soft, straight_through, subset, frozen_random.*'softmax'"),
         ({"contrastive": -0.1}, r"contrastive must not be negative \(0 leaves the loss out\), got -0.1"),
         ({"contrastive": "0.1"}, r"contrastive must be a number, got '0.1'"),
         ({"contrastive_temperature": 0}, r"contrastive_temperature must be above 0, got 0"),
@@ -215,10 +215,9 @@ def test_parameters_of_a_layer_are_the_papers() -> None:
             r"contrastive compares samples with embeddings, and with embedding:",
         ),
         (
-            {"embedding": "none", "task_dim": 4},
-            r"task_dim is the dimension of embeddings, and embedding: none has none",
+            {"embedding": "shared", "task_dim": None},
+            r"task_dim must be set with embedding: shared, as layers differ in their input",
         ),
-        ({"embedding": "shared"}, r"task_dim must be set with embedding: shared, as layers differ in their input"),
     ],
 )
 def test_contradictions_are_refused(options: dict[str, Any], message: str) -> None:
@@ -226,9 +225,17 @@ def test_contradictions_are_refused(options: dict[str, Any], message: str) -> No
         MoREConfig(num_tasks=2, **options)
 
 
-def test_defaults_are_the_whole_method_and_every_ablation_is_one_switch() -> None:
-    config = MoREConfig(num_tasks=2)
+def test_by_default_a_soft_gate_without_scaling_has_twice_loras_alpha() -> None:
+    config = MoREConfig(r=8, num_tasks=2)
+    assert (config.embedding, config.embedding_init, config.task_dim) == ("layer", "kaiming", 16)
+    assert (config.selector, config.linear_scaling, config.contrastive) == ("soft", "none", 0.0)
+    assert config.scaling == 2 * MoDEConfig(r=8).scaling == 4.0
+
+
+def test_the_papers_form_is_a_preset_and_every_ablation_is_one_switch() -> None:
+    config = MoREConfig.paper(num_tasks=2)
     assert (config.embedding, config.embedding_init, config.linear_scaling) == ("layer", "normal", "ranks")
+    assert (config.lora_alpha, config.lora_dropout, config.task_dim) == (32, 0.1, None)
     assert (config.selector, config.contrastive, config.contrastive_temperature) == ("straight_through", 0.1, 0.05)
     assert config.contrastive_pool == "mean"
     for ablation in (
@@ -239,5 +246,5 @@ def test_defaults_are_the_whole_method_and_every_ablation_is_one_switch() -> Non
         {"selector": "subset"},
         {"selector": "frozen_random"},
     ):
-        MoREConfig(num_tasks=2, **ablation).core(6)  # type: ignore[arg-type]
-    assert MoREConfig(num_tasks=2, embedding="none").contrastive == 0
+        MoREConfig.paper(num_tasks=2, **ablation).core(6)
+    assert MoREConfig.paper(num_tasks=2, embedding="none").contrastive == 0

@@ -231,7 +231,8 @@ def test_poly_and_mhr_agree_with_pefts_given_the_same_weights(splits: int) -> No
         "default",
         PeftPolyConfig(r=r, n_tasks=3, n_skills=skills, n_splits=splits, init_weights=False),
     ).eval()
-    config = PolyConfig(r=r, num_experts=skills, num_splits=splits, tasks=list(TASKS), target_modules=["0"])
+    options = {"num_experts": skills, "num_splits": splits, "tasks": list(TASKS), "target_modules": ["0"]}
+    config = PolyConfig.paper(r=r, **options)
     model = get_peft_model(nn.Sequential(nn.Linear(d, o, bias=False)), config).eval()
     (layer,) = (m for m in model.modules() if isinstance(m, DyadsLinear))
     with torch.no_grad():

@@ -243,10 +243,11 @@ def test_contrastive_loss_is_mores_on_the_embeddings_of_task_mode(task_dim: int 
     h = h @ core.projection.T if task_dim else h
     assert_close(loss, 0.3 * contrastive_loss(h, core.embedding, task, 0.05))
     assert torch.autograd.grad(loss, core.embedding)[0].abs().max() > 0
-    assert TaskMoDEConfig(num_tasks=2).contrastive == 0.1
-    both = core_of(TaskMoDEConfig(r=4, num_experts=3, num_tasks=3, contrastive=0.3, load_balance=0.2))
+    assert TaskMoDEConfig(num_tasks=2).contrastive == 0.0
+    assert TaskMoDEConfig.paper(num_tasks=2).contrastive == 0.1
+    both = core_of(TaskMoDEConfig(r=4, num_experts=3, num_tasks=3, task_dim=None, contrastive=0.3, load_balance=0.2))
     parts = [
-        core_of(TaskMoDEConfig(r=4, num_experts=3, num_tasks=3, contrastive=c, load_balance=b))
+        core_of(TaskMoDEConfig(r=4, num_experts=3, num_tasks=3, task_dim=None, contrastive=c, load_balance=b))
         for c, b in ((0.3, 0), (0, 0.2))
     ]
     assert_close(both.auxiliary_loss(x, task, mask), sum(c.auxiliary_loss(x, task, mask) for c in parts))

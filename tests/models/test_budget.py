@@ -101,7 +101,7 @@ T5_TARGETS = ["q", "k", "v", "o", "wi", "wo"]
 
 def test_the_size_of_more_on_t5_base(t5_base: str) -> None:
     tasks = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
-    more = count(t5_base, "more", {"r": 8, "target_modules": T5_TARGETS}, tasks)
+    more = count(t5_base, "more", {"preset": "paper", "r": 8, "target_modules": T5_TARGETS}, tasks)
     lora = count(t5_base, "lora", {"r": 8, "target_modules": T5_TARGETS})
     assert more.trainable == 6_489_600
     assert lora.trainable == 3_244_032

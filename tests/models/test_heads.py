@@ -77,7 +77,7 @@ def trained(
 
     def copy(method: str) -> RunFolder:
         if method not in kept:
-            recipe = make(method, train={"steps": 80, "learning_rate": 0.03, "validation_limit": 3})
+            recipe = make(method, train={"steps": 80, "learning_rate": 0.02, "validation_limit": 3})
             kept[method] = train(recipe, tmp_path_factory.mktemp("runs") / method)
         shutil.copytree(kept[method].path, tmp_path / method)
         return RunFolder.open(tmp_path / method)

@@ -153,7 +153,7 @@ def test_decoding_in_progress_sees_the_new_row() -> None:
 
 
 def test_a_sample_is_most_like_the_task_whose_embedding_points_its_way() -> None:
-    config = MoREConfig(tasks=list(TASKS), target_modules=["q_proj"], init_weights=False)
+    config = MoREConfig.paper(tasks=list(TASKS), target_modules=["q_proj"], init_weights=False)
     model = get_peft_model(tiny_model("llama"), config).eval()
     inputs = batch("llama", rows=2)
     seen: list[Tensor] = []
@@ -174,7 +174,8 @@ def test_a_sample_is_most_like_the_task_whose_embedding_points_its_way() -> None
 
 
 def test_padding_does_not_count_in_the_similarity() -> None:
-    model = get_peft_model(tiny_model("bert"), TaskMoDEConfig(tasks=list(TASKS), target_modules=TARGETS["bert"]))
+    config = TaskMoDEConfig(tasks=list(TASKS), target_modules=TARGETS["bert"], contrastive=0.1)
+    model = get_peft_model(tiny_model("bert"), config)
     short = batch("bert", rows=2, width=4)
     padded = {k: torch.cat([v, torch.zeros(2, 3, dtype=v.dtype)], 1) for k, v in short.items()}
     assert_close(similarity_to_tasks(model, padded, "rte"), similarity_to_tasks(model, short, "rte"))

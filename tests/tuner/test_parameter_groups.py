@@ -50,7 +50,7 @@ def test_every_trainable_parameter_is_in_one_group(variant: Variant) -> None:
 
 
 def test_roles_have_the_rates_they_are_given() -> None:
-    config = TaskMoDEConfig(r=2, num_experts=3, task_dim=4, tasks=list(TASKS), target_modules=TARGETS)
+    config = TaskMoDEConfig(r=2, num_experts=3, task_dim=4, contrastive=0.1, tasks=list(TASKS), target_modules=TARGETS)
     model = adapted(config)
     groups = dyads.parameter_groups(model, 2e-3, rates={"A": 0.5, "router": 0.25, "embedding": 4}, weight_decay=0.1)
     assert [(g["name"], g["lr"], g["weight_decay"]) for g in groups] == [
@@ -70,7 +70,7 @@ def test_roles_have_the_rates_they_are_given() -> None:
 
 def test_parameters_without_weight_decay_have_a_group_of_their_own() -> None:
     model = adapted(MoREConfig(r=4, tasks=list(TASKS), contrastive=0.0, target_modules=TARGETS))
-    biases = [name for name, p in model.named_parameters() if name.endswith("gate_bias") and p.requires_grad]
+    biases = [name for name, p in model.named_parameters() if name.endswith("gate.bias") and p.requires_grad]
     groups = dyads.parameter_groups(model, 1e-3, weight_decay=0.1, no_decay=biases)
     undecayed = [g for g in groups if g["weight_decay"] == 0.0]
     assert [(g["name"], len(g["params"])) for g in undecayed] == [("router", len(biases))]

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-LORA = "PEFT's LoRA, the baseline; its scale is 1 unless lora_alpha is set"
+LORA = "PEFT's LoRA, the baseline; its lora_alpha is 16 unless set"
 
 
 @click.command(

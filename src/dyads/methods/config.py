@@ -56,7 +56,7 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
 
     r: int = dataclasses.field(default=8, metadata={"help": "The rank."})
     lora_alpha: float | None = dataclasses.field(
-        default=None, metadata={"help": "The update is scaled by lora_alpha / r. Not set: the scale is 1."}
+        default=16, metadata={"help": "The update is scaled by lora_alpha / r. None: the scale is 1."}
     )
     lora_dropout: float = dataclasses.field(
         default=0.0, metadata={"help": "Dropout on the input of A, in [0, 1). Routers read the input without dropout."}
@@ -96,9 +96,7 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             self.require(number or (value is None and name != "lora_dropout"), name, "must be a number")
-        self.require(
-            self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", "must be above 0 (leave it out for scale 1)"
-        )
+        self.require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", "must be above 0 (None is scale 1)")
         self.require(0 <= self.lora_dropout < 1, "lora_dropout", "must be at least 0 and below 1")
         self.require(
             self.init_std is None or self.init_std > 0, "init_std", "must be above 0 (leave it out for LoRA's)"
@@ -145,7 +143,7 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
 
     @property
     def scaling(self) -> float:
-        """lora_alpha / r, or 1 where lora_alpha is not set (the MoDE paper has no scale)."""
+        """lora_alpha / r, or 1 where lora_alpha is None (the MoDE paper has no scale)."""
         return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
 
     @property

@@ -8,10 +8,11 @@ num_experts up-vectors per rank. group_size 1 is MoDE proper (one router per ran
 expert is LoRA of rank r: then there is nothing to choose, no router is made, and the adapter merges exactly.
 
 Ours ↔ theirs: num_experts ↔ m, group_size ↔ p, d ↔ P, o ↔ Q. Columns of B are ordered rank by rank, then by expert.
-We differ: lora_alpha / r scaling is ours (the paper has none: leave lora_alpha out to match). On average gates start
-at 1/m, so every expert gets 1/m of the signal; lora_alpha = r · num_experts undoes it. The paper does
-not say how routers start; ours draw N(0, 0.02²), as the public code of MoLORA does. All-equal routers would keep the
-experts of a rank equal for ever: the same gates on the same zero columns of B get the same gradients.
+We differ: the paper has no scale, and A ~ N(0, 0.01²); by default ours has lora_alpha / r with one lora_alpha for all
+methods, and LoRA's start of A, under which one learning rate suits all methods (LOG.md, 2026-11-28). `preset: paper` is
+the paper's. The paper does not say how routers start; ours draw N(0, 0.02²), as the public code of MoLORA does.
+All-equal routers would keep the experts of a rank equal for ever: the same gates on the same zero columns of B get the
+same gradients.
 
 Its *combine* stage is group_size. *Score* and *select* are the paper's linear score of the token and softmax, unless
 `score` and `select` say otherwise (stages.py); the paper names top-k routing as future work.
@@ -41,9 +42,6 @@ class MoDEConfig(StagedConfig):
     )
     num_experts: int = field(default=4, metadata={"help": "Experts per rank (the paper's m). 1 is LoRA."})
     group_size: int = field(default=1, metadata={"help": "Ranks that share a router (the paper's p); divides r."})
-    init_std: float | None = field(
-        default=0.01, metadata={"help": "Standard deviation of A at the start. None: Kaiming-uniform, as LoRA."}
-    )
     router_std: float = field(default=0.02, metadata={"help": "Standard deviation of the routers at the start."})
 
     PAPER: ClassVar[dict[str, Any]] = {"init_std": 0.01}

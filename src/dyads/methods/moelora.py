@@ -8,7 +8,9 @@ rank r / num_experts and a score of the task's embedding alone; a LoRA of the sa
 and B.
 
 Ours ↔ theirs: num_experts ↔ N (expert_num), task_dim ↔ task_embedding_dim (64), embedding ↔ E, task_router ↔ W_T.
-We differ: their table has a row more than there are tasks, which no task uses.
+We differ: a token passes through r / num_experts ranks, not r, so lora_alpha is 16 · 8 by default where LoRA's is 16,
+and A starts as LoRA's; `preset: paper` has scale 1 and A ~ N(0, 0.01²). Their table has a row more than there are
+tasks, which no task uses.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ class MOELoRAConfig(TaskConditioned):
     r: int = field(default=16, metadata={"help": "Rank of all experts together; num_experts divides it."})
     num_experts: int = field(default=8, metadata={"help": "Experts, each of rank r / num_experts. 1 is LoRA."})
     task_dim: int = field(default=64, metadata={"help": "Dimension of a task's embedding."})
-    init_std: float | None = field(
-        default=0.01, metadata={"help": "Standard deviation of A at the start. None: Kaiming-uniform, as LoRA."}
+    lora_alpha: float | None = field(
+        default=128,
+        metadata={"help": "The update is scaled by lora_alpha / r; 16 for each of 8 experts. None: the scale is 1."},
     )
 
     PAPER: ClassVar[dict[str, Any]] = {"init_std": 0.01}

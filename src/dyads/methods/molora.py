@@ -7,9 +7,10 @@
 Dense token-level routing, one weight per expert, unless `score` and `select` say otherwise (stages.py).
 
 Ours ↔ the MoDE paper: num_experts ↔ m, d ↔ P, o ↔ Q.
-We differ: the public code of MoLORA adds a router bias and scales by alpha / r = 16 / 4; the MoDE paper's equations and
-parameter counts have neither, and neither do we (lora_alpha is there to set). With one expert there is nothing to
-choose: no router is made, and both are LoRA.
+We differ: the public code of MoLORA adds a router bias, which the MoDE paper's equations and parameter counts leave
+out, as we do. It scales by alpha / r = 16 / 4 and draws A ~ N(0, 0.02²); ours has lora_alpha 16 too, and LoRA's start
+of A. `preset: paper` has scale 1, as the MoDE paper's equations, and the public code's start. With one expert there is
+nothing to choose: no router is made, and both are LoRA.
 """
 
 from __future__ import annotations
@@ -36,9 +37,6 @@ class MoLoRAConfig(StagedConfig):
     r: int = field(default=8, metadata={"help": "Rank of each expert."})
     num_experts: int = field(default=4, metadata={"help": "Experts, each of rank r (the paper's m). 1 is LoRA."})
     shared_down: bool = field(default=False, metadata={"help": "One A for all experts: MoLORA-SD, HydraLoRA."})
-    init_std: float | None = field(
-        default=0.02, metadata={"help": "Standard deviation of A at the start. None: Kaiming-uniform, as LoRA."}
-    )
     router_std: float = field(default=0.02, metadata={"help": "Standard deviation of the router at the start."})
 
     PAPER: ClassVar[dict[str, Any]] = {"init_std": 0.02}

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoRE – mixture of low-rank experts (Findings of ACL 2025, arXiv 2505.22694).
 
-    delta_t(x) = Σ_{i ≤ k_t} c_i (a_i · x) b_i        k_t = argmax softmax(W_g e_t + b_g)
-    loss       = the task's + λ · contrastive loss between the layers' inputs and the tasks' embeddings (contrastive.py)
+    paper:    delta_t(x) = Σ_{i ≤ k_t} c_i (a_i · x) b_i        k_t = argmax p_t        p_t = softmax(W_g e_t + b_g)
+              loss       = the task's + λ · contrastive loss between layers' inputs and embeddings (contrastive.py)
+    default:  delta_t(x) = α/r · Σ_i P(k ≥ i) (a_i · x) b_i     k ~ p_t
 
 The ranks of one LoRA are nested experts: expert k is the first k ranks. A gate on the task's learned embedding e_t
-picks k_t for every task and layer; it is trained straight-through. c_i is the linear scaling, which holds back the low
-ranks that many tasks share. For a named task it merges exactly. At full rank and without scaling this is LoRA.
+picks k_t for every task and layer. For a named task it merges exactly. At full rank and without scaling this is LoRA.
+
+`preset: paper` picks one k_t, trained straight-through, with the linear scaling c_i, which holds back the low ranks
+that many tasks share, and with the contrastive loss. By default the gate is soft, the expectation of that sum over
+k ~ p_t, without c_i and λ: at the paper's settings the method learns less than LoRA at every learning rate, because c_i
+leaves the first of 16 ranks 1/256 (LOG.md, 2026-11-28). Gates are ½ on average, so lora_alpha is twice LoRA's.
 
 Every part is a switch: `embedding` (a table per layer, one for all layers, or none), `embedding_init`, `task_dim`,
 `linear_scaling`, `selector` and `contrastive`. The paper's ablations are one switch each.
@@ -17,7 +22,7 @@ gate first picked, the gate gets no gradient, and the embeddings get none from t
 `selector="frozen_random"` is what the public code trains. Its contrastive loss takes a sample's first token, which in a
 decoder has seen nothing of the sample, and leaves the decoder out; ours takes the mean of the real tokens, in all
 adapted layers. The paper's linear scaling, k_t/|T| on the update, grows beyond 1 where there are more ranks than tasks;
-the default is the public code's, which stays at most 1.
+`linear_scaling="ranks"` is the public code's, which stays at most 1.
 """
 
 from __future__ import annotations
@@ -25,10 +30,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyads.errors import did_you_mean
@@ -44,9 +48,9 @@ if TYPE_CHECKING:
 __all__ = ["MoRE", "MoREConfig"]
 
 EMBEDDINGS = ("layer", "shared", "none")
-INITS = ("normal", "kaiming")
+INITS = ("kaiming", "normal")
 SCALINGS = ("none", "update", "ranks")
-SELECTORS = ("straight_through", "soft", "subset", "frozen_random")
+SELECTORS = ("soft", "straight_through", "subset", "frozen_random")
 
 
 @register("more", "mixture of low-rank experts: a gate on the task's embedding picks how many ranks it uses")
@@ -55,6 +59,10 @@ class MoREConfig(TaskConditioned):
     """Config of MoRE. Name the tasks, or say how many there are."""
 
     r: int = field(default=8, metadata={"help": "Largest rank that a task can use."})
+    lora_alpha: float | None = field(
+        default=32,
+        metadata={"help": "The update is scaled by lora_alpha / r; twice LoRA's, as gates are ½ on average."},
+    )
     embedding: str = field(
         default="layer",
         metadata={
@@ -63,13 +71,14 @@ class MoREConfig(TaskConditioned):
         },
     )
     task_dim: int | None = field(
-        default=None, metadata={"help": "Dimension of a task's embedding. Not set: the layer's input dimension."}
+        default=16,
+        metadata={"help": "Dimension of a task's embedding, where there are any. None: the layer's input dimension."},
     )
     embedding_init: str = field(
-        default="normal", metadata={"help": "Embeddings at the start: normal, N(0, 0.01²), or kaiming (uniform)."}
+        default="kaiming", metadata={"help": "Embeddings at the start: normal, N(0, 0.01²), or kaiming (uniform)."}
     )
     linear_scaling: str = field(
-        default="ranks",
+        default="none",
         metadata={
             "help": "none, update (k/T on the update of a task with k ranks, of T tasks) or ranks (i/r on row i of A"
             " and column i of B)."
@@ -82,15 +91,14 @@ class MoREConfig(TaskConditioned):
         },
     )
     selector: str = field(
-        default="straight_through",
+        default="soft",
         metadata={
-            "help": "How scores become ranks: straight_through, soft (the expected prefix), subset (any ranks) or"
-            " frozen_random (what a random gate picks)."
+            "help": "How scores become ranks: soft (the expected prefix), straight_through (the paper's), subset (any"
+            " ranks) or frozen_random (what a random gate picks)."
         },
     )
-    contrastive: float | None = field(
-        default=None,
-        metadata={"help": "Weight of the contrastive loss; 0: none. Not set: 0.1, or 0 where there are no embeddings."},
+    contrastive: float = field(
+        default=0.0, metadata={"help": "Weight of the contrastive loss (the paper's is 0.1); 0: none."}
     )
     contrastive_temperature: float = field(
         default=0.05, metadata={"help": "Temperature of the contrastive loss. Small is sharp."}
@@ -107,8 +115,15 @@ class MoREConfig(TaskConditioned):
         "embedding_init": "normal",
         "linear_scaling": "ranks",
         "selector": "straight_through",
-        "contrastive": None,
+        "contrastive": 0.1,
     }
+
+    @classmethod
+    def paper_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        found = super().paper_options(options)
+        if options.get("embedding") == "none":
+            found["contrastive"] = 0.0  # there is nothing to compare samples with
+        return found
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,8 +137,6 @@ class MoREConfig(TaskConditioned):
             value = getattr(self, name)
             near = did_you_mean(str(value), known)
             self.require(value in known, name, f"must be one of {', '.join(known)}{near}")
-        if self.contrastive is None:
-            self.contrastive = 0.0 if self.embedding == "none" else 0.1
         for name in ("contrastive", "contrastive_temperature"):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -140,9 +153,6 @@ class MoREConfig(TaskConditioned):
             self.require(self.linear_scaling == "update", "scaled_tasks", "only counts with linear_scaling: update")
         if self.task_dim is not None:
             self.require_whole("task_dim")
-            self.require(
-                self.embedding != "none", "task_dim", "is the dimension of embeddings, and embedding: none has none"
-            )
         self.require(
             self.embedding != "shared" or self.task_dim is not None,
             "task_dim",
@@ -157,7 +167,6 @@ class MoREConfig(TaskConditioned):
 
     def core(self, d: int) -> MoRE:
         assert self.num_tasks is not None
-        assert self.contrastive is not None
         return MoRE(
             d,
             self.r,
@@ -219,8 +228,7 @@ class MoRE(Core):
         elif embedding == "none":
             self.logits = nn.Parameter(torch.empty(num_tasks, r))
         else:
-            self.gate_weight = nn.Parameter(torch.empty(r, self.task_dim))
-            self.gate_bias = nn.Parameter(torch.empty(r))
+            self.gate = nn.Linear(self.task_dim, r)
         needs_projection = contrastive > 0 and self.task_dim != d
         self.projection = nn.Parameter(torch.empty(self.task_dim, d)) if needs_projection else None
 
@@ -229,8 +237,8 @@ class MoRE(Core):
         for name in ("embedding", "logits"):
             if name in self._parameters:
                 self._start_embedding(getattr(self, name))
-        if hasattr(self, "gate_weight"):
-            self._start_gate(self.gate_weight, self.gate_bias)
+        if hasattr(self, "gate"):
+            self._start_gate(self.gate)
         if self.projection is not None:
             nn.init.kaiming_uniform_(self.projection, a=5**0.5)
         if self.selector == "frozen_random":
@@ -244,10 +252,9 @@ class MoRE(Core):
         else:
             nn.init.kaiming_uniform_(table, nonlinearity="relu")
 
-    def _start_gate(self, weight: Tensor, bias: Tensor) -> None:
-        with torch.no_grad():
-            bias.copy_(nn.Linear(self.task_dim, self.p).bias)
-        nn.init.kaiming_uniform_(weight, nonlinearity="relu")
+    def _start_gate(self, gate: nn.Linear) -> None:
+        gate.reset_parameters()
+        nn.init.kaiming_uniform_(gate.weight, nonlinearity="relu")
 
     def _random_scores(self) -> Tensor:
         """Scores of all tasks (T r) as they are before training; the embeddings are those there are, or drawn."""
@@ -259,9 +266,10 @@ class MoRE(Core):
         if table is None:
             table = torch.empty(self.num_tasks, self.task_dim)
             self._start_embedding(table)
-        weight, bias = table.new_empty(self.p, self.task_dim), table.new_empty(self.p)
-        self._start_gate(weight, bias)
-        return F.linear(table, weight, bias)
+        gate = nn.Linear(self.task_dim, self.p).to(table)
+        self._start_gate(gate)
+        scores: Tensor = gate(table)
+        return scores
 
     def share_with(self, first: Core) -> None:
         """With embedding: shared, this layer reads the table of the first one."""
@@ -273,7 +281,7 @@ class MoRE(Core):
     def table(self) -> Tensor:
         """The embeddings of the tasks (T task_dim): this layer's own, or those that all layers share."""
         owner: MoRE = self.__dict__.get("_first", self)
-        return self.embedding if owner is self else cast(Tensor, owner(owner.table))
+        return owner.embedding
 
     def scores(self, task: Tensor) -> Tensor:
         """W_g e_t + b_g of the given tasks (b) → (b r), in fp32 or wider; also inside autocast."""
@@ -281,8 +289,8 @@ class MoRE(Core):
             return self.fixed_choice[task].to(torch.promote_types(self.fixed_choice.dtype, torch.float32))
         if self.embeds == "none":
             return self.logits[task].to(torch.promote_types(self.logits.dtype, torch.float32))
-        scores = score_task(self.table()[task], self.gate_weight)
-        return scores + self.gate_bias.to(scores.dtype)
+        scores = score_task(self.table()[task], self.gate.weight)
+        return scores + self.gate.bias.to(scores.dtype)
 
     @torch.no_grad()
     def ranks(self) -> Tensor:

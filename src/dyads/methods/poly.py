@@ -2,7 +2,7 @@
 """Poly – Polytropon (Ponti et al., EACL 2023, arXiv 2202.13914), and MHR, its multi-head routing (Caccia et al.,
 NeurIPS 2023, arXiv 2211.03831).
 
-    delta_t(x) = 1/r · (Σ_i α_ti B_i) (Σ_i α_ti A_i) x        α_t = σ(Z_t) / Σ_i σ(Z_ti)
+    delta_t(x) = alpha/r · (Σ_i α_ti B_i) (Σ_i α_ti A_i) x        α_t = σ(Z_t) / Σ_i σ(Z_ti)
 
 A task mixes the skills' A and their B, each by itself, and then multiplies: the coefficients of all skills melt into r
 numbers before they spread again. So `mix` is not a gate per coefficient, and G = α α^T ⊗ I is full; it still is linear
@@ -11,8 +11,9 @@ MHR cuts the layer's inputs and outputs into num_splits parts, and every part ha
 
 Ours ↔ theirs: num_experts ↔ n_skills, num_splits ↔ n_splits, num_tasks ↔ n_tasks, logits ↔ module_logits (Z).
 Rows of A and columns of B are ordered part by part, then by skill, then by rank.
-We differ: PEFT draws α at random in training (a relaxed Bernoulli variable around σ(Z)); ours is σ(Z) always, as in the
-authors' later code, so a layer that is run again for gradient checkpointing gives the same. At inference both agree.
+We differ: lora_alpha is 16 by default, and 1 with `preset: paper`. PEFT draws α at random in training (a relaxed
+Bernoulli variable around σ(Z)); ours is σ(Z) always, as in the authors' later code, so a layer that is run again for
+gradient checkpointing gives the same. At inference both agree.
 """
 
 from __future__ import annotations
@@ -38,9 +39,6 @@ class PolyConfig(TaskConditioned):
     """Config of Poly and, with several splits, of MHR. Name the tasks, or say how many there are."""
 
     r: int = field(default=8, metadata={"help": "Rank of each skill."})
-    lora_alpha: float | None = field(
-        default=1, metadata={"help": "The update is scaled by lora_alpha / r: 1 / r as in PEFT's Poly."}
-    )
     num_experts: int = field(default=4, metadata={"help": "Skills. 1 is LoRA, with num_splits: 1."})
     num_splits: int = field(
         default=1, metadata={"help": "Parts of the layer's features, each with a mixture of its own (MHR)."}

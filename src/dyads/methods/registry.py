@@ -23,6 +23,7 @@ from typing import Any
 from peft import PeftConfig
 
 from dyads.errors import ConfigError, did_you_mean
+from dyads.methods.config import DyadsConfig
 
 __all__ = ["Method", "build_config", "method", "method_names", "methods", "register"]
 
@@ -91,9 +92,8 @@ def build_config(name: str, options: dict[str, Any], task_names: tuple[str, ...]
         if key not in fields:
             near = did_you_mean(key, sorted(fields - set(PeftConfig.__dataclass_fields__)))
             raise ConfigError(f"unknown option '{key}' of method '{name}'{near}")
-    if name == "lora" and "lora_alpha" not in options:
-        # PEFT's default alpha is 8 whatever the rank; ours is scale 1, and a fair baseline has the same.
-        options["lora_alpha"] = options.get("r", 8)
+    if name == "lora":
+        options.setdefault("lora_alpha", DyadsConfig.lora_alpha)  # PEFT's own is 8; a fair baseline has ours
     if preset is not None:
         if preset != "paper" or name == "lora":
             known = "is for the other methods: leave it out" if name == "lora" else "must be paper, or left out"

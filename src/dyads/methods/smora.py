@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dyads.errors import ConfigError
 from dyads.methods.config import DyadsConfig
 from dyads.methods.core import Core
 from dyads.methods.registry import register
@@ -39,7 +38,7 @@ class SMoRAConfig(DyadsConfig):
 
     r: int = field(default=64, metadata={"help": "Ranks, each an expert."})
     lora_alpha: float | None = field(
-        default=16, metadata={"help": "The update is scaled by lora_alpha / top_k. Not set: the scale is 1."}
+        default=16, metadata={"help": "The update is scaled by lora_alpha / top_k. None: the scale is 1."}
     )
     top_k: int = field(default=8, metadata={"help": "Ranks that a token uses."})
     bias_rate: float = field(default=1e-5, metadata={"help": "Step of the balance bias. 0: no balancing."})
@@ -115,13 +114,7 @@ class SMoRA(Core):
 
     def _counts(self) -> bool:
         """Whether this run of `select` is a forward pass of training, and not its repetition in backward."""
-        counts = self.training and not torch.compiler.is_compiling() and not in_backward()
-        if counts and "_is_replica" in self.__dict__ and self.bias_rate > 0:
-            raise ConfigError(
-                "smora cannot train in nn.DataParallel, whose replicas forget what they count after each forward pass:"
-                " use DistributedDataParallel, or set bias_rate: 0"
-            )
-        return counts
+        return self.training and not torch.compiler.is_compiling() and not in_backward()
 
     @torch.no_grad()
     def _move_bias(self) -> None:

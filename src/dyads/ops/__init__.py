@@ -11,7 +11,6 @@ from dyads.ops.operator import (
     fused,
     in_backward,
     plain,
-    require_present,
     without_autocast,
 )
 from dyads.ops.oracle import dyadic_sum
@@ -27,6 +26,5 @@ __all__ = [
     "fused",
     "in_backward",
     "plain",
-    "require_present",
     "without_autocast",
 ]
