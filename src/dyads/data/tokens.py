@@ -7,13 +7,16 @@
 
 Prompt and target are tokenised separately and concatenated, so that a prompt has the same tokens in training and in
 generation. Spaces at the end of a decoder's prompt move to the start of its target ("Output:" + " Paris"), because most
-tokenizers join a space to the next word; the text is unchanged.
+tokenizers join a space to the next word; the text is unchanged. Special tokens in a text are ordinary text
+(text_tokens.py). Examples with messages are rendered by the model's chat template (chat.py), and earlier answers of the
+assistant have labels too.
 
 Limits: if a prompt has shorter versions (fewer demonstrations), the first that fits is used. A prompt that is still too
 long loses its middle for a decoder, which needs the definition at the start and the cue at the end, and its end for an
 encoder-decoder, as in the official Super-NaturalInstructions scoring. The limit of a target includes eos; a longer
 target is cut and gets no eos, so that the model does not learn to stop in the middle of a sentence. Of a pair of texts
-for an encoder, the longer one loses its end.
+for an encoder, the longer one loses its end. A decoder with a number of positions leaves room for the answer: prompt
+and target together, and prompt and generated answer, have at most as many tokens.
 """
 
 from __future__ import annotations
@@ -22,16 +25,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dyads.errors import ConfigError
+from dyads.data.chat import IGNORED, TRANSCRIPT, ChatTemplate
+from dyads.data.text_tokens import TextTokenizer
+from dyads.errors import ConfigError, TaskError
 from dyads.tasks.task import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["IGNORED", "Encoded", "EncodedPair", "PairTokenizer", "PromptTokenizer", "encode"]
-
-IGNORED = -100
-"""The label of positions without loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,11 @@ class PromptTokenizer:
     """Tokenises prompts and targets within limits.
 
     A prompt has the special tokens that the tokenizer adds by default. For a decoder, those at the start (bos) are kept
-    and those at the end (eos, [SEP]) are left out, since the answer follows.
+    and those at the end (eos, [SEP]) are left out, since the answer follows. A decoder with a chat template reads the
+    messages of an example, whose special tokens are the template's.
+
+    `positions` is the number of tokens that a decoder can read and write together, or each side of an encoder-decoder;
+    `answer_tokens` of them (default: `max_target_tokens`), but at most half, are kept free for the answer.
     """
 
     def __init__(
@@ -78,6 +84,9 @@ class PromptTokenizer:
         max_prompt_tokens: int | None = None,
         max_target_tokens: int | None = None,
         encoder_decoder: bool = False,
+        chat_template: str | None = None,
+        positions: int | None = None,
+        answer_tokens: int | None = None,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ConfigError(
@@ -85,7 +94,9 @@ class PromptTokenizer:
                 f"set tokenizer.eos_token"
             )
         self.tokenizer, self.encoder_decoder = tokenizer, encoder_decoder
-        self.max_prompt_tokens, self.max_target_tokens = max_prompt_tokens, max_target_tokens
+        self.chat = ChatTemplate(tokenizer, chat_template) if chat_template and not encoder_decoder else None
+        self._transcript: ChatTemplate | None = None
+        self.text = self.chat.text if self.chat else TextTokenizer(tokenizer)
         self.eos = int(tokenizer.eos_token_id)
         self.start, self.end = _special_tokens(tokenizer)
         if not encoder_decoder:
@@ -97,11 +108,35 @@ class PromptTokenizer:
             )
         if max_target_tokens is not None and max_target_tokens < 1:
             raise ConfigError(f"max_target_tokens is {max_target_tokens}, a target needs at least 1")
+        self.positions = positions
+        if positions is not None:
+            answer = max_target_tokens if answer_tokens is None else answer_tokens
+            free = 0 if encoder_decoder else min(positions // 2, positions if answer is None else answer)
+            most = positions - free if max_prompt_tokens is None else min(positions - free, max_prompt_tokens)
+            max_prompt_tokens = most
+            max_target_tokens = _smaller(positions if encoder_decoder else positions - most, max_target_tokens)
+        self.max_prompt_tokens, self.max_target_tokens = max_prompt_tokens, max_target_tokens
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer: eos, and that of the chat template."""
+        return (self.eos,) if self.chat is None else tuple(dict.fromkeys((self.eos, self.chat.end)))
 
     def prompt(self, example: Example, limit: int | None = None) -> list[int]:
         """The tokens of the prompt, at most `limit` (default: `max_prompt_tokens`)."""
-        limit = self.max_prompt_tokens if limit is None else limit
+        return self._prompt(example, limit)[0]
+
+    def _prompt(self, example: Example, limit: int | None = None) -> tuple[list[int], list[int]]:
+        """(ids, labels) of the prompt: the labels of a conversation's earlier answers are their tokens."""
+        limit = _smaller(self.max_prompt_tokens, limit)
         room = None if limit is None else max(1, limit - len(self.start) - len(self.end))
+        if (chat := self._chat(example)) is not None:
+            start = [] if chat is self.chat else self.start
+            try:
+                ids, labels = chat.prompt(example.messages, limit if chat is self.chat else room)
+            except TaskError as error:
+                raise TaskError(f"example '{example.id}': {error}") from error
+            return start + ids, [IGNORED] * len(start) + labels
         for text in (example.prompt, *example.shorter):
             ids = self._ids(self._prompt_text(text))
             if room is None or len(ids) <= room:
@@ -109,7 +144,8 @@ class PromptTokenizer:
         if room is not None and len(ids) > room:
             tail = 0 if self.encoder_decoder else room // 2
             ids = ids[: room - tail] + ids[len(ids) - tail :]
-        return self.start + ids + self.end
+        ids = self.start + ids + self.end
+        return ids, [IGNORED] * len(ids)
 
     def target(self, example: Example) -> list[int]:
         """The tokens of the first reference, with eos unless they were cut."""
@@ -117,20 +153,24 @@ class PromptTokenizer:
 
     def choice(self, example: Example, answer: str) -> list[int]:
         """The tokens of one candidate answer with eos, never cut."""
+        if (chat := self._chat(example)) is not None:
+            return chat.answer(example.messages, answer)
         return [*self._ids(self._answer_text(example, answer)), self.eos]
 
     def encode(self, example: Example, task: int, limit: int | None = None) -> Encoded:
         """The example for training; at least one position has a label."""
-        prompt, target = self.prompt(example, limit), self.target(example)
+        (prompt, labels), target = self._prompt(example, limit), self.target(example)
         if self.encoder_decoder:
             return Encoded(prompt, target, task)
-        return Encoded(prompt + target, [IGNORED] * len(prompt) + target, task)
+        return Encoded(prompt + target, labels + target, task)
 
     def lengths(self, examples: Sequence[Example], limit: int | None = None) -> list[int]:
         """`len(self.encode(e, …))` of every example, but faster; shorter prompts are not tried."""
         if not examples:
             return []
-        limit = self.max_prompt_tokens if limit is None else limit
+        if any(self._chat(example) is not None for example in examples):
+            return [len(self.encode(example, 0, limit)) for example in examples]
+        limit = _smaller(self.max_prompt_tokens, limit)
         special = len(self.start) + len(self.end)
         prompts = [len(ids) + special for ids in self._many([self._prompt_text(e.prompt) for e in examples])]
         prompts = prompts if limit is None else [min(n, limit) for n in prompts]
@@ -139,6 +179,29 @@ class PromptTokenizer:
         targets = [len(ids) + 1 for ids in self._many([self._answer_text(e, e.references[0]) for e in examples])]
         most = self.max_target_tokens
         return [p + (t if most is None else min(t, most)) for p, t in zip(prompts, targets, strict=True)]
+
+    def answer_limit(self, prompt: Sequence[int], wanted: int) -> int:
+        """The number of tokens that can be generated after a prompt, at most `wanted`."""
+        if self.positions is None or self.encoder_decoder:
+            return wanted
+        return max(1, min(wanted, self.positions - len(prompt)))
+
+    def answer_text(self, example: Example, ids: Sequence[int]) -> str:
+        """The text of a generated answer, without what the prompt's form puts around it."""
+        at = next((i for i, id_ in enumerate(ids) if id_ in self.ends), len(ids))
+        text: str = self.tokenizer.decode(list(ids[:at]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if (chat := self._chat(example)) is not None:
+            return text.removeprefix(chat.lead).removesuffix(chat.trail)
+        return text.removeprefix(example.prompt[len(self._prompt_text(example.prompt)) :])
+
+    def _chat(self, example: Example) -> ChatTemplate | None:
+        """The template that renders the example's messages; None where its prompt is read as it is."""
+        if self.encoder_decoder or not example.messages:
+            return None
+        if self.chat is None and len(example.messages) > 1:
+            self._transcript = self._transcript or ChatTemplate(self.tokenizer, TRANSCRIPT)
+            return self._transcript
+        return self.chat
 
     def _prompt_text(self, prompt: str) -> str:
         return prompt if self.encoder_decoder else prompt.rstrip(" ")
@@ -150,10 +213,11 @@ class PromptTokenizer:
         return self._many([text])[0]
 
     def _many(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
-        )["input_ids"]
-        return ids
+        return self.text(texts)
+
+
+def _smaller(one: int | None, other: int | None) -> int | None:
+    return min(n for n in (one, other) if n is not None) if (one, other) != (None, None) else None
 
 
 class PairTokenizer:
@@ -176,26 +240,12 @@ class PairTokenizer:
                 f"max_prompt_tokens is {max_prompt_tokens}, a pair of texts needs at least {room} with special tokens"
             )
         self.tokenizer, self.target, self.max_prompt_tokens = tokenizer, target, max_prompt_tokens
+        self.text = TextTokenizer(tokenizer)
 
     def read(self, examples: Sequence[Example], limit: int | None = None) -> list[tuple[list[int], list[int]]]:
         """(token ids, token types) of every example, at most `limit` (default: `max_prompt_tokens`)."""
         limit = self.max_prompt_tokens if limit is None else limit
-        encoded: list[tuple[list[int], list[int]]] = [([], [])] * len(examples)
-        for many in (1, 2):  # a tokenizer takes a list of texts, or a list of pairs
-            rows = [(i, segments) for i, e in enumerate(examples) if len(segments := e.segments or (e.prompt,)) == many]
-            if not rows:
-                continue
-            cut = {"truncation": "longest_first", "max_length": limit} if limit is not None else {}
-            batch = self.tokenizer(
-                *([segments[k] for _, segments in rows] for k in range(many)),
-                return_attention_mask=False,
-                return_token_type_ids=True,
-                verbose=False,
-                **cut,
-            )
-            for (i, _), ids, types in zip(rows, batch["input_ids"], batch["token_type_ids"], strict=True):
-                encoded[i] = (ids, types)
-        return encoded
+        return self.text.pairs([example.segments or (example.prompt,) for example in examples], limit)
 
     def encode(self, example: Example, task: int, limit: int | None = None) -> EncodedPair:
         """The example for training."""

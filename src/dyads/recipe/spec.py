@@ -89,6 +89,9 @@ class ModelSpec(Section):
     """Input of an encoder's heads: the mean over all tokens, as in sentence encoders, or the first token"""
     revision: str | None = None
     """Branch, tag or commit of a hub model; null: its default branch"""
+    chat_template: str = Field(default="auto", min_length=1)
+    """Form of the prompts of own tasks (families files, chat, dataset, reasoning_gym): auto, the model's own chat
+    template where it has one; none; or a Jinja file. The run keeps it; published protocols never use it"""
     attention: Literal["eager", "grouped", "sdpa", "flash_attention_2"] | None = None
     """Implementation of attention; null: transformers' default. On a CPU in bfloat16 eager can train faster, and
     grouped (eager without copies of shared keys and values) faster still"""

@@ -4,6 +4,7 @@
     config.yaml              the resolved recipe
     env.json                 versions, git hash, device, threads, command, date, tasks (again for every resumption)
     templates.json           the form of each task's prompts, by task
+    chat_template.jinja      the chat template, where tasks are read with one
     log.jsonl                one line per logged step
     adapter/                 the trained adapter, in PEFT's format
     checkpoints/             checkpoints for resuming the training
@@ -98,7 +99,8 @@ class Scores(TypedDict):
 
 
 _CONFIG, _ENV, _LOG, _SCORES = "config.yaml", "env.json", "log.jsonl", "scores.json"
-_HEADS, _TEMPLATES, _TENSORBOARD = "heads.json", "templates.json", "tensorboard"
+_HEADS, _TEMPLATES, _CHAT_TEMPLATE = "heads.json", "templates.json", "chat_template.jinja"
+_TENSORBOARD = "tensorboard"
 _ADAPTER, _CHECKPOINTS, _PREDICTIONS, _UNFINISHED = "adapter", "checkpoints", "predictions", ".predictions-unfinished"
 
 
@@ -236,6 +238,16 @@ class RunFolder:
             return {name: Template.model_validate(template) for name, template in content.items()}
         except (ValidationError, TaskError) as error:
             raise RunError(f"{path} holds no templates: {error}; {remedy}") from error
+
+    def write_chat_template(self, template: str | None) -> None:
+        """Write the chat template; None: the run reads prompts as they are."""
+        if template is not None:
+            _write(self.path / _CHAT_TEMPLATE, template)
+
+    def chat_template(self) -> str | None:
+        """The chat template of the run; None where it reads prompts as they are."""
+        path = self.path / _CHAT_TEMPLATE
+        return path.read_text(encoding="utf-8") if path.is_file() else None
 
     # log
 

@@ -27,6 +27,7 @@ from dyads.models.heads import (
     read_heads,
 )
 from dyads.models.load import kind_of, load_model, load_tokenizer
+from dyads.models.prompts import prompt_tokenizer_of
 from dyads.recipe.spec import EvaluateSpec, Recipe
 from dyads.runs.adapter import check_adapter, load_adapter
 from dyads.runs.folder import RunFolder
@@ -34,10 +35,12 @@ from dyads.scoring.decode import Question, decode, refusal
 from dyads.scoring.likelihood import ChoiceQuestion, log_likelihoods
 from dyads.scoring.unseen import INPUTS, StandIn, by_mean, by_nearest, described, own_tasks
 from dyads.tasks import Example, Task
+from dyads.tasks.template import Template
 from dyads.tuner.routing import find_routing
 
 __all__ = ["NO_HEAD", "Answerer", "Majority"]
 
+_RAW = Example("", "", ("",))
 NO_HEAD = "; a head cannot stand in for another, but `dyads adapt` learns a new one from a few examples"
 
 
@@ -77,25 +80,23 @@ class Answerer:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         base = load_model(recipe.model)
         self.heads: tuple[Head, ...] = ()
-        if kind_of(recipe.model.name, base.config, recipe.model.kind) == "encoder":
+        kind = kind_of(recipe.model.name, base.config, recipe.model.kind)
+        if kind == "encoder":
             check_adapter(folder)
             self.heads = read_heads(folder.heads)
             attach_heads(base, self.heads, recipe.model.pool)
         self.model: nn.Module = load_adapter(base, folder) if recipe.method.trains else base
         self.model = self.model.to(self.device).eval()
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(recipe.model.name, recipe.model.revision)
-        limit = recipe.train.max_prompt_tokens
         self.prompt_tokenizer: PromptTokenizer | PairTokenizer
         if self.heads:
-            self.prompt_tokenizer = pair_tokenizer_of(base, self.tokenizer, limit)
+            self.prompt_tokenizer = pair_tokenizer_of(base, self.tokenizer, recipe.train.max_prompt_tokens)
             self.collator = collator_of(base, self.tokenizer)
         else:
-            self.prompt_tokenizer = PromptTokenizer(
-                self.tokenizer,
-                max_prompt_tokens=limit,
-                max_target_tokens=recipe.train.max_target_tokens,
-                encoder_decoder=bool(base.config.is_encoder_decoder),
+            self.prompt_tokenizer = prompt_tokenizer_of(
+                base.config, kind, self.tokenizer, recipe, folder.chat_template()
             )
+        self.templates, self.run_tasks = folder.templates(), folder.task_names()
         self.routing = find_routing(self.model)
 
     @property
@@ -192,7 +193,9 @@ class Answerer:
                     answers = [tokenizer.choice(example, choice) for choice in given]
                     choices.append(ChoiceQuestion(prompt, given, answers, task.name))
                 else:
-                    questions.append(Question(prompt, spec.max_new_tokens or task.max_new_tokens, task.name))
+                    most = tokenizer.answer_limit(prompt, spec.max_new_tokens or task.max_new_tokens)
+                    strip = task.template is None or task.template.strips_answers
+                    questions.append(Question(prompt, most, task.name, example, strip))
         if for_heads:
             texts = self._answer_by_heads(for_heads, spec, reporter)
         elif choices:
@@ -218,9 +221,19 @@ class Answerer:
             return self._answer_by_heads(
                 _head_questions(self.prompt_tokenizer, examples, places, max_prompt_tokens), spec, reporter
             )
-        prompts = [self.prompt_tokenizer.prompt(example, max_prompt_tokens) for example in examples]
-        questions = [Question(p, max_new_tokens, task) for p, task in zip(prompts, tasks, strict=True)]
+        questions = []
+        for example, task in zip(examples, tasks, strict=True):
+            prompt = self.prompt_tokenizer.prompt(example, max_prompt_tokens)
+            template = self._template(task)
+            strip = template is None or template.strips_answers
+            most = self.prompt_tokenizer.answer_limit(prompt, max_new_tokens)
+            questions.append(Question(prompt, most, task, example, strip))
         return self._write(questions, spec, reporter)
+
+    def _template(self, task: str | int | None) -> Template | None:
+        """The template of a task of the run; None for another task."""
+        name = self.run_tasks[task] if isinstance(task, int) and task < len(self.run_tasks) else task
+        return self.templates.get(name) if isinstance(name, str) else None
 
     @contextmanager
     def _progress(self, questions: Sequence[Any], reporter: Reporter) -> Iterator[Callable[[int], object]]:
@@ -262,15 +275,16 @@ class Answerer:
                     self.model,
                     questions,
                     batch_size=spec.batch_size,
-                    eos=self.prompt_tokenizer.eos,
+                    eos=self.prompt_tokenizer.ends,
                     pad=pad_id_of(self.tokenizer),
                     tasks=self.needs_task,
                     done=done,
                 )
             else:
                 tokens = self._generate(questions, spec, done)
-        texts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        found = zip(questions, tokens, strict=True)
+        texts = [(self.prompt_tokenizer.answer_text(q.example or _RAW, ids), q.strip) for q, ids in found]
+        return [text.strip() if strip else text for text, strip in texts]
 
     @torch.inference_mode()
     def _generate(
@@ -293,10 +307,10 @@ class Answerer:
                     do_sample=False,
                     num_beams=spec.num_beams,
                     pad_token_id=self.tokenizer.pad_token_id,
-                    eos_token_id=self.tokenizer.eos_token_id,
+                    eos_token_id=list(self.prompt_tokenizer.ends),
                     **task,
                 )
-                new = output if encoder_decoder else output[:, batch["input_ids"].shape[1] :]
+                new = output[:, 1 if encoder_decoder else batch["input_ids"].shape[1] :]
                 for i, answer in zip(rows, new.tolist(), strict=True):
                     answers[i] = answer
                 done(len(rows))

@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from dyads.models.attention import GROUPED, supports_grouped
 from dyads.scoring.slots import Slots
+from dyads.tasks import Example
 
 __all__ = ["Question", "decode", "refusal"]
 
@@ -53,6 +54,10 @@ class Question:
     """The largest number of tokens of the answer."""
     task: str | int | None = None
     """None where the gates do not depend on the task."""
+    example: Example | None = None
+    """The example whose prompt it is, for the text of the answer."""
+    strip: bool = True
+    """Whether white space around the answer is removed."""
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -92,15 +97,17 @@ def decode(
     questions: Sequence[Question],
     *,
     batch_size: int,
-    eos: int,
+    eos: int | Sequence[int],
     pad: int,
     tasks: bool = False,
     done: Callable[[int], object] = lambda rows: None,
 ) -> list[list[int]]:
     """Greedy answers in tokens, eos included, in the order of the questions, for a model without a `refusal`.
 
-    `tasks`: pass the task of every row to the model. `done(n)` is called whenever n answers are finished.
+    `eos` is the token that ends an answer, or several. `tasks`: pass the task of every row to the model. `done(n)` is
+    called whenever n answers are finished.
     """
+    ends = {eos} if isinstance(eos, int) else set(eos)
     batch = _Batch(model, min(batch_size, len(questions)), pad, tasks)
     queue, rows = _queue(questions), []
     answers: list[list[int]] = [[] for _ in questions]
@@ -115,7 +122,7 @@ def decode(
                 tokens = batch.step()
             for row, token in zip(rows, tokens, strict=True):
                 row.answer.append(token)
-            ended = [row for row in batch.rows if row.answer[-1] == eos or len(row.answer) == row.question.limit]
+            ended = [row for row in batch.rows if row.answer[-1] in ends or len(row.answer) == row.question.limit]
             for row in ended:
                 answers[row.number] = row.answer
             if ended:

@@ -29,7 +29,8 @@ from dyads.data.batches import Collator, PairCollator, PairTokenizer, PromptToke
 from dyads.data.mixture import schedule
 from dyads.errors import ConfigError, DyadsError, RunError, TaskError
 from dyads.models.heads import MODULE, attach_heads, collator_of, heads_of, pair_tokenizer_of, write_heads
-from dyads.models.load import Kind, kind_of, load_model, load_tokenizer
+from dyads.models.load import Kind, kind_of, load_model, load_tokenizer, model_config
+from dyads.models.prompts import chat_template_of, prompt_tokenizer_of
 from dyads.recipe.spec import Recipe
 from dyads.runs.folder import RunFolder
 from dyads.scoring.evaluate import check_answers
@@ -80,11 +81,12 @@ def train(
         suite = few_shot(suite, recipe.adapt.shots, recipe.seed)
     check_answers(recipe, suite.tasks)
     training: Training | None = None
+    chat_template = _chat_template(recipe, suite, folder)
     facts: dict[str, str] = {}
     if recipe.method.trains and not folder.has_adapter:
         if recipe.adapt is not None:
             facts = source_facts(recipe, folder)
-        training = Training(recipe, suite)
+        training = Training(recipe, suite, chat_template)
         training.arguments(folder)
     folder = RunFolder.create(out, recipe, resume=resume)
     if training is not None:
@@ -93,6 +95,7 @@ def train(
         task_names = folder.task_names() or tuple(task.name for task in suite.tasks)
     folder.write_environment(seed=recipe.seed, tasks=list(task_names), **facts)
     folder.write_templates(suite.tasks, RunFolder(recipe.adapt.run) if recipe.adapt is not None else None)
+    folder.write_chat_template(chat_template)
     if training is not None:
         training.summary(folder, reporter)
         with _logging_to(folder):
@@ -135,6 +138,18 @@ def _refuse_missing(packages: Sequence[str]) -> None:
             )
 
 
+def _chat_template(recipe: Recipe, suite: Suite, folder: RunFolder) -> str | None:
+    """The chat template of the run, or of the run that it adapts; otherwise that of the recipe's model."""
+    if recipe.method.name == "majority":
+        return None
+    runs = [folder, *([RunFolder(recipe.adapt.run)] if recipe.adapt is not None else [])]
+    if recorded := next((template for run in runs if (template := run.chat_template()) is not None), None):
+        return recorded
+    spec = recipe.model
+    kind = kind_of(spec.name, model_config(spec.name, spec.revision), spec.kind)
+    return chat_template_of(spec, kind, load_tokenizer(spec.name, spec.revision), suite.tasks)
+
+
 def _refuse_parallel(number: int, of_what: str) -> None:
     if number > 1:
         raise ConfigError(
@@ -146,7 +161,7 @@ def _refuse_parallel(number: int, of_what: str) -> None:
 class Training:
     """A base model with an adapter to train, its examples and its schedule of batches."""
 
-    def __init__(self, recipe: Recipe, suite: Suite) -> None:
+    def __init__(self, recipe: Recipe, suite: Suite, chat_template: str | None = None) -> None:
         self.recipe, self.suite = recipe, suite
         spec = recipe.train
         if spec.threads:
@@ -177,12 +192,7 @@ class Training:
             )
             self.collator = collator_of(base, self.tokenizer)
         else:
-            self.prompt_tokenizer = PromptTokenizer(
-                self.tokenizer,
-                max_prompt_tokens=spec.max_prompt_tokens,
-                max_target_tokens=spec.max_target_tokens,
-                encoder_decoder=self.encoder_decoder,
-            )
+            self.prompt_tokenizer = prompt_tokenizer_of(base.config, kind, self.tokenizer, recipe, chat_template)
             self.collator = Collator(pad_id_of(self.tokenizer), encoder_decoder=self.encoder_decoder)
         self.dataset = TaskDataset(suite.tasks, self.prompt_tokenizer, places=places)
         if self.extended is not None:
