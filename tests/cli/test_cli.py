@@ -314,7 +314,7 @@ def echo(tmp_path: Path, fake: Callable[..., None]) -> tuple[Path, list[Any]]:
     seen: list[Any] = []
 
     def generate(
-        _: RunFolder, prompts: list[str], tasks: list[str | None], *, on_stand_in: Any, **how: Any
+        _: RunFolder, prompts: list[str], tasks: list[str | None], *, on_stand_in: Any, reporter: Reporter, **how: Any
     ) -> list[str]:
         seen.append((prompts, tasks, how))
         if how["unseen"] != "error":
@@ -361,18 +361,25 @@ def test_generate_refuses_lines_it_cannot_read_and_no_or_two_sources(
 ) -> None:
     run, _ = echo
     file = tmp_path / "in.jsonl"
-    example = '{"prompt": "…", "task": "…"}'
+    example = '{"task": "…", "input": "…"}'
     for text, message in [
         (
             '{"prompt": "a"}\n{"prompt": \n',
-            f", line 2, column 12: not valid JSON: Expecting value; write one line {example} per prompt",
+            f", line 2, column 12: not valid JSON: Expecting value; write one line {example} per question",
         ),
         (
             '[{"prompt": "a"}]\n',
-            f', line 1: expected a JSON object, got [{{"prompt": "a"}}]; write one line {example} per prompt',
+            f', line 1: expected a JSON object, got [{{"prompt": "a"}}]; write one line {example} per question',
         ),
-        ('{"input": "a"}\n', f', line 1: "prompt" is missing (there is only input); write {example}'),
-        ("{}\n", f', line 1: "prompt" is missing (the object is empty); write {example}'),
+        (
+            '{"task": "a"}\n',
+            f', line 1: there is no input (there is only task); write {example}, or a "prompt"',
+        ),
+        ("{}\n", f', line 1: there is no input (the object is empty); write {example}, or a "prompt"'),
+        (
+            '{"input": "a", "task": "t"}\n',
+            f""", line 1: '{run}' keeps no forms of tasks: give the whole text as --prompt, or as "prompt" in a file""",
+        ),
         ('{"prompt": 3}\n', ', line 1: "prompt" must be text, got 3; put it in quotes'),
         (
             '{"prompt": "a"}\n\n{"prompt": " "}\n',
@@ -387,14 +394,20 @@ def test_generate_refuses_lines_it_cannot_read_and_no_or_two_sources(
     for content in (b"", b"\n \n"):
         file.write_bytes(content)
         assert invoke("generate", run, "--file", file).output == (
-            f"Error: '{file}' is empty; write one line {example} per prompt\n"
+            f"Error: '{file}' is empty; write one line {example} per question\n"
         )
     file.write_bytes(b"\xff")
     assert "in.jsonl: not UTF-8 text (byte 0); save it as UTF-8" in invoke("generate", run, "--file", file).output
     missing = invoke("generate", run, "--file", tmp_path / "none.jsonl").output
-    assert missing == f"Error: no file '{tmp_path / 'none.jsonl'}'; write one line {example} per prompt\n"
-    assert "give either --prompt or --file" in invoke("generate", run).output
-    assert "give either --prompt or --file" in invoke("generate", run, "--file", file, "--prompt", "a").output
+    assert missing == f"Error: no file '{tmp_path / 'none.jsonl'}'; write one line {example} per question\n"
+    either = "give either --input (or --column), or --file, or --prompt"
+    for two in (
+        [],
+        ["--file", file, "--prompt", "a"],
+        ["--input", "a", "--prompt", "a"],
+        ["--file", file, "--column", "a=b"],
+    ):
+        assert either in invoke("generate", run, *two).output
 
 
 @pytest.fixture

@@ -91,3 +91,28 @@ def test_the_prompts_of_a_task_are_those_of_its_template(sni_options):
     line, question, _ = task.train[0].prompt.split("\n")
     row = {"input": line.removeprefix("Words: "), "word": question.removeprefix("Which word comes right after ")[:-1]}
     assert task.prompt_of(row) == task.train[0].prompt
+
+
+@pytest.mark.parametrize("family", sorted(families()))
+def test_prompts_of_every_family_fit_their_form_and_bare_inputs_do_not(family, request):
+    try:
+        options = request.getfixturevalue(f"{family}_options")
+    except pytest.FixtureLookupError:
+        options = {}
+    for task in load({"family": family, **options}):
+        prompts = [text for e in task.train[:20] if len(e.messages) < 2 for text in (e.prompt, *e.shorter)]
+        assert all(task.template.fits(prompt) for prompt in prompts)
+        if set(task.template.form.split()) - {f"{{{name}}}" for name in task.template.columns}:  # words of its own
+            assert not task.template.fits("an input alone\n")
+
+
+def test_a_form_has_the_columns_that_a_row_must_fill():
+    template = Template(
+        texts=("{instruction:strip}\n\n{input}", "{input}"), defaults={"instruction": " Add {1}. "}, ends_line=True
+    )
+    assert template.form == "Add {1}.\n\n{input}\n"
+    assert template.fits("Add {1}.\n\n2 + 3\n")
+    assert template.fits("Add {1}.\n\ntwo\nlines \n")
+    assert not Template(texts=("{instruction}\n\n{input}",), defaults={"instruction": "Add."}).fits("Subtract.\n\n2")
+    assert not template.fits("Add {1}.\n\n2 + 3"), "training ended the line"
+    assert Template(texts=("a{{b}} {x} c: ",)).fits("a{b} x\ny c:")

@@ -203,7 +203,7 @@ def check_answers(recipe: Recipe, tasks: Sequence[Task]) -> None:
 
 def generate(
     folder: RunFolder,
-    prompts: Sequence[str | Sequence[str]],
+    prompts: Sequence[str | Sequence[str] | Example],
     tasks: Sequence[str | int | None],
     *,
     max_new_tokens: int = 128,
@@ -213,12 +213,13 @@ def generate(
     on_stand_in: Callable[[StandIn], object] = lambda stand_in: None,
     reporter: Reporter = SILENT,
 ) -> list[str]:
-    """Answers to prompts, which are passed to the model unchanged, each with the name or id of its task.
+    """Answers to prompts, each with the name or id of its task.
 
-    The task may be None where neither gates nor heads depend on it. For an encoder with heads a prompt is a text or a
-    pair of texts. `unseen` is the policy for task names that the run does not know, as `evaluate.unseen`; the nearest
-    task is found from the first prompts with that name, or from `description`. `on_stand_in` is called for every such
-    name.
+    A text is passed to the model unchanged; an Example, such as `folder.templates()[task].example(row)`, as in
+    training. The task may be None where neither gates nor heads depend on it. For an encoder with heads a prompt is a
+    text or a pair of texts, or an Example. `unseen` is the policy for task names that the run does not know, as
+    `evaluate.unseen`; the nearest task is found from the first prompts with that name, or from `description`.
+    `on_stand_in` is called for every such name, and `reporter` shows the progress.
     """
     if description is not None and not description.strip():
         raise ConfigError("the description is empty: describe the task in a sentence, or leave it out")
@@ -226,7 +227,7 @@ def generate(
     spec = _override(EvaluateSpec(batch_size=batch_size, max_new_tokens=max_new_tokens), {"unseen": unseen, **by})
     if len(prompts) != len(tasks):
         raise ConfigError(f"{len(prompts)} prompts, but {len(tasks)} tasks: give one task for every prompt")
-    texts = [(prompt,) if isinstance(prompt, str) else tuple(prompt) for prompt in prompts]
+    texts = [_texts(prompt) for prompt in prompts]
     if empty := [i for i, parts in enumerate(texts, start=1) if not all(part.strip() for part in parts) or not parts]:
         raise ConfigError(f"prompt {empty[0]} is empty: there is nothing to answer")
     answerer = Answerer(folder)
@@ -236,7 +237,10 @@ def generate(
             f"prompt {long[0]} has {len(texts[long[0] - 1])} texts: "
             + ("an encoder reads one or two" if answerer.heads else "only an encoder with heads reads a pair of texts")
         )
-    examples = [Example(str(i), parts[0], ("",), segments=parts) for i, parts in enumerate(texts)]
+    examples = [
+        prompt if isinstance(prompt, Example) else Example(str(i), parts[0], ("",), segments=parts)
+        for i, (prompt, parts) in enumerate(zip(prompts, texts, strict=True))
+    ]
     known = answerer.task_names or folder.task_names()
     new: dict[str, list[Example]] = {}
     for i, task in enumerate(tasks, start=1):
@@ -258,6 +262,13 @@ def generate(
         for stand_in in answerer.add_unseen_texts(unseen_texts, spec):
             on_stand_in(stand_in)
     return answerer.answer_prompts(examples, tasks, spec, max_new_tokens, None, reporter)
+
+
+def _texts(prompt: str | Sequence[str] | Example) -> tuple[str, ...]:
+    """The texts that a model reads."""
+    if isinstance(prompt, Example):
+        return (prompt.prompt,)
+    return (prompt,) if isinstance(prompt, str) else tuple(prompt)
 
 
 def _is_known(task: str | int, known: Sequence[str]) -> bool:

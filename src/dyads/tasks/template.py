@@ -14,6 +14,7 @@ column `system`, and with `conversation` a column `messages`: the turns before t
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -71,6 +72,35 @@ class Template(BaseModel):
         """The column that a single text fills: the only one without a default; None where there are several."""
         open_ = [name for name in self.columns if name not in {*self.defaults, SYSTEM, MESSAGES}]
         return open_[0] if len(open_) == 1 else None
+
+    @property
+    def form(self) -> str:
+        """The first text with the defaults filled in, its other columns as {column}."""
+        filled = {name: self.defaults.get(name, f"{{{name}}}") for name in self.columns}
+        text = _fill(self.texts[0], filled)
+        return text + "\n" if self.ends_line and not text[-1:].isspace() else text
+
+    def fits(self, prompt: str) -> bool:
+        """Whether a prompt has the form of one of the texts, whatever its columns hold; white space at its end apart.
+
+        Where the task's prompts end a line, this one must do so too.
+        """
+        if self.ends_line and not prompt[-1:].isspace():
+            return False
+        return any(
+            re.fullmatch(
+                "".join(re.escape(literal) + self._any(name, form) for literal, name, form in _pieces(text)),
+                prompt.rstrip(),
+                re.DOTALL,
+            )
+            for text in map(str.rstrip, (*self.texts, *self.shorter))
+        )
+
+    def _any(self, name: str | None, form: str) -> str:
+        """The pattern of a column's values."""
+        if name is None:
+            return ""
+        return re.escape(_FORMS[form](self.defaults[name])) if name in self.defaults else ".*"
 
     def prompt(self, row: Mapping[str, Any], place: str = "the row") -> str:
         """The prompt for a row. TaskError, starting with `place`, for a column that is missing, unknown or no text."""
