@@ -146,8 +146,10 @@ def tiny_layer(
 
 
 def task_of(config: DyadsConfig, *tasks: int | str) -> dict[str, Any]:
-    """`task=` for a method that looks at one, nothing for the others."""
-    return {"task": list(tasks)} if config.task_names is not None else {}
+    """`task=` for a method that looks at one, nothing for the others; a single task is for all rows."""
+    if config.task_names is None:
+        return {}
+    return {"task": tasks[0] if len(tasks) == 1 else list(tasks)}
 
 
 class MLP(nn.Module):

@@ -210,7 +210,7 @@ def start_of_a(kind: str, rows: int, d: int) -> Tensor:
 
 ROLES = {
     **dict.fromkeys(("router",), "router"),
-    **dict.fromkeys(("task_router", "gate.weight", "gate.bias", "logits", "weights"), "task"),
+    **dict.fromkeys(("task_router", "gate_weight", "gate_bias", "logits", "weights"), "task"),
     **dict.fromkeys(("embedding", "projection"), "embedding"),
     "transform": "a",  # MTL-LoRA's
 }

@@ -81,9 +81,9 @@ def test_more_at_full_rank_is_lora_and_below_it_a_prefix() -> None:
     core = MoREConfig.paper(r=4, tasks=list(TASKS), linear_scaling="none").core(6).double()
     core.reset_parameters()
     for rank in range(1, 5):
-        nn.init.zeros_(core.gate.weight)
+        nn.init.zeros_(core.gate_weight)
         with torch.no_grad():
-            core.gate.bias.copy_(torch.eye(4)[rank - 1] * 9)
+            core.gate_bias.copy_(torch.eye(4)[rank - 1] * 9)
         assert core.ranks().tolist() == [rank] * 3
         out = dyadic(x, A, B.T, core, torch.tensor([0, 1, 2]))
         assert_close(out, x @ A[:rank].T @ B[:rank])
@@ -114,9 +114,9 @@ def test_mode_with_one_expert_equals_pefts_lora_in_a_model_and_in_training() -> 
 def test_more_can_learn_another_rank() -> None:
     core = MoREConfig.paper(r=4, tasks=["a"]).core(6)
     core.reset_parameters()
-    nn.init.zeros_(core.gate.weight)
+    nn.init.zeros_(core.gate_weight)
     with torch.no_grad():
-        core.gate.bias.copy_(torch.tensor([0.2, 0.0, 0.1, 0.0]))
+        core.gate_bias.copy_(torch.tensor([0.2, 0.0, 0.1, 0.0]))
     assert core.ranks().tolist() == [1]
     x, A, B = torch.randn(2, 3, 6), torch.randn(4, 6), torch.randn(5, 4)
     optimizer = torch.optim.SGD(core.parameters(), lr=0.05)

@@ -23,7 +23,7 @@ from dyads.scoring.answerer import Answerer
 from dyads.scoring.evaluate import evaluate, generate
 from dyads.tasks import Suite, Task, load_suite
 from dyads.training.train import train
-from dyads.tuner.routing import RoutingState
+from dyads.tuner.batch_tasks import BatchTasks
 
 Tiny = Callable[..., Recipe]
 Trained = Callable[..., RunFolder]
@@ -174,8 +174,8 @@ def test_micro_is_over_instances_and_macro_over_tasks(tiny: Tiny, tmp_path: Path
 def test_gates_get_the_names_of_tasks(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = trained("more")
     routed: list[Any] = []
-    state = RoutingState.__init__
-    monkeypatch.setattr(RoutingState, "__init__", lambda self, task: routed.append(task) or state(self, task))
+    state = BatchTasks.__init__
+    monkeypatch.setattr(BatchTasks, "__init__", lambda self, task: routed.append(task) or state(self, task))
     evaluate(folder)
     assert {name for tasks in routed for name in tasks} == set(folder.recipe().tasks.names)
 

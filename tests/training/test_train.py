@@ -28,7 +28,7 @@ from dyads.tasks import load_suite
 from dyads.training import trainer as trainer_module
 from dyads.training.train import Training, train
 from dyads.training.trainer import label_loss
-from dyads.tuner.routing import RoutingState
+from dyads.tuner.batch_tasks import BatchTasks
 
 Tiny = Callable[..., Recipe]
 METHODS = ("lora", "mode", "more")
@@ -243,19 +243,19 @@ class _Spy:
         self.batches: list[list[list[int]]] = []
         self.tasks: list[list[int]] = []
         self.routed: list[Any] = []
-        loss, state = trainer_module.label_loss, RoutingState.__init__
+        loss, state = trainer_module.label_loss, BatchTasks.__init__
 
         def spy_loss(unwrapped: Any, model: Any, inputs: dict[str, Any], labels: Tensor, kind: bool) -> Any:
             self.batches.append(inputs["input_ids"].tolist())
             self.tasks.append(inputs["task"].tolist() if "task" in inputs else [])
             return loss(unwrapped, model, inputs, labels, kind)
 
-        def spy_state(this: RoutingState, task: Any) -> None:
+        def spy_state(this: BatchTasks, task: Any) -> None:
             self.routed.append(task.tolist() if isinstance(task, Tensor) else task)
             state(this, task)
 
         monkeypatch.setattr(trainer_module, "label_loss", spy_loss)
-        monkeypatch.setattr(RoutingState, "__init__", spy_state)
+        monkeypatch.setattr(BatchTasks, "__init__", spy_state)
 
 
 def test_every_method_of_a_seed_sees_the_same_batches(

@@ -70,7 +70,7 @@ def test_roles_have_the_rates_they_are_given() -> None:
 
 def test_parameters_without_weight_decay_have_a_group_of_their_own() -> None:
     model = adapted(MoREConfig(r=4, tasks=list(TASKS), contrastive=0.0, target_modules=TARGETS))
-    biases = [name for name, p in model.named_parameters() if name.endswith("gate.bias") and p.requires_grad]
+    biases = [name for name, p in model.named_parameters() if name.endswith("gate_bias") and p.requires_grad]
     groups = dyads.parameter_groups(model, 1e-3, weight_decay=0.1, no_decay=biases)
     undecayed = [g for g in groups if g["weight_decay"] == 0.0]
     assert [(g["name"], len(g["params"])) for g in undecayed] == [("router", len(biases))]

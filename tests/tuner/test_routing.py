@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from dyads import MoDEConfig, MoREConfig, use_task
+from dyads import MoDEConfig, MoREConfig, add_task, use_task
 from dyads.errors import MergeError, RoutingError
 from dyads.ops import plain
 from dyads.tuner import layer as of_layer
@@ -90,7 +90,7 @@ def test_names_ids_tensors_and_one_for_all_mean_the_same() -> None:
             torch.tensor([2, 0, 1], dtype=torch.int32),
         ):
             assert torch.equal(model(**inputs, task=task).logits, expected)
-        for task in ("cola", 1, torch.tensor(1), torch.tensor([1]), ["cola"] * 3):
+        for task in ("cola", 1, torch.tensor(1), ["cola"] * 3):
             assert torch.equal(model(**inputs, task=task).logits, model(**inputs, task=[1, 1, 1]).logits)
 
 
@@ -104,7 +104,9 @@ def test_names_ids_tensors_and_one_for_all_mean_the_same() -> None:
         (["rte", "col", "rte"], "adapter 'default' does not know task 'col' – did you mean 'cola'"),
         ([0, 3, 1], r"does not know task 3: its ids go from 0 to 2 \(0 rte, 1 cola, 2 sst2\)"),
         (torch.tensor([0, -1, 1]), "does not know task -1: its ids go from 0 to 2"),
-        (["rte", "cola"], "task has 2 entries for a batch of 3: give one for every sample"),
+        (["rte", "cola"], "task has 2 entries for a batch of 3: give one for every row, or a single name or id"),
+        (["rte"], "task has 1 entries for a batch of 3"),
+        (torch.tensor([1]), "task has 1 entries for a batch of 3"),
         ([], "task is empty"),
         (torch.tensor([0.0, 1.0, 2.0]), "task must be whole numbers of shape"),
         (torch.zeros(3, 1, dtype=torch.long), "task must be whole numbers of shape"),
@@ -152,6 +154,63 @@ def test_use_task_serves_code_that_cannot_pass_a_task() -> None:
             model(**inputs)
     with pytest.raises(RoutingError, match="LlamaForCausalLM has no dyads adapter, so there is no task to use"):
         use_task(tiny_model("llama"), "rte").__enter__()
+
+
+def test_use_task_gives_one_task_for_every_row_and_guesses_no_repetition() -> None:
+    model, inputs = more(), batch("llama", rows=6)
+    with use_task(model, list(TASKS)), torch.no_grad():
+        with pytest.raises(RoutingError, match="task has 3 entries for a batch of 6"):
+            model(**inputs)  # as a preference trainer concatenates: chosen, then rejected
+        with pytest.raises(RoutingError, match="task has 3 entries for a batch of 6"):
+            model.generate(**inputs, max_new_tokens=2)
+        three = batch("llama")
+        beams = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2, "num_return_sequences": 2}
+        within = model.generate(**three, **beams)
+    assert torch.equal(within, model.generate(**three, **beams, task=list(TASKS)))
+    with use_task(model, list(TASKS) * 2), torch.no_grad():
+        assert torch.equal(model(**inputs).logits, model(**inputs, task=list(TASKS) * 2).logits)
+
+
+@pytest.mark.parametrize("key", ["more", "poly", "mtl_lora", "task_mode"])
+def test_an_adapter_that_knows_one_task_needs_none(key: str) -> None:
+    model, inputs = adapted(Variant(key, (("tasks", ["only"]),))), batch("llama")
+    with torch.no_grad():
+        expected = model(**inputs, task="only").logits
+        assert torch.equal(model(**inputs).logits, expected)
+        generated = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        assert torch.equal(generated, model.generate(**inputs, max_new_tokens=3, do_sample=False, task="only"))
+        with pytest.raises(RoutingError, match="does not know task 'other'"):
+            model(**inputs, task="other")
+        if key != "task_mode":
+            assert_close(model.merge_and_unload()(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+            return
+    add_task(model, "second")
+    with pytest.raises(RoutingError, match="needs a task"):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("task", [list(TASKS), torch.tensor([0, 1, 2], dtype=torch.int32), torch.tensor([0, 1, 2])])
+def test_tasks_that_were_used_in_inference_mode_train_later(task: Any) -> None:
+    model, inputs = more(), batch("llama")
+    with torch.inference_mode():
+        if isinstance(task, Tensor):
+            task = task.clone()
+        with use_task(model, task):
+            model(**inputs)
+            with torch.inference_mode(False), torch.enable_grad():
+                model(**inputs).logits.sum().backward()
+    assert gradients(model)
+
+
+def test_tasks_follow_an_adapter_that_changes_within_use_task() -> None:
+    model, inputs = more(), batch("llama")
+    with use_task(model, ["rte", "cola", "sst2"]):
+        model(**inputs)
+        model.delete_adapter("default")
+        model.add_adapter("default", MoREConfig(r=2, tasks=["sst2", "cola"], target_modules=["q_proj"]))
+        model.set_adapter("default")
+        with pytest.raises(RoutingError, match="does not know task 'rte'"):
+            model(**inputs)
 
 
 def test_numbered_tasks_need_no_names() -> None:

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import copy
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyads.errors import ConfigError
+from dyads.ops import require_present
 
 __all__ = ["ROLES", "Core"]
 
@@ -56,6 +58,17 @@ class Core(nn.Module):
     """Names of the parameters whose role is "embedding"; that of the others is "router"."""
     compares_samples: bool = False
     """Whether task embeddings are trained to resemble their samples, which gives `similarity` a meaning."""
+
+    def forward(self, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """compute(*args, **kwargs), which reads this core's parameters.
+
+        Hooks around a module's forward bring parameters that are offloaded (accelerate) or sharded (FSDP), so a core is
+        read within its own call; its modules are called too. RuntimeError where a parameter or buffer is on the meta
+        device even then, and the first argument, a tensor, is not.
+        """
+        if args:
+            require_present(args[0], *self._parameters.values(), *self._buffers.values())
+        return compute(*args, **kwargs)
 
     def route(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
         """Gates from h (… p), the layer's input x (… d) and the task ids (b). Gates of a token depend on that token
@@ -137,6 +150,17 @@ class Core(nn.Module):
         blocks = A.view(self.feature_blocks, -1, A.shape[-1]).unbind(0)
         placed: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
         return placed
+
+    @torch.no_grad()
+    def matrix_of(self, A: Tensor, task: Tensor | None) -> Tensor:
+        """G (q p) for A (p d) and one task's id (1), in fp32 or wider, with the gates of `route`.
+
+        For gates that look at the task, or (task is None) at nothing.
+        """
+        assert not self.looks_at & {"x", "h"}, "gates that depend on the input have no matrix"
+        wide = torch.promote_types(A.dtype, torch.float32)
+        g = self.route(A.new_zeros(1, self.p, dtype=wide), A.new_zeros(1, A.shape[1], dtype=wide), task)
+        return self.matrix(g.to(wide)).reshape(self.q, self.p)
 
     def matrix(self, g: Tensor) -> Tensor:
         """G = mix(I; g), shape (… q p): the method written out for these gates, since mix is linear in h."""

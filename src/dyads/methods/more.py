@@ -30,9 +30,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dyads.errors import did_you_mean
@@ -228,7 +229,8 @@ class MoRE(Core):
         elif embedding == "none":
             self.logits = nn.Parameter(torch.empty(num_tasks, r))
         else:
-            self.gate = nn.Linear(self.task_dim, r)
+            self.gate_weight = nn.Parameter(torch.empty(r, self.task_dim))
+            self.gate_bias = nn.Parameter(torch.empty(r))
         needs_projection = contrastive > 0 and self.task_dim != d
         self.projection = nn.Parameter(torch.empty(self.task_dim, d)) if needs_projection else None
 
@@ -237,8 +239,8 @@ class MoRE(Core):
         for name in ("embedding", "logits"):
             if name in self._parameters:
                 self._start_embedding(getattr(self, name))
-        if hasattr(self, "gate"):
-            self._start_gate(self.gate)
+        if hasattr(self, "gate_weight"):
+            self._start_gate(self.gate_weight, self.gate_bias)
         if self.projection is not None:
             nn.init.kaiming_uniform_(self.projection, a=5**0.5)
         if self.selector == "frozen_random":
@@ -252,9 +254,10 @@ class MoRE(Core):
         else:
             nn.init.kaiming_uniform_(table, nonlinearity="relu")
 
-    def _start_gate(self, gate: nn.Linear) -> None:
-        gate.reset_parameters()
-        nn.init.kaiming_uniform_(gate.weight, nonlinearity="relu")
+    def _start_gate(self, weight: Tensor, bias: Tensor) -> None:
+        with torch.no_grad():
+            bias.copy_(nn.Linear(self.task_dim, self.p).bias)
+        nn.init.kaiming_uniform_(weight, nonlinearity="relu")
 
     def _random_scores(self) -> Tensor:
         """Scores of all tasks (T r) as they are before training; the embeddings are those there are, or drawn."""
@@ -266,10 +269,9 @@ class MoRE(Core):
         if table is None:
             table = torch.empty(self.num_tasks, self.task_dim)
             self._start_embedding(table)
-        gate = nn.Linear(self.task_dim, self.p).to(table)
-        self._start_gate(gate)
-        scores: Tensor = gate(table)
-        return scores
+        weight, bias = table.new_empty(self.p, self.task_dim), table.new_empty(self.p)
+        self._start_gate(weight, bias)
+        return F.linear(table, weight, bias)
 
     def share_with(self, first: Core) -> None:
         """With embedding: shared, this layer reads the table of the first one."""
@@ -281,7 +283,7 @@ class MoRE(Core):
     def table(self) -> Tensor:
         """The embeddings of the tasks (T task_dim): this layer's own, or those that all layers share."""
         owner: MoRE = self.__dict__.get("_first", self)
-        return owner.embedding
+        return self.embedding if owner is self else cast(Tensor, owner(owner.table))
 
     def scores(self, task: Tensor) -> Tensor:
         """W_g e_t + b_g of the given tasks (b) → (b r), in fp32 or wider; also inside autocast."""
@@ -289,8 +291,8 @@ class MoRE(Core):
             return self.fixed_choice[task].to(torch.promote_types(self.fixed_choice.dtype, torch.float32))
         if self.embeds == "none":
             return self.logits[task].to(torch.promote_types(self.logits.dtype, torch.float32))
-        scores = score_task(self.table()[task], self.gate.weight)
-        return scores + self.gate.bias.to(scores.dtype)
+        scores = score_task(self.table()[task], self.gate_weight)
+        return scores + self.gate_bias.to(scores.dtype)
 
     @torch.no_grad()
     def ranks(self) -> Tensor:

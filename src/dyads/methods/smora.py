@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from dyads.errors import ConfigError
 from dyads.methods.config import DyadsConfig
 from dyads.methods.core import Core
 from dyads.methods.registry import register
@@ -114,7 +115,13 @@ class SMoRA(Core):
 
     def _counts(self) -> bool:
         """Whether this run of `select` is a forward pass of training, and not its repetition in backward."""
-        return self.training and not torch.compiler.is_compiling() and not in_backward()
+        counts = self.training and not torch.compiler.is_compiling() and not in_backward()
+        if counts and "_is_replica" in self.__dict__ and self.bias_rate > 0:
+            raise ConfigError(
+                "smora cannot train in nn.DataParallel, whose replicas forget what they count after each forward pass:"
+                " use DistributedDataParallel, or set bias_rate: 0"
+            )
+        return counts
 
     @torch.no_grad()
     def _move_bias(self) -> None:

@@ -11,6 +11,7 @@ from dyads.ops.operator import (
     fused,
     in_backward,
     plain,
+    require_present,
     without_autocast,
 )
 from dyads.ops.oracle import dyadic_sum
@@ -26,5 +27,6 @@ __all__ = [
     "fused",
     "in_backward",
     "plain",
+    "require_present",
     "without_autocast",
 ]

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from dyads.ops.operator import Frozen, Gating, dyadic, forward, is_fusable, join
+from dyads.ops.operator import Frozen, Gating, dyadic, forward, is_fusable, join, require_present
 
 __all__ = ["CachedOperator"]
 
@@ -39,7 +39,7 @@ class CachedOperator:
         """Shapes as in `dyadic`."""
         if not is_fusable(self.core):
             return dyadic(x, self.A, self.B, self.core, task, scale=self.scale, out=out, frozen=frozen)
-        joined, R, up = self._weights_in(self._dtype(x))
+        joined, R, up = self._weights_in(self._dtype(x), x)
         rows, p = self.task_scores(task), self.A.shape[0]
         y, _ = forward(x, joined, R, up, self.core, rows, p, 1.0, out, frozen)  # the scale is in `up`
         return y if out is not None or frozen is not None else y.to(x.dtype)  # else in the dtype of what it adds to
@@ -49,10 +49,11 @@ class CachedOperator:
         small = x.numel() * max(self.A.shape[0], self.B.shape[1]) <= _SMALL_PRODUCT
         return torch.float32 if small and x.device.type == "cpu" and x.dtype in _HALF else x.dtype
 
-    def _weights_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _weights_in(self, dtype: torch.dtype, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """[A; R], R and scale · B, cast."""
         found = self._weights.get(dtype)
         if found is None:
+            require_present(x, self.A, self.B)
             R = self.core.router_weight()
             up = self.B if self.scale == 1.0 else self.B * self.scale
             R = None if R is None else R.to(dtype)

@@ -124,6 +124,7 @@ def dyadic(
     in A x but not in the router's view (adapter dropout). A and B are cast to the dtype of x, so that fp32 adapters
     serve a half-precision base model; inside autocast the products follow autocast.
     """
+    require_present(x, A, B)
     if frozen is not None:
         out = F.linear(x, *frozen)
     h = F.linear(x if inner is None else inner, A.to(x.dtype))  # h = A x
@@ -182,6 +183,16 @@ def is_fusable(core: Any) -> bool:
     )
 
 
+def require_present(x: Tensor, *weights: Tensor | None) -> None:
+    """RuntimeError for weights on the meta device, whose products with x are not defined and raise no error."""
+    for weight in weights:
+        if weight is not None and weight.is_meta and not x.is_meta:
+            raise RuntimeError(
+                "a weight of the adapter is on the meta device, that is without values: load it, or, where the model is"
+                " offloaded, load the adapter with PeftModel.from_pretrained, so that accelerate brings it in time"
+            )
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives to products with x; None where autocast is off or does not apply."""
     if not torch._C._is_any_autocast_enabled():
@@ -208,6 +219,7 @@ def _apply(
     x: Tensor, A: Tensor, B: Tensor, core: LinearGating, task: Tensor | None, scale: float, out: Tensor | None,
     frozen: Frozen | None,
 ) -> Tensor:  # fmt: skip
+    require_present(x, A, B)
     tensors = (x, A, core.router_weight(), B, core.task_scores(task), out)
     y: Tensor = _Fused.apply(*tensors, frozen, core, scale)  # type: ignore[no-untyped-call]
     return y

@@ -23,7 +23,7 @@ import dyads.tuner  # noqa: F401  # registers the methods with PEFT
 from dyads.errors import RunError
 from dyads.methods import Core, DyadsConfig
 from dyads.runs.folder import RunFolder
-from dyads.tuner.model import check_file_names
+from dyads.tuner.model import current_names
 
 __all__ = ["SavedAdapter", "SavedLayer"]
 
@@ -47,20 +47,11 @@ class SavedLayer:
     """Outer directions (o q)."""
     core: Core | None = None
 
-    @torch.no_grad()
     def matrix(self, task: int | None) -> Tensor:
-        """G (q p) for a task's id, in fp32 or wider, with the gates of the layer's own forward.
-
-        For gates that depend on the task, or (task is None) on nothing.
-        """
+        """G (q p) for a task's id, or for gates that depend on nothing (`Core.matrix_of`)."""
         assert self.A is not None
         assert self.core is not None
-        assert not self.core.looks_at & {"x", "h"}, "gates that depend on the input have no matrix"
-        wide = torch.promote_types(self.A.dtype, torch.float32)
-        x, h = torch.zeros(1, self.A.shape[1], dtype=wide), torch.zeros(1, self.core.p, dtype=wide)
-        ids = torch.tensor([task]) if "task" in self.core.looks_at else None
-        g = self.core.route(h, x, ids)
-        return self.core.matrix(g.to(wide)).reshape(self.core.q, self.core.p)
+        return self.core.matrix_of(self.A, torch.tensor([task]) if "task" in self.core.looks_at else None)
 
 
 @dataclass(frozen=True)
@@ -89,7 +80,7 @@ class SavedAdapter:
         method = config.key if isinstance(config, DyadsConfig) else str(getattr(config.peft_type, "value", ""))
         if not isinstance(config, DyadsConfig) and method != "LORA":
             raise _unknown_type(folder, method)
-        check_file_names(state)
+        state = current_names(state)
         parts: dict[str, dict[str, dict[str, Tensor]]] = {}
         others: dict[str, Tensor] = {}
         for key, value in state.items():

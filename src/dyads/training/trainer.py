@@ -106,7 +106,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         loss, count = self.label_loss(model, inputs)
         loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
         auxiliary = auxiliary_loss(self.accelerator.unwrap_model(model))
-        if auxiliary is not None:  # a mean over the micro-batch; all micro-batches of a step are equally large
+        if auxiliary.requires_grad:  # a mean over the micro-batch; all micro-batches of a step are equally large
             loss = loss + auxiliary / self.args.gradient_accumulation_steps
             self.auxiliary.append(auxiliary.detach())
         if not torch.isfinite(loss):

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from dyads.errors import ConfigError, RoutingError, did_you_mean
 from dyads.methods.config import DyadsConfig, TaskConditioned
 from dyads.methods.core import Core
+from dyads.tuner.auxiliary import TrainingCall
+from dyads.tuner.batch_tasks import TaskLike
 from dyads.tuner.layer import DyadsLinear
-from dyads.tuner.routing import TaskLike, TrainingCall
 
 __all__ = ["STARTS", "add_task", "similarity_to_tasks"]
 
@@ -128,7 +129,7 @@ def similarity_to_tasks(
         assert isinstance(layer, DyadsLinear)
         core = layer.core(adapter)
         if core.compares_samples:
-            found.append(core.similarity(args[0], call.mask(args[0], layer.of_decoder)))
+            found.append(core(core.similarity, args[0], call.mask(args[0], layer.of_decoder)))
 
     with ExitStack() as hooks:
         for layer in layers:

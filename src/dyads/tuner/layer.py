@@ -9,7 +9,10 @@ Adapts nn.Linear and GPT-2's Conv1D. Private names of PEFT relied on here (check
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -21,9 +24,10 @@ from dyads.errors import ConfigError, MergeError
 from dyads.methods.config import DyadsConfig
 from dyads.methods.core import Core
 from dyads.ops import CachedOperator, Frozen, autocast_dtype, fused
+from dyads.tuner.auxiliary import collect_loss
 from dyads.tuner.routing import Routing
 
-__all__ = ["DyadsLinear"]
+__all__ = ["DyadsLinear", "buffers_stay"]
 
 _FORWARD = nn.Linear.forward
 
@@ -31,7 +35,8 @@ _FORWARD = nn.Linear.forward
 class LowRankFactor(nn.Linear):
     """A or B of one adapter, under the module name that LoRA uses, by which optimizers and trainers find it.
 
-    `DyadsLinear` reads its weight and draws its initial values.
+    A call returns the weight, so that hooks around a module's forward bring it: accelerate's for an offloaded model,
+    FSDP's for a sharded one.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -39,6 +44,11 @@ class LowRankFactor(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Draw nothing: the values come from the config's start (`DyadsLinear.reset_parameters`) or from a file."""
+
+    def forward(self) -> Tensor:  # type: ignore[override]
+        weight = self.weight
+        # A view of a flat parameter (FSDP1) is freed after this call, and a copy is not.
+        return weight if isinstance(weight, nn.Parameter) else weight.clone()
 
 
 class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
@@ -90,13 +100,14 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         if config.task_names is not None:
             self.routing.names[adapter_name] = config.task_names
         self.reset_parameters(adapter_name, config)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        with buffers_stay(core):
+            self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, config: DyadsConfig) -> None:
         """A ~ N(0, init_std²) or LoRA's Kaiming-uniform; B = 0, so that a fresh adapter changes nothing, exactly."""
-        A, B = self._stored(adapter_name)
+        A, B = cast("tuple[Tensor, Tensor]", (self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight))
         if A.is_meta:
             return  # low_cpu_mem_usage: the values come from a file
         self.core(adapter_name).reset_parameters()
@@ -112,13 +123,9 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def core(self, adapter: str) -> Core:
         return self.lora_core[adapter]  # type: ignore[return-value]
 
-    def _stored(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """A (p d) and B (o q) as parameters; narrower with feature blocks."""
-        return self.lora_A[adapter].weight, self.lora_B[adapter].weight  # type: ignore[return-value]
-
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A (p d) and B (o q) of the formula."""
-        core, (A, B) = self.core(adapter), self._stored(adapter)
+        core, A, B = self.core(adapter), self.lora_A[adapter](), self.lora_B[adapter]()
         if core.feature_blocks == 1:
             return A, B
         return core.block_diagonal(A), core.block_diagonal(B.t()).t()
@@ -128,11 +135,14 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _cache(self, x: Tensor) -> dict[str, CachedOperator] | None:
         """This layer's cached operators, inside `Routing.unchanged_weights` and without gradients; None elsewhere."""
-        if self.routing.cache is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        cache = self.routing.cache
+        if cache is None or self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         if autocast_dtype(x) is not None:
             return None  # the products have another dtype then
-        return self.routing.cache.setdefault(id(self), {})
+        if "_is_replica" in self.__dict__:
+            return None  # of nn.DataParallel: it lives for one forward pass, and its id may be given to another one
+        return cache.setdefault(id(self), {})
 
     def _frozen(self) -> Frozen | None:
         """Weight and bias of the base layer where the operator may compute it; None where it must be called."""
@@ -162,7 +172,7 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 if adapter not in cache:
                     cache[adapter] = CachedOperator(*self.factors(adapter), self.core(adapter), self.scaling[adapter])
                 operator = cache[adapter]
-                out = operator(x, self._task(adapter, operator.core, x), out=out, frozen=frozen)
+                out = operator.core(operator, x, self._task(adapter, operator.core, x), out=out, frozen=frozen)
             frozen = None  # the first adapter adds to the frozen layer, the others to the first one's result
         assert out is not None
         return out
@@ -171,13 +181,13 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         core, dropout = self.core(adapter), self.lora_dropout[adapter]
         task = self._task(adapter, core, x)
         if core.has_auxiliary_loss and self.training:
-            self.routing.collect(adapter, core, x, task, self.of_decoder)
+            collect_loss(self.routing.running().training, adapter, core, x, task, self.of_decoder)
         drops = dropout.training and not isinstance(dropout, nn.Identity)
-        y = fused(
+        y: Tensor = core(
+            partial(fused, core=core),
             x,
             *self.factors(adapter),
-            core,
-            task,
+            task=task,
             scale=self.scaling[adapter],
             out=out,
             frozen=frozen,
@@ -200,14 +210,14 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 " nothing or at the task."
             )
         if "task" in sees:
-            state = self.routing.state
-            if state is None or len(state) != 1:
-                names = self.routing.names[adapter]
+            tasks, names = self.routing.tasks(), self.routing.names[adapter]
+            if len(names) > 1 and (tasks is None or len(tasks) != 1):
                 raise MergeError(
                     f"cannot merge adapter '{adapter}' ({self.method_key[adapter]}) without a task, as every task has"
                     f" its own update: name one, for instance task={names[0]!r}"
                 )
-            state.ids(adapter, self.routing.names[adapter], self._stored(adapter)[0].device)
+            if tasks is not None:
+                tasks.ids(adapter, names, torch.device("cpu"))  # an unknown one is refused
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -217,22 +227,21 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """
         self.check_merge(adapter)
         core, (A, B) = self.core(adapter), self.factors(adapter)
-        wide = torch.promote_types(A.dtype, torch.float32)
-        probe = torch.zeros(1, self.in_features, dtype=wide, device=A.device)
-        g = core.route(probe @ A.to(wide).T, probe, self._task(adapter, core, probe))
-        G = core.matrix(g.to(wide)).reshape(core.q, core.p)
-        delta = self.scaling[adapter] * (B.to(wide) @ G @ A.to(wide))
+        G = core(core.matrix_of, A, self._task(adapter, core, A[:1]))
+        delta = self.scaling[adapter] * (B.to(G.dtype) @ G @ A.to(G.dtype))
         oriented: Tensor = delta.T if self.fan_in_fan_out else delta
         return oriented
 
     @torch.no_grad()
     def gates_of_tasks(self, adapter: str) -> Tensor | None:
         """The gates of every task (T …), in the order of their ids; None where gates do not look at the task alone."""
-        core, (A, _) = self.core(adapter), self._stored(adapter)
+        core = self.core(adapter)
         if core.looks_at != {"task"}:
             return None
-        probe = A.new_zeros(len(self.routing.names[adapter]), self.in_features)
-        return core.route(A.new_zeros(len(probe), core.p), probe, torch.arange(len(probe), device=A.device))
+        A = self.lora_A[adapter]()
+        x = A.new_zeros(len(self.routing.names[adapter]), self.in_features)
+        g: Tensor = core(core.route, A.new_zeros(len(x), core.p), x, torch.arange(len(x), device=A.device))
+        return g
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """W += ΔW for every adapter named (default: the active ones). safe_merge refuses what is not finite."""
@@ -267,6 +276,22 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return "dyads." + super().__repr__()
+
+
+@contextmanager
+def buffers_stay(core: Core) -> Iterator[None]:
+    """Within this context a move to the meta device leaves the core's buffers where they are.
+
+    The adapter of a layer that accelerate offloads to disk goes to the meta device; its parameters are read from the
+    disk again when they are needed, and buffers are not.
+    """
+    before = [(module, dict(module._buffers)) for module in core.modules()]
+    yield
+    for module, buffers in before:
+        for name, buffer in buffers.items():
+            moved = module._buffers[name]
+            if moved is not None and moved.is_meta:
+                module._buffers[name] = buffer
 
 
 def _is_watched(module: nn.Linear) -> bool:

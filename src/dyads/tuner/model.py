@@ -9,7 +9,7 @@ Private names of PEFT relied on here (checked with PEFT 0.21): `_create_and_repl
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,16 @@ from torch import Tensor, nn
 
 from dyads.errors import ConfigError
 from dyads.methods.config import DyadsConfig
-from dyads.tuner.layer import DyadsLinear
-from dyads.tuner.routing import Routing, TaskLike, find_routing
+from dyads.tuner.batch_tasks import TaskLike
+from dyads.tuner.layer import DyadsLinear, buffers_stay
+from dyads.tuner.model_calls import attach, detach
+from dyads.tuner.routing import Routing, find_routing
 
-__all__ = ["DyadsModel", "check_file_names"]
+__all__ = ["DyadsModel", "current_names"]
 
 _OLD_NAMES = re.compile(r"\.dyads_(A|B|core)(\.|$)")
+_GATE = re.compile(r"(\.lora_core\.)gate\.(weight|bias)$")
+"""MoRE's gate was a module at first."""
 
 
 class DyadsModel(BaseTuner):  # type: ignore[misc]
@@ -42,7 +46,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         found = find_routing(model)
         if found is None:
             found = Routing()
-            found.attach(model)
+            attach(found, model)
         # In __dict__, since BaseTuner.__getattr__ looks a missing attribute up in the wrapped model.
         self.__dict__["routing"] = found
 
@@ -78,7 +82,8 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         if isinstance(parent, nn.TransformerEncoderLayer):
             # In evaluation its fast path reads the weights directly and skips the adapter, unless a module has a hook.
             layer.register_forward_pre_hook(_disable_fast_path)
-        self._replace_module(parent, target_name, layer, target)
+        with buffers_stay(layer.core(adapter_name)):
+            self._replace_module(parent, target_name, layer, target)
 
     def _layers(self) -> Iterator[DyadsLinear]:
         for module in self.model.modules():
@@ -145,7 +150,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         if merge:
             self._check_merge(kwargs.get("adapter_names"))
         model: nn.Module = super()._unload_and_optionally_merge(merge=merge, **kwargs)
-        self.routing.detach(model)
+        detach(self.routing, model)
         return model
 
     @contextmanager
@@ -167,7 +172,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         # PEFT drops from state_dict every key that has another adapter's name between dots, and so loses this adapter's
-        # `gate.weight` where another adapter is called 'gate'. The layers know their own keys without names.
+        # `embedding` where another adapter is called 'embedding'. The layers know their own keys without names.
         own: dict[str, Tensor] = {}
         for name, module in model.named_modules():
             if isinstance(module, DyadsLinear):
@@ -182,29 +187,29 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: DyadsConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        check_file_names(state_dict)
         remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+            model=model, config=config, adapter_name=adapter_name, state_dict=current_names(state_dict)
         )
         return remapped
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # PEFT looks for the adapter's name in the last two places; a core may nest deeper: lora_core.NAME.gate.weight
+        # PEFT looks for the adapter's name in the last two places; a core may nest deeper: lora_core.NAME.module.weight
         pattern = rf"(\.{cls.prefix}[A-Za-z]+)\.{re.escape(adapter_name)}(?=\.|$)"
         if re.search(pattern, key):
             return re.sub(pattern, r"\1", key)
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
 
 
-def check_file_names(keys: Iterable[str]) -> None:
-    """ConfigError for the names of an adapter file that a pre-release of dyads wrote."""
-    old = next((key for key in keys if _OLD_NAMES.search(key)), None)
+def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's file with today's names of its tensors; ConfigError for a file of a pre-release of dyads."""
+    old = next((key for key in state if _OLD_NAMES.search(key)), None)
     if old is not None:
         raise ConfigError(
             f"the adapter was saved by a pre-release of dyads, whose files name A and B otherwise ('{old}'): train it"
             " again with this version"
         )
+    return {_GATE.sub(r"\1gate_\2", key): value for key, value in state.items()}
 
 
 def _disable_fast_path(module: nn.Module, args: tuple[Any, ...]) -> None:
