@@ -136,6 +136,49 @@ def test_a_difference_without_spread_is_certain_unless_it_is_zero() -> None:
     assert sample([[0.0, 0.0]]).interval(ONE).p == 1.0
 
 
+def test_p_and_level_are_those_of_a_shifted_t_test() -> None:
+    values = np.random.default_rng(3).normal(2, 15, size=12)
+    ours = sample([list(values)]).interval(ONE, level=0.99, null=5.0)
+    theirs = stats.ttest_1samp(values, 5.0)
+    assert ours.p == pytest.approx(theirs.pvalue)
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.99)))
+    for bound in (ours.low, ours.high):
+        assert sample([list(values)]).interval(ONE, null=bound).p == pytest.approx(0.01)
+
+
+def test_the_expected_half_width_is_the_present_one_and_shrinks_with_seeds_and_instances() -> None:
+    rng = np.random.default_rng(5)
+    x = rng.normal(0, 3, size=(4, 40)) + rng.normal(0, 4, size=40) + rng.normal(0, 1, size=(4, 1))
+    found = sample(x.tolist())
+    assert found.half_width(ONE, level=0.95, seeds=4) == pytest.approx(half_width(found.interval(ONE)), rel=0.02)
+    wide = [found.half_width(ONE, level=0.95, seeds=k) for k in (4, 6, 10, 1000)]
+    assert wide == sorted(wide, reverse=True)
+    k, n = x.shape
+    rest = x - x.mean(axis=0) - x.mean(axis=1, keepdims=True) + x.mean()
+    alone = x.mean(axis=0).var(ddof=1) / n - (rest**2).sum() / ((k - 1) * (n - 1)) / n / k
+    assert wide[-1] == pytest.approx(1.96 * math.sqrt(alone), rel=0.05), "many seeds leave the instances' part"
+    assert found.half_width(ONE, level=0.95, seeds=1000, instances=100) < wide[-1] / 5
+
+
+def test_the_expected_half_width_is_that_of_new_seeds_and_instances() -> None:
+    rng = np.random.default_rng(6)
+
+    def draw(k: int, n: int) -> Sample:
+        x = rng.normal(0, 2, size=(k, 1)) + rng.normal(0, 9, size=n) + rng.normal(0, 5, size=(k, n))
+        return sample(x.tolist())
+
+    planned = [draw(5, 50).half_width(ONE, level=0.95, seeds=20, instances=4.0) for _ in range(300)]
+    done = [half_width(draw(20, 200).interval(ONE)) for _ in range(300)]
+    assert np.mean(planned) == pytest.approx(np.mean(done), rel=0.1)
+
+
+def test_one_seed_gives_no_expected_half_width() -> None:
+    assert sample([[1.0, 2.0, 6.0]]).half_width(ONE, level=0.95, seeds=5) == math.inf
+    assert sample([[1.0, 2.0, 6.0]], seedless=True).half_width(ONE, level=0.95, seeds=1) == pytest.approx(
+        stats.t.ppf(0.975, 2) * math.sqrt(7 / 3)
+    )
+
+
 def test_the_other_way_round_is_the_mirror() -> None:
     there = sample([[1.0, 2.0, 6.0]]).interval(ONE)
     back = sample([[-1.0, -2.0, -6.0]]).interval(ONE)

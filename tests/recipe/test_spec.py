@@ -75,6 +75,7 @@ def test_whole_floats_count_as_whole_numbers() -> None:
         ({"train": "{batch_size: 16, gradient_accumulation: 3}"}, "batch_size 16 cannot be cut into 3 equal parts"),
         ({"train": "{warmup: 2.5}"}, "warmup 2.5 is neither a share below 1 nor a whole number of steps"),
         ({"train": "{warmup: 50, steps: 10}"}, "warmup 50 is longer than the whole training (10 steps)"),
+        ({"train": "{validation_steps: 5}"}, "validation_steps is 5, but validation_limit is null"),
         ({"train": "{trainer: {seed: 3}}"}, "'seed' cannot be passed on: set the recipe's 'seed'"),
         ({"model": "{name: 3}"}, "'model.name' must be text (put it in quotes), got 3"),
         ({"model": "-"}, "x.yaml: 'model' is missing (The frozen base model)"),

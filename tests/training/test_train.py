@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -513,6 +514,55 @@ def test_the_validation_loss_is_computed_in_parts_of_a_batch(
         logged += [line["validation_loss"] for line in folder.log() if line.get("event") == "validated"]
     assert sizes == [3] * 3 + [2, 1] * 3
     assert logged[1] == pytest.approx(logged[0], rel=1e-5)
+
+
+def _curve(folder: RunFolder) -> dict[int, float]:
+    return {line["step"]: line["validation_loss"] for line in folder.log() if line.get("event") == "validated"}
+
+
+@pytest.mark.parametrize("method", ["mode", "more"])
+def test_validation_during_training_changes_no_weight_and_resumes(
+    method: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = {"steps": 5, "save_steps": 3, "validation_limit": 2}
+    options = {"lora_dropout": 0.1}
+    plain = train(tiny(method, options=options, train=spec), tmp_path / "plain", evaluate=False)
+    recipe = tiny(method, options=options, train={**spec, "validation_steps": 2})
+    through = train(recipe, tmp_path / "through", evaluate=False)
+    assert_close(adapter_of(through), adapter_of(plain), rtol=0, atol=0)
+    assert list(_curve(through)) == [2, 4, 5]
+    assert len(set(_curve(through).values())) == 3
+    assert _curve(plain) == {5: _curve(through)[5]}, "the last loss is that of the whole training"
+
+    with monkeypatch.context() as patch:
+        _cut_at(patch, 5 + 2 * 3)  # in step 5, after two validations of three tasks
+        with pytest.raises(_PowerCutError):
+            train(recipe, tmp_path / "cut", evaluate=False)
+    resumed = train(recipe, tmp_path / "cut", resume=True, evaluate=False)
+    assert [line["step"] for line in resumed.log() if line.get("event") == "validated"] == [2, 4, 4, 5]
+    assert _curve(resumed) == _curve(through)
+    assert_close(adapter_of(resumed), adapter_of(through), rtol=0, atol=0)
+
+
+def test_a_validation_at_the_last_step_is_not_repeated_and_its_time_is_not_training(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Training.validation_loss
+    clock = 0.0
+    real = time.perf_counter
+
+    def slow(*args: Any) -> float:
+        nonlocal clock
+        clock += 1000.0
+        return loss(*args)
+
+    monkeypatch.setattr(Training, "validation_loss", slow)
+    monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: real() + clock)
+    spec = {"steps": 4, "validation_limit": 2, "validation_steps": 2}
+    folder = train(tiny("lora", train=spec), tmp_path / "a", evaluate=False)
+    assert [line["step"] for line in folder.log() if line.get("event") == "validated"] == [2, 4]
+    (trained,) = [line for line in folder.log() if line.get("event") == "trained"]
+    assert trained["seconds"] < 1000
 
 
 def test_without_a_checkpoint_the_stop_says_so(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

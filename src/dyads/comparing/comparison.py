@@ -13,7 +13,7 @@ and macro each.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations, permutations
 from pathlib import Path
 from statistics import fmean
@@ -122,6 +122,13 @@ class Comparison:
     notes: tuple[str, ...]
     baseline: str | None
     """The label that was given, or was chosen where all pairs are too many."""
+    samples: tuple[Sample, ...] = field(default=(), repr=False, compare=False)
+    """Scores over seeds and instances, one a column; in no table."""
+
+    def difference(self, row: str, column: str) -> Sample:
+        """One column minus another over seeds and instances, paired as in `pair`."""
+        i, j = ([c.label for c in self.columns].index(label) for label in (row, column))
+        return _difference(self.columns, self.samples, i, j)[0]
 
     def pair(self, row: str, column: str) -> Pair:
         """The pair of two labels."""
@@ -169,6 +176,7 @@ def compare(folders: Sequence[str | Path | RunFolder], *, baseline: str | None =
         pairs=_corrected(_pairs(columns, samples, micro, macro), labels, baseline),
         notes=tuple(notes),
         baseline=baseline,
+        samples=tuple(samples),
     )
 
 
@@ -199,13 +207,18 @@ def _column(group: Sequence[ScoredRun], sample: Sample, micro: Array, macro: Arr
     )
 
 
+def _difference(columns: Sequence[Column], samples: Sequence[Sample], i: int, j: int) -> tuple[Sample, bool]:
+    """(column i minus column j, whether their seeds are paired)."""
+    a, b = samples[i], samples[j]
+    paired = columns[i].seeds == columns[j].seeds or any(s.seedless and len(s.scores) == 1 for s in (a, b))
+    return a.minus(b, paired=paired), paired
+
+
 def _pairs(columns: Sequence[Column], samples: Sequence[Sample], micro: Array, macro: Array) -> list[Pair]:
     """Every ordered pair, without corrected p-values."""
     pairs: dict[tuple[int, int], Pair] = {}
     for i, j in combinations(range(len(columns)), 2):
-        a, b = samples[i], samples[j]
-        paired = columns[i].seeds == columns[j].seeds or any(s.seedless and len(s.scores) == 1 for s in (a, b))
-        difference = a.minus(b, paired=paired)
+        difference, paired = _difference(columns, samples, i, j)
         gap = difference.scores.mean(axis=0)
         wins, losses = int((gap > 1e-9).sum()), int((gap < -1e-9).sum())
         p = sign_flip_p(difference.scores) if paired else None

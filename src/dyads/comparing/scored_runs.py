@@ -36,6 +36,8 @@ _UNIMPORTANT = (
     "train.save_steps",
     "train.threads",
     "train.trainer.disable_tqdm",
+    "train.validation_limit",
+    "train.validation_steps",
 )
 """Recipe keys that no score depends on."""
 

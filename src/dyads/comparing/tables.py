@@ -143,7 +143,8 @@ def to_csv(comparison: Comparison) -> str:
 
 def to_json(comparison: Comparison) -> str:
     """Everything, numbers unrounded; a bound of an interval that is not known is null."""
-    content = {"schema": 2, **dataclasses.asdict(comparison)}
+    content = {"schema": 2, **dataclasses.asdict(dataclasses.replace(comparison, samples=()))}
+    del content["samples"]
     for column, plain in zip(comparison.columns, content["columns"], strict=True):
         plain["scores"] = dict(zip((t.task for t in comparison.tasks), plain["scores"], strict=True))
         plain["reference"] = column.reference

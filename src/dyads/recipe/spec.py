@@ -197,6 +197,8 @@ class TrainSpec(Section):
     """Batches among which examples are sorted by length, to save padding; 1: no sorting"""
     validation_limit: PositiveInt | None = None
     """Validation instances per task whose loss is logged after training, to choose a learning rate by; null: none"""
+    validation_steps: PositiveInt | None = None
+    """Optimizer steps between two validation losses during training, on the same instances; null: only after it"""
     threads: PositiveInt | None = None
     """CPU threads of PyTorch; null: its default"""
     trainer: dict[str, Any] = {}
@@ -213,6 +215,11 @@ class TrainSpec(Section):
             raise ConfigError(f"warmup {self.warmup} is neither a share below 1 nor a whole number of steps")
         if self.warmup_steps > self.steps:
             raise ConfigError(f"warmup {self.warmup:g} is longer than the whole training ({self.steps} steps)")
+        if self.validation_steps and not self.validation_limit:
+            raise ConfigError(
+                f"validation_steps is {self.validation_steps}, but validation_limit is null, so no instances are"
+                " validated: set train.validation_limit too"
+            )
         return self
 
     @field_validator("trainer")
@@ -261,8 +268,8 @@ RESERVED = {  # fields of TrainingArguments that the recipe or the training itse
     "ignore_data_skip": "a resumed run continues its schedule of batches where it was interrupted",
     "dataloader_drop_last": "every batch of the schedule is full, so it would have no effect",
     "dataloader_in_order": "batches are read in the order of the schedule",
-    "eval_strategy": "set 'train.validation_limit'; nothing is evaluated during training",
-    "load_best_model_at_end": "nothing is evaluated during training, so no model is the best",
+    "eval_strategy": "set 'train.validation_limit' and 'train.validation_steps'",
+    "load_best_model_at_end": "the weights of the last step are kept",
 }
 
 

@@ -46,7 +46,14 @@ from dyads.training.adapt import (
     source_run,
 )
 from dyads.training.progress import ProgressCallback, show_summary
-from dyads.training.trainer import LogCallback, TaskTrainer, last_checkpoint, seconds_until, step_of
+from dyads.training.trainer import (
+    LogCallback,
+    TaskTrainer,
+    ValidationCallback,
+    last_checkpoint,
+    seconds_until,
+    step_of,
+)
 from dyads.tuner.routing import find_routing
 
 __all__ = ["Training", "train"]
@@ -310,6 +317,9 @@ class Training:
             reporter.note("resumed", f"  resume  after step {step_of(checkpoint):,}", step=step_of(checkpoint))
         log = LogCallback(folder, offset=seconds_until(checkpoint, folder))
         trainer.add_callback(log)
+        spec = self.recipe.train
+        validation = ValidationCallback(log, spec, lambda limit: self.validation_loss(trainer, limit))
+        trainer.add_callback(validation)
         if self.extended is not None:
             trainer.add_callback(RestoreFrozenRows(self.extended))
             folder.append_log({"event": "adapted", "run": cast(Any, self.recipe.adapt).run, **self.start})
@@ -325,15 +335,14 @@ class Training:
                 **({"head_parameters": self.head_parameters} if self.heads else {}),
             }
         )
-        # The adapter is saved before validation, which may fail. The heads come first: an adapter_config.json, written
+        # The adapter is saved before the last validation, which may fail. The heads come first: an adapter_config.json, written
         # last, marks the folder as complete.
         if self.heads:
             folder.adapter.mkdir(exist_ok=True)
             write_heads(folder.heads, self.heads)
         self.model.save_pretrained(folder.adapter)
-        if self.recipe.train.validation_limit:
-            loss = self.validation_loss(trainer, self.recipe.train.validation_limit)
-            folder.append_log({"event": "validated", "step": trainer.state.global_step, "validation_loss": loss})
+        if spec.validation_limit and validation.last_step != trainer.state.global_step:
+            validation.validate(trainer.state.global_step)
 
     @torch.no_grad()
     def validation_loss(self, trainer: TaskTrainer, limit: int) -> float:
@@ -341,6 +350,7 @@ class Training:
 
         A label is a token, or with heads an instance.
         """
+        training = self.model.training
         self.model.eval()
         dataset = TaskDataset(self.suite.tasks, self.prompt_tokenizer, split="validation", places=self.dataset.places)
         size = trainer.args.per_device_train_batch_size
@@ -353,6 +363,7 @@ class Training:
                 loss, count = trainer.label_loss(self.model, {k: v.to(trainer.args.device) for k, v in batch.items()})
                 total, labels = total + float(loss), labels + int(count)
             losses.append(total / labels)
+        self.model.train(training)
         return sum(losses) / len(losses)
 
     def arguments(self, folder: RunFolder) -> TrainingArguments:

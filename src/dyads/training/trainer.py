@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +19,20 @@ from transformers.data.data_collator import DataCollator
 from dyads.data.batches import IGNORED, ScheduledBatches, TaskDataset
 from dyads.errors import RunError
 from dyads.models.heads import head_loss
+from dyads.recipe.spec import TrainSpec
 from dyads.runs.folder import RunFolder
 from dyads.tuner.parameter_groups import parameter_groups
 from dyads.tuner.routing import auxiliary_loss, find_routing
 
-__all__ = ["LogCallback", "TaskTrainer", "label_loss", "last_checkpoint", "seconds_until", "step_of"]
+__all__ = [
+    "LogCallback",
+    "TaskTrainer",
+    "ValidationCallback",
+    "label_loss",
+    "last_checkpoint",
+    "seconds_until",
+    "step_of",
+]
 
 
 class TaskTrainer(Trainer):  # type: ignore[misc]
@@ -208,6 +217,31 @@ class LogCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.folder.append_log({"event": "saved", "step": state.global_step, "seconds": round(self.seconds, 3)})
+
+
+class ValidationCallback(TrainerCallback):  # type: ignore[misc]
+    """Logs the validation loss every `validation_steps`, with the training's random numbers and seconds unchanged.
+
+    A resumed training logs the steps after its checkpoint again, with the same losses.
+    """
+
+    def __init__(self, log: LogCallback, spec: TrainSpec, loss: Callable[[int], float]) -> None:
+        self.log, self.spec, self.loss = log, spec, loss
+        self.last_step: int | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        every = self.spec.validation_steps
+        if every and state.global_step % every == 0:
+            self.validate(state.global_step)
+
+    def validate(self, step: int) -> None:
+        """Log the loss of the validation instances at this step."""
+        start = time.perf_counter()
+        with torch.random.fork_rng():
+            loss = self.loss(cast(int, self.spec.validation_limit))
+        self.log.folder.append_log({"event": "validated", "step": step, "validation_loss": loss})
+        self.last_step = step
+        self.log.start += time.perf_counter() - start
 
 
 def last_checkpoint(folder: RunFolder) -> str | None:
