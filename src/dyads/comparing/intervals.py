@@ -32,8 +32,8 @@ Two methods with the same seeds are paired: for one seed they read the same exam
 seeds each has an S / k and an R / k of its own, which are added; instances are paired in any case. With one seed V = I:
 the interval is about these trained adapters alone and says nothing about another training.
 
-With k' seeds, and f times the instances of every task, the same mean squares expect the variance B / f + S' / k', where
-B = max(I - R / k, 0) is the part of the instances alone and S' = S - R + R / f: `half_width` plans a further study by it.
+With k' seeds, and f times the instances of every task, these mean squares expect the variance B / f + S' / k', where
+B = max(I - R / k, 0) is the part of the instances alone and S' = S - R + R / f: `half_width` plans a study by it.
 
 Simulated at a nominal 95 % (tests/comparing/test_coverage.py), three to ten seeds cover 94 to 97 %; and of ten methods
 that are all alike, one of nine is called ahead of or behind the tenth in 2 to 6 % of comparisons.
@@ -127,7 +127,7 @@ class Sample:
         return Interval(value, value - width, value + width, 1.0 if distance < _ZERO else p, self.over_seeds)
 
     def half_width(self, weights: Array, *, level: float, seeds: int, instances: float = 1.0) -> float:
-        """Expected half-width of the interval with so many seeds and `instances` times the instances, at these variances.
+        """Expected half-width of the interval with so many seeds, and `instances` times the instances.
 
         inf where the variances are not known: with one seed, or where no task has two instances.
         """

@@ -174,7 +174,7 @@ def _shortened(value: object) -> str:
 
 def _suggestion(path: KeyPath, keys: Sequence[Key]) -> str:
     """A similar key of the same section, else the same key of another section, else all keys of the section."""
-    *section, name = map(str, path)
+    *section, name = (str(part) for part in path if isinstance(part, str))  # places in a list are no keys
     if path == ("extends",):
         return " – only a recipe file can have it: one file extends another"
     prefix = "".join(f"{part}." for part in section)
@@ -187,12 +187,12 @@ def _suggestion(path: KeyPath, keys: Sequence[Key]) -> str:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models in an annotation: itself, or the members of a union."""
+    """The pydantic models in an annotation: itself, or the members of a union or of a list."""
     if annotation is FamilySpec:
         return list(families().values())
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if get_origin(annotation) in (Annotated, Union, types.UnionType):
+    if get_origin(annotation) in (Annotated, Union, types.UnionType, tuple):
         return [model for part in get_args(annotation) for model in _models_in(part)]
     return []
 
@@ -208,6 +208,9 @@ def _key_path(loc: Iterable[str | int], root: type[BaseModel], data: Any) -> tup
             models = tagged
             continue
         path.append(step)
+        if isinstance(step, int):
+            data = data[step] if isinstance(data, list) and step < len(data) else None
+            continue
         data = data.get(step) if isinstance(data, Mapping) else None
         holder = models[0] if models else None
         info = holder.model_fields.get(str(step)) if holder else None

@@ -93,6 +93,7 @@ def _locate(node: yaml.Node, path: KeyPath, name: str, origins: dict[KeyPath, st
     above |= {id(node)}
     if isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
+            origins[(*path, i)] = f"{name}:{item.start_mark.line + 1}"
             _locate(item, (*path, i), name, origins, above)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}

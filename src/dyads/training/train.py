@@ -335,8 +335,8 @@ class Training:
                 **({"head_parameters": self.head_parameters} if self.heads else {}),
             }
         )
-        # The adapter is saved before the last validation, which may fail. The heads come first: an adapter_config.json, written
-        # last, marks the folder as complete.
+        # The adapter is saved before the last validation, which may fail. The heads come first: an adapter_config.json,
+        # written last, marks the folder as complete.
         if self.heads:
             folder.adapter.mkdir(exist_ok=True)
             write_heads(folder.heads, self.heads)
