@@ -13,7 +13,7 @@ import torch
 
 from tiny import MLP, PLACED, UNLIKE, VARIANTS, Variant
 
-pytest_plugins = ["made_runs"]
+pytest_plugins = ["made_runs", "made_studies"]
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda v: v.id)

@@ -30,7 +30,8 @@ ORDER = {  # what a room may import, beside itself and `errors`: the rooms that 
     "export": {"runs"},
     "analysis": {"runs"},
     "training": {"scoring"},
-    "cli": {"training", "comparing", "export", "analysis"},
+    "studies": {"training", "comparing"},
+    "cli": {"studies", "export", "analysis"},
 }
 
 

@@ -83,7 +83,7 @@ def test_links_resolve(page: str) -> None:
 
 @pytest.mark.parametrize("study", ["demo", "sni15", "glue-minilm", "glue-ablations"])
 def test_shipped_recipes_load_and_resolve_to_themselves(study: str) -> None:
-    paths = sorted((ROOT / "recipes" / study).glob("*.yaml"))
+    paths = [p for p in sorted((ROOT / "recipes" / study).glob("*.yaml")) if not p.name.startswith("study")]
     assert paths
     for path in paths:
         recipe = load_recipe(path)
@@ -94,6 +94,6 @@ def test_shipped_recipes_load_and_resolve_to_themselves(study: str) -> None:
     ("task", "family"), [("scitail", "scitail"), ("cb", "superglue"), ("boolq", "superglue")], ids=lambda value: value
 )
 def test_shipped_new_tasks_can_be_adapted_to(task: str, family: str, tmp_path: Path) -> None:
-    run = RunFolder.create(tmp_path / "run", load_recipe(ROOT / "recipes/glue-minilm/more.yaml"))
+    run = RunFolder.create(tmp_path / "run", load_recipe(ROOT / "recipes/glue-ablations/more.yaml"))
     recipe = adapt_recipe(run.path, ROOT / f"recipes/glue-transfer/{task}.yaml", {"shots": 4})
     assert (recipe.tasks.family, recipe.train.steps, recipe.method.name) == (family, 60, "more")

@@ -55,6 +55,8 @@ class Tracker:
         self.done = 0
         self.facts: dict[str, Any] = {}
         """What is shown besides, such as the loss."""
+        self.expected: float | None = None
+        """Seconds left, where more is known than the recent speed."""
         self._clock = clock
         self._begin = clock()
         self._work = 0.0
@@ -98,6 +100,8 @@ class Tracker:
     @property
     def seconds_left(self) -> float | None:
         """None before there is a speed."""
+        if self.expected is not None:
+            return self.expected
         speed = self._slope(1)
         return (self.total - self.done) / speed if speed else None
 

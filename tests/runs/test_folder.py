@@ -51,6 +51,13 @@ def test_a_run_is_not_started_among_other_files(tmp_path: Path, recipe: Make) ->
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
+def test_a_start_that_was_killed_while_it_wrote_its_first_file_is_started_again(tmp_path: Path, recipe: Make) -> None:
+    (tmp_path / ".config.yaml.k1ll3d").write_text("name: a\nmod")
+    folder = RunFolder.create(tmp_path, recipe("a"), resume=True)
+    assert folder.recipe() == recipe("a")
+    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
+
+
 def test_templates_are_read_back_and_those_of_an_adapted_run_come_first(tmp_path: Path, recipe: Make) -> None:
     old, new = (RunFolder.create(tmp_path / name, recipe("a")) for name in ("old", "new"))
     assert old.templates() == {}

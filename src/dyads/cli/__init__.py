@@ -32,7 +32,7 @@ import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
@@ -47,7 +47,7 @@ from dyads.console import JsonReporter, Reporter, TextReporter, tolerate_encodin
 from dyads.errors import DyadsError, did_you_mean
 from dyads.training.memory import keep_memory
 
-__all__ = ["main", "reports", "resumable"]
+__all__ = ["command_line", "main", "reports", "resumable"]
 
 _ARGUMENTS = "dyads.arguments"
 """Key of the whole command line in a context's `meta`."""
@@ -69,6 +69,12 @@ def reports(command: Command) -> Command:
     return with_reporter  # type: ignore[return-value]
 
 
+def command_line(context: click.Context, *, without: Sequence[str] = (), more: Sequence[str] = ()) -> str:
+    """The command that is running, quoted for a shell, without some of its arguments and with more."""
+    arguments = [a for a in context.meta.get(_ARGUMENTS, ()) if a not in without]
+    return (subprocess.list2cmdline if sys.platform == "win32" else shlex.join)(["dyads", *arguments, *more])
+
+
 @contextmanager
 def resumable(out: Path) -> Iterator[None]:
     """On Ctrl-C, print how far the run in the folder `out` came and the command that continues it."""
@@ -82,9 +88,8 @@ def resumable(out: Path) -> Iterator[None]:
         if not folder.is_run:
             click.echo("\ninterrupted before the run began: nothing was written", err=True)
             context.exit(130)
-        again = [a for a in context.meta.get(_ARGUMENTS, ()) if a not in ("--resume", "--auto-resume")]
-        quoted = (subprocess.list2cmdline if sys.platform == "win32" else shlex.join)(["dyads", *again, "--resume"])
-        click.echo(f"\ninterrupted {state_of(folder)}\nTo continue:\n  {quoted}", err=True)
+        again = command_line(context, without=("--resume", "--auto-resume"), more=("--resume",))
+        click.echo(f"\ninterrupted {state_of(folder)}\nTo continue:\n  {again}", err=True)
         context.exit(130)
 
 

@@ -24,11 +24,14 @@ import numpy as np
 from dyads.comparing.intervals import LEVEL, Array, Interval, Sample, holm, sign_flip_p
 from dyads.comparing.notes import notes_on
 from dyads.comparing.scored_runs import Curve, ScoredRun, find, grouped, read
-from dyads.errors import RunError, did_you_mean
+from dyads.errors import ConfigError, RunError, did_you_mean
 from dyads.recipe.spec import UNTRAINED
 from dyads.runs.folder import RunFolder
 
-__all__ = ["Column", "Comparison", "Pair", "TaskRow", "Verdict", "compare"]
+__all__ = ["GIVEN_TASK", "Column", "Comparison", "Pair", "TaskRow", "Verdict", "compare"]
+
+GIVEN_TASK = "†"
+"""Mark of columns whose gates are given the task."""
 
 MANY_PAIRS = 15
 """More pairs than these are not all shown without a baseline."""
@@ -66,11 +69,17 @@ class Column:
     micro_by_seed: tuple[float, ...]
     macro_by_seed: tuple[float, ...]
     curves: tuple[Curve, ...]  # of the runs whose log has enough lines
+    given_task: bool  # whether the gates are given each instance's task, which the others read from the prompt alone
 
     @property
     def reference(self) -> bool:
         """Whether nothing is trained: the majority answer, or the base model alone."""
         return self.method in UNTRAINED
+
+    @property
+    def shown(self) -> str:
+        """The label with the mark of a method that is given the task."""
+        return f"{self.label} {GIVEN_TASK}" if self.given_task else self.label
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +138,17 @@ class Comparison:
         """One column minus another over seeds and instances, paired as in `pair`."""
         i, j = ([c.label for c in self.columns].index(label) for label in (row, column))
         return _difference(self.columns, self.samples, i, j)[0]
+
+    def weights(self, on: str) -> Array:
+        """The weights of the tasks in a mean: macro, micro, or a task's name for its score alone."""
+        sizes = np.array([task.n for task in self.tasks], dtype=np.float64)
+        if on in ("macro", "micro"):
+            return sizes / sizes.sum() if on == "micro" else np.full(len(sizes), 1 / len(sizes))
+        names = [task.task for task in self.tasks]
+        if on not in names:
+            raise RunError(f"'{on}' is neither macro, micro nor a task{did_you_mean(on, names)}")
+        alone: Array = np.eye(len(names))[names.index(on)]
+        return alone
 
     def pair(self, row: str, column: str) -> Pair:
         """The pair of two labels."""
@@ -204,7 +224,17 @@ def _column(group: Sequence[ScoredRun], sample: Sample, micro: Array, macro: Arr
         micro_by_seed=tuple(map(float, sample.scores @ micro)),
         macro_by_seed=tuple(map(float, sample.scores @ macro)),
         curves=tuple(run.curve for run in group if run.curve is not None),
+        given_task=_given_task(first),
     )
+
+
+def _given_task(run: ScoredRun) -> bool:
+    """As the scores say, which older runs do not."""
+    try:
+        known = run.scores.get("given_task")
+        return run.recipe.method.reads_task if known is None else known
+    except ConfigError:  # an older run with options that are refused now
+        return False
 
 
 def _difference(columns: Sequence[Column], samples: Sequence[Sample], i: int, j: int) -> tuple[Sample, bool]:

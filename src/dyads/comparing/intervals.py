@@ -50,7 +50,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import t as student
 
-__all__ = ["LEVEL", "Array", "Interval", "Sample", "holm", "sign_flip_p"]
+__all__ = ["LEVEL", "Array", "Interval", "Sample", "holm", "holm_levels", "sign_flip_p"]
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -194,6 +194,22 @@ def holm(ps: Sequence[float]) -> list[float]:
     result = np.empty(len(ps))
     result[order] = adjusted
     return [float(p) for p in result]
+
+
+def holm_levels(ps: Sequence[float]) -> list[float]:
+    """The level of the interval with which Holm's procedure tests each p-value.
+
+    The smallest of n is tested at α / n, the next at α / (n - 1), and so on until one is not rejected, at whose α the
+    others are tested too. So an interval of this level excludes the tested value exactly if holm's p-value is below α.
+    """
+    levels = [LEVEL] * len(ps)
+    level, rejecting = LEVEL, True
+    for rank, i in enumerate(np.argsort(ps, kind="stable")):
+        if rejecting:
+            level = 1 - (1 - LEVEL) / (len(ps) - rank)
+            rejecting = ps[i] < 1 - level
+        levels[i] = level
+    return levels
 
 
 def sign_flip_p(differences: Array) -> float:

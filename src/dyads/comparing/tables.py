@@ -23,11 +23,11 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from dyads.comparing.comparison import Column, Comparison, Verdict
+from dyads.comparing.comparison import GIVEN_TASK, Column, Comparison, Verdict
 from dyads.comparing.intervals import Interval
 from dyads.comparing.scored_runs import Curve
 
-__all__ = ["FORMATS", "to_csv", "to_json", "to_markdown", "to_terminal"]
+__all__ = ["FORMATS", "markdown_table", "to_csv", "to_json", "to_markdown", "to_terminal"]
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _STARS = "* p < 0.05, ** p < 0.01 of as wide a margin when the two change places within seeds; not corrected"
@@ -40,8 +40,9 @@ def to_terminal(comparison: Comparison, width: int = 80) -> str:
     stream = io.StringIO()
     console = Console(file=stream, width=width, force_terminal=True, color_system="standard", highlight=False)
     labels = [c.label for c in comparison.columns]
-    lettered = not _fits(console, _by_task(comparison, labels, range(len(labels))))
-    short = dict(zip(labels, map(_letter, range(len(labels))) if lettered else labels, strict=True))
+    shown = [c.shown for c in comparison.columns]
+    lettered = not _fits(console, _by_task(comparison, shown, range(len(labels))))
+    short = dict(zip(labels, map(_letter, range(len(labels))) if lettered else shown, strict=True))
 
     console.print(Text(_headline(comparison), style="bold"))
     for title, header, rows in (_scores(comparison), _costs(comparison)):
@@ -72,18 +73,19 @@ def to_terminal(comparison: Comparison, width: int = 80) -> str:
 def to_markdown(comparison: Comparison) -> str:
     """Tables in GitHub's Markdown, every name in full; the best of a row is bold."""
     labels = [c.label for c in comparison.columns]
+    shown = {c.label: c.shown for c in comparison.columns}
     out = [_headline(comparison), ""]
     _, score_header, score_rows = _scores(comparison)
     _, cost_header, cost_rows = _costs(comparison)
     both = [[*s, *c[1:]] for s, c in zip(score_rows, cost_rows, strict=True)]
-    out += [*_markdown([*score_header, *cost_header[1:]], both), "", "### By task", ""]
+    out += [*markdown_table([*score_header, *cost_header[1:]], both), "", "### By task", ""]
     rows = []
     for i, task in enumerate(comparison.tasks):
         values = [c.scores[i].value for c in comparison.columns]
         best = _best(values)
         cells = [f"**{v:.1f}**" if j in best else f"{v:.1f}" for j, v in enumerate(values)]
         rows.append([task.task, task.metric, f"v{task.version}", str(task.n), *cells])
-    out += [*_markdown(["task", "metric", "version", "n", *labels], rows, left=3), ""]
+    out += [*markdown_table(["task", "metric", "version", "n", *shown.values()], rows, left=3), ""]
     if len(labels) > 1:
         out += [
             "### Win rates",
@@ -91,21 +93,22 @@ def to_markdown(comparison: Comparison) -> str:
             "Share of the tasks (%) on which the row is ahead of the column, a tie counts half.",
             "",
         ]
-        out += _markdown(
-            ["", *labels], [[a, *(_win(comparison, a, b).replace("*", r"\*") for b in labels)] for a in labels]
+        out += markdown_table(
+            ["", *shown.values()],
+            [[shown[a], *(_win(comparison, a, b).replace("*", r"\*") for b in labels)] for a in labels],
         )
         out += ["", _about_stars(comparison).replace("*", r"\*"), ""]
         out += ["### Differences", "", f"Row minus column, {_about_intervals(comparison)}.", ""]
         header = ["", *(x for level in ("micro", "macro") for x in (level, "95 % interval", "corrected p", "verdict"))]
         pairs = [
             [
-                f"{p.row} − {p.column}",
+                f"{shown[p.row]} − {shown[p.column]}",
                 *(_signed(p.micro), _range(p.micro), _p(p.micro_holm), _verdict(p.micro, p.micro_verdict)),
                 *(_signed(p.macro), _range(p.macro), _p(p.macro_holm), _verdict(p.macro, p.macro_verdict)),
             ]
             for p in comparison.differences
         ]
-        out += [*_markdown(header, pairs), ""]
+        out += [*markdown_table(header, pairs), ""]
     out += ["### Notes", "", *(f"- {note}" for note in _all_notes(comparison))]
     return "\n".join(out) + "\n"
 
@@ -190,7 +193,7 @@ def _scores(comparison: Comparison) -> tuple[str, list[str], list[list[str]]]:
     spread = any(len(c.seeds) > 1 for c in comparison.columns)
     header = ["method", "micro", "95 % interval", "macro", "95 % interval", *(["micro by seed"] if spread else [])]
     rows = [
-        [c.label, f"{c.micro.value:.1f}", _range(c.micro), f"{c.macro.value:.1f}", _range(c.macro)]
+        [c.shown, f"{c.micro.value:.1f}", _range(c.micro), f"{c.macro.value:.1f}", _range(c.macro)]
         + ([_spread(c)] if spread else [])
         for c in comparison.columns
     ]
@@ -201,7 +204,7 @@ def _costs(comparison: Comparison) -> tuple[str, list[str], list[list[str]]]:
     header = ["method", "parameters", "seeds", "steps", "training", "scoring", "loss at end"]
     rows = [
         [
-            c.label,
+            c.shown,
             f"{c.parameters:,}" if not c.reference else "–",
             str(len(c.seeds)),
             f"{c.steps:,}" if not c.reference else "–",
@@ -291,13 +294,20 @@ def _all_notes(comparison: Comparison) -> list[str]:
             f"verdicts: Holm's correction over {family} differences, so that the chance of any false 'ahead' or "
             "'behind' in a column is at most 5 %"
         )
+    if any(c.given_task for c in comparison.columns):
+        notes.append(
+            f"{GIVEN_TASK} the gates are given the task of each instance (`task=` in use); other methods read it in the"
+            " prompt alone"
+        )
     return [*notes, *comparison.notes]
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
 
 
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """The lines of a table whose first `left` columns are aligned to the left."""
+
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
@@ -325,7 +335,7 @@ def _table(title: str) -> Table:
 def _by_task(comparison: Comparison, heads: Sequence[str], part: Sequence[int]) -> Table:
     """Scores of some columns; names of tasks are shortened, and more so below letters."""
     columns, tasks = comparison.columns, comparison.tasks
-    names = _shortened([t.task for t in tasks], 34 if heads[0] == columns[0].label else 27)
+    names = _shortened([t.task for t in tasks], 34 if heads[0] == columns[0].shown else 27)
     metrics = dict.fromkeys(t.metric for t in tasks)
     table = _table("Scores by task" if len(metrics) > 1 else f"{next(iter(metrics))} by task")
     table.add_column("task", overflow="fold")

@@ -42,6 +42,7 @@ __all__ = [
     "Recipe",
     "Section",
     "TrainSpec",
+    "check_folder_name",
     "differences",
 ]
 
@@ -60,6 +61,13 @@ def _one_or_many(value: object) -> object:
 
 PositiveInt: TypeAlias = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
 """A whole number from 1; `2e4` counts as one."""
+
+
+def check_folder_name(name: str) -> str:
+    """The name, if every file system takes it for a folder; ConfigError otherwise."""
+    if re.search(r'[/\\:*?"<>|\x00-\x1f]', name) or name != name.strip() or name.startswith((".", "-")):
+        raise ConfigError(f'{name!r} cannot name a folder: no / \\ : * ? " < > |, no . or - at the start')
+    return name
 
 
 class Section(BaseModel):
@@ -130,6 +138,11 @@ class MethodSpec(Section):
     def trains(self) -> bool:
         """Whether the method trains an adapter: false for zero-shot and majority."""
         return self.name not in UNTRAINED
+
+    @property
+    def reads_task(self) -> bool:
+        """Whether the gates depend on the task's identity, so that `task=` is passed in use. Slow: imports PEFT."""
+        return self.trains and getattr(self.peft_config(("first task", "second task")), "task_names", None) is not None
 
     def peft_config(self, task_names: Sequence[str]) -> PeftConfig:
         """The PEFT config for these tasks, with every option checked; ConfigError for a method without training."""
@@ -363,12 +376,7 @@ class Recipe(Section):
             raise ConfigError(f"method '{self.method.name}' trains nothing, so it cannot adapt '{self.adapt.run}'")
         return self
 
-    @field_validator("name")
-    @classmethod
-    def _name_fits_a_folder(cls, name: str) -> str:
-        if re.search(r'[/\\:*?"<>|\x00-\x1f]', name) or name != name.strip() or name.startswith((".", "-")):
-            raise ConfigError(f'{name!r} cannot name a folder: no / \\ : * ? " < > |, no . or - at the start')
-        return name
+    _name_fits_a_folder = field_validator("name")(check_folder_name)
 
     def resolved(self) -> dict[str, Any]:
         """The recipe with every default written out, as dicts and lists."""

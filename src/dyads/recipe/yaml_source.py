@@ -93,8 +93,9 @@ def _locate(node: yaml.Node, path: KeyPath, name: str, origins: dict[KeyPath, st
     above |= {id(node)}
     if isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
-            origins[(*path, i)] = f"{name}:{item.start_mark.line + 1}"
-            _locate(item, (*path, i), name, origins, above)
+            place: KeyPath = (*path, i)
+            origins[place] = f"{name}:{item.start_mark.line + 1}"
+            _locate(item, place, name, origins, above)
     elif isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key_node, value in node.value:

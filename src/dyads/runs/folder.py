@@ -82,9 +82,7 @@ class Seconds(TypedDict):
     evaluate: float
 
 
-class Scores(TypedDict):
-    """The content of scores.json."""
-
+class _Scores(TypedDict):
     schema: int
     run: str  # the recipe's name
     method: str
@@ -96,6 +94,12 @@ class Scores(TypedDict):
     scores: list[ScoreRow]
     micro: dict[str, float]  # by metric, and "headline": mean over the instances of all tasks
     macro: dict[str, float]  # by metric, and "headline": mean over tasks
+
+
+class Scores(_Scores, total=False):
+    """The content of scores.json."""
+
+    given_task: bool  # whether the method's gates depend on the task's identity
 
 
 _CONFIG, _ENV, _LOG, _SCORES = "config.yaml", "env.json", "log.jsonl", "scores.json"
@@ -130,6 +134,8 @@ class RunFolder:
             return folder
         if folder.path.exists() and not folder.path.is_dir():
             raise RunError(f"'{folder.path}' is a file; choose a folder for --out")
+        for unfinished in folder.path.glob(f".{_CONFIG}.*"):  # of a process that was killed right here
+            unfinished.unlink()
         if folder.path.exists() and any(folder.path.iterdir()):
             raise RunError(f"'{folder.path}' is not empty and holds no run; choose another --out")
         folder.path.mkdir(parents=True, exist_ok=True)

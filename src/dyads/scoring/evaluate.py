@@ -108,6 +108,7 @@ def evaluate(
         scores=rows,
         micro=micro,
         macro=macro,
+        given_task=recipe.method.reads_task,
     )
     target.write_results(predictions, result)
     return result

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from dyads.models.heads import Head, TaskHeads, attach_heads, heads_of, read_hea
 from dyads.recipe.load import recipe_keys
 from dyads.recipe.recipe_errors import validated
 from dyads.recipe.spec import Recipe, differences
-from dyads.recipe.yaml_source import read_file, read_overrides, read_text, to_yaml
+from dyads.recipe.yaml_source import YamlSource, read_file, read_overrides, read_text, to_yaml
 from dyads.runs.adapter import check_adapter, fingerprint, load_adapter
 from dyads.runs.folder import RunFolder
 from dyads.tasks import Task
@@ -44,6 +44,7 @@ __all__ = [
     "ExtendedAdapter",
     "RestoreFrozenRows",
     "adapt_recipe",
+    "adaptation",
     "choose_start",
     "load_extended",
     "source_facts",
@@ -277,6 +278,29 @@ def choose_start(recipe: Recipe, extended: ExtendedAdapter) -> str:
     return "nearest" if any(layer.core(_ADAPTER).compares_samples for layer in layers) else "mean"
 
 
+def adaptation(run: Path, given: Mapping[str, Any]) -> YamlSource:
+    """A run's recipe as the base of its adaptation's: without tasks, with a section `adapt` and few steps.
+
+    `given` is the section `adapt` without the run.
+    """
+    adapted = RunFolder.open(run).recipe()
+    whole = adapted.resolved()
+    del whole["tasks"]  # replaced as a whole, not key by key
+    whole["adapt"] = {"run": str(run if run.name else run.resolve()), **given}
+    whole["evaluate"] = {**whole["evaluate"], "limit": None, "split": "test"}
+    shots = given.get("shots") or _LARGEST_BATCH
+    size = min(_LARGEST_BATCH, adapted.train.batch_size, shots if isinstance(shots, int) else _LARGEST_BATCH)
+    whole["train"] |= {
+        "steps": _STEPS,
+        "batch_size": size,
+        "gradient_accumulation": max(n for n in range(1, adapted.train.gradient_accumulation + 1) if size % n == 0),
+        "warmup": min(adapted.train.warmup_steps / adapted.train.steps, 0.99),  # the same share of fewer steps
+        "validation_limit": None,
+        "validation_steps": None,
+    }
+    return read_text(to_yaml(whole), f"the recipe of {run}")
+
+
 def adapt_recipe(
     run: Path, source: Path, given: dict[str, Any], overrides: Sequence[str] = (), seed: int | None = None
 ) -> Recipe:
@@ -286,23 +310,13 @@ def adapt_recipe(
     optionally `name`, `mixture`, `train` and `evaluate`. `given` is the section `adapt` without the run; `overrides`
     are those of `dyads train --set`.
     """
-    adapted = RunFolder.open(run).recipe()
-    whole = adapted.resolved()
-    del whole["tasks"]  # replaced as a whole, not key by key
-    whole["adapt"] = {"run": str(run if run.name else run.resolve()), **given}
+    base = adaptation(run, given)
     options = [f"{given['shots']}-shot"] if "shots" in given else []
     options += [str(given[key]) for key in ("parts", "start") if key in given]
-    whole["name"] = re.sub(r'[/\\:*?"<>|]', "-", ", ".join([adapted.name, " ".join([source.stem, *options])]))
-    whole["seed"] = adapted.seed if seed is None else seed
-    whole["evaluate"] = {**whole["evaluate"], "limit": None, "split": "test"}
-    size = min(_LARGEST_BATCH, adapted.train.batch_size, given.get("shots", _LARGEST_BATCH))
-    whole["train"] |= {
-        "steps": _STEPS,
-        "batch_size": size,
-        "gradient_accumulation": max(n for n in range(1, adapted.train.gradient_accumulation + 1) if size % n == 0),
-        "warmup": min(adapted.train.warmup_steps / adapted.train.steps, 0.99),  # the same share of fewer steps
-        "validation_limit": None,
-    }
+    name = ", ".join([base.data["name"], " ".join([source.stem, *options])])
+    base.data["name"] = re.sub(r'[/\\:*?"<>|]', "-", name)
+    if seed is not None:
+        base.data["seed"] = seed
     if source.suffix.lower() in (".jsonl", ".csv"):
         if not source.is_file():
             raise ConfigError(f"there is no file '{source}': --task needs a JSONL or CSV file of examples, or a recipe")
@@ -319,7 +333,7 @@ def adapt_recipe(
     for override in overrides:
         if override.startswith("adapt."):
             raise ConfigError(f"--set {override}: use --shots, --parts or --start instead")
-    layer = tasks.over(read_text(to_yaml(whole), f"the recipe of {run}"))
+    layer = tasks.over(base)
     if overrides:
         layer = read_overrides(overrides).over(layer)
     return validated(Recipe, layer, str(source), recipe_keys)

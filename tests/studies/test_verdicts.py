@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verdicts on made-up runs whose answer is known."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dyads.studies.grid import load_study
+from dyads.studies.outcome import Outcome, outcome_of, to_json, to_page
+from dyads.studies.progress import StudyFolder
+from dyads.studies.verdicts import Judgement
+from made_runs import write_run
+from made_studies import LORA, MODE, Write
+
+TASKS = ("t1", "t2")
+
+
+def study_of(
+    write: Write, folder: Path, gains: dict[str, Sequence[float]], claims: list[dict[str, Any]], noise: float = 1.0
+) -> Outcome:
+    """Methods that score `gains`, one a seed, above the method "base", on instances with some noise of their own."""
+    seeds = list(range(max(map(len, gains.values()))))
+    vary = {"method": {"base": LORA, **dict.fromkeys(gains, MODE)}, "seed": seeds}
+    study = load_study(write(vary=vary, claims=claims))
+    cells = study.cells()
+    rng = np.random.default_rng(0)
+    for cell in cells.values():
+        mine = [0.0] * len(seeds) if cell.label == "base" else gains[cell.label]
+        if cell.recipe.seed < len(mine):
+            values = {t: 50 + mine[cell.recipe.seed] + rng.normal(0, noise, 30) for t in TASKS}
+            write_run(folder / cell.name, cell.label, values, method=cell.recipe.method.name, seed=cell.recipe.seed)
+    return outcome_of(study, cells, StudyFolder(folder))
+
+
+def verdicts(outcome: Outcome) -> list[str]:
+    return [found.verdict for found in outcome.judgements]
+
+
+def test_what_lies_clear_of_the_margin_is_decided_and_what_straddles_it_is_not(write: Write, tmp_path: Path) -> None:
+    gains = {
+        "better": (3.0, 3.2, 2.8, 3.1, 2.9),
+        "level": (0.1, -0.1, 0.0, 0.2, -0.2),
+        "wild": (12.0, -3.0, 5.0, 9.0, -2.0),
+    }
+    claims = [
+        {"ahead": ["better", "level", "wild"], "of": "base", "by": 1},
+        {"equal": ["better", "level", "wild"], "to": "base", "within": 1},
+    ]
+    outcome = study_of(write, tmp_path, gains, claims)
+    assert verdicts(outcome) == [
+        "supported",
+        "not supported",
+        "undecided",
+        "not supported",
+        "supported",
+        "undecided",
+    ]
+    assert [found.claim.text for found in outcome.judgements[::3]] == [
+        "better ahead of base by 1 on macro",
+        "better equals base within 1 on macro",
+    ]
+    better = outcome.judgements[0]
+    assert better.value == pytest.approx(3.0, abs=0.3)
+    assert better.low is not None
+    assert 1 < better.low < 3
+    assert better.needs == ""
+    wild = outcome.judgements[2]
+    assert wild.low is not None
+    assert wild.high is not None
+    assert wild.low < 1 < wild.high
+    assert "more seeds" in wild.needs
+
+
+def test_the_interval_and_p_are_those_of_the_scores_with_holms_correction(write: Write, tmp_path: Path) -> None:
+    gains = {"a": (2.0, 4.0, 3.0), "b": (1.0, 9.0, 2.0)}  # without noise the seeds are all there is
+    claims = [{"ahead": ["a", "b"], "of": "base"}, {"ahead": "a", "of": "base", "by": 1, "on": "micro"}]
+    outcome = study_of(write, tmp_path, gains, claims, noise=0.0)
+    a, b, micro = outcome.judgements
+    p = {name: stats.ttest_1samp(gains[name], 0.0).pvalue for name in gains}
+    assert p["a"] * 2 > 0.05, "the smallest p is not rejected, so both are tested at 2.5 %"
+    for found, name in ((a, "a"), (b, "b")):
+        low, high = stats.ttest_1samp(gains[name], 0.0).confidence_interval(0.975)
+        assert (found.low, found.high) == pytest.approx((low, high))
+        assert (found.verdict, found.level) == ("undecided", 0.975)
+    assert (a.corrected_p, b.corrected_p) == pytest.approx((2 * p["a"], max(2 * p["a"], p["b"])))
+    assert micro.p == micro.corrected_p == pytest.approx(stats.ttest_1samp(gains["a"], 1.0).pvalue), "alone on micro"
+
+
+def test_clear_of_asks_the_estimate_to_reach_the_margin_and_the_interval_another(write: Write, tmp_path: Path) -> None:
+    gains = {"x": (1.0, 1.6, 1.2, 1.4, 1.1)}
+    strict = {"ahead": "x", "of": "base", "by": 1}
+    for claim, verdict in ((strict, "undecided"), ({**strict, "clear_of": 0}, "supported")):
+        outcome = study_of(write, tmp_path / verdict, gains, [claim], noise=0.0)
+        assert verdicts(outcome) == [verdict]
+    assert outcome.judgements[0].claim.text == "x ahead of base by 1, interval above 0, on macro"
+    below = {"x": (0.4, 0.6, 0.5, 0.4, 0.6)}
+    outcome = study_of(write, tmp_path / "below", below, [{**strict, "clear_of": 0}], noise=0.0)
+    assert verdicts(outcome) == ["not supported"]
+
+
+def test_a_claim_on_a_task_reads_that_task_alone(write: Write, tmp_path: Path) -> None:
+    outcome = study_of(write, tmp_path, {"x": (3.0, 3.1, 2.9)}, [{"ahead": "x", "of": "base", "on": "t2"}])
+    (found,) = outcome.judgements
+    (comparison,) = outcome.comparisons.values()
+    x, base = (next(c for c in comparison.columns if c.label == label) for label in ("x", "base"))
+    assert found.value == pytest.approx(x.scores[1].value - base.scores[1].value)
+
+
+def test_one_seed_decides_nothing_and_missing_runs_leave_a_claim_open(write: Write, tmp_path: Path) -> None:
+    outcome = study_of(write, tmp_path / "one", {"x": (30.0,)}, [{"ahead": "x", "of": "base"}])
+    (found,) = outcome.judgements
+    assert (found.verdict, found.over_seeds, found.corrected_p) == ("undecided", False, None)
+    assert found.needs == "more seeds, five or more: one seed says nothing about another training"
+
+    outcome = study_of(
+        write, tmp_path / "two", {"x": (30.0,), "y": (30.0, 30.1)}, [{"ahead": ["x", "y"], "of": "base"}]
+    )
+    x, y = outcome.judgements
+    assert (x.verdict, x.needs, x.value) == ("open", "1 of 2 runs of x have no scores", None)
+    assert (y.verdict, y.level) == ("supported", 0.975), "an open claim counts in the correction"
+    assert outcome.left == 1
+    assert "1 runs have no scores yet" in to_page(outcome)
+
+
+def needs(write: Write, folder: Path, gains: Sequence[float], noise: float = 0.0) -> Judgement:
+    (found,) = study_of(write, folder, {"x": gains}, [{"ahead": "x", "of": "base"}], noise).judgements
+    assert found.verdict == "undecided"
+    return found
+
+
+def test_what_it_would_take_is_seeds_instances_or_another_difference(write: Write, tmp_path: Path) -> None:
+    gains = (1.0, 3.0, -1.0, 2.0)
+    found = needs(write, tmp_path / "a", gains)
+    spread = np.std(gains, ddof=1)
+    enough = next(k for k in range(4, 99) if stats.t.ppf(0.975, k - 1) * spread / math.sqrt(k) < np.mean(gains))
+    assert found.needs == f"{enough - 4} more seeds ({enough} in all)"
+    noisy = needs(write, tmp_path / "b", (1.5, 1.5, 1.5), noise=9.0)
+    assert "times the instances" in noisy.needs or "more seeds" in noisy.needs
+    assert needs(write, tmp_path / "c", (0.1, -0.1, 0.1, -0.1)).needs.endswith("too near for 100 seeds")
+
+
+def test_the_files_hold_verdicts_scores_and_marks_and_no_times(write: Write, tmp_path: Path) -> None:
+    outcome = study_of(write, tmp_path, {"x": (3.0, 3.1, 2.9)}, [{"ahead": "x", "of": "base"}])
+    content = json.loads(to_json(outcome))
+    (claim,) = content["claims"]
+    assert (claim["claim"], claim["verdict"], claim["where"]) == ("x ahead of base on macro", "supported", {})
+    (table,) = content["tables"]
+    assert [column["label"] for column in table["columns"]] == ["base", "x"]
+    assert "seconds" not in to_json(outcome)
+    page = to_page(outcome)
+    assert "| x ahead of base on macro | supported | +3" in page
+    assert "Holm's correction over the study's claims (1 on macro)" in page
