@@ -22,7 +22,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = [
     "SILENT",
@@ -32,6 +35,7 @@ __all__ = [
     "Tracker",
     "duration",
     "json_line",
+    "print_to",
     "printable",
     "rounded",
     "size",
@@ -165,22 +169,14 @@ class TextReporter(Reporter):
         table.add_column(overflow="fold")
         for name, text in lines.items():
             table.add_row(f"  {name}", text)
-        self._console.print(title, style="bold", soft_wrap=True)
-        self._print(table)
+        print_to(self._console, title, style="bold", soft_wrap=True)
+        print_to(self._console, table)
 
     def note(self, event: str, text: str, **data: Any) -> None:
-        self._print(text)
+        print_to(self._console, text)
 
     def result(self, event: str, text: str, **data: Any) -> None:
         print(text, flush=True)
-
-    def _print(self, content: Any) -> None:
-        """Without the blanks that rich pads lines with."""
-        with self._console.capture() as capture:
-            self._console.print(content)
-        lines = capture.get().split("\n")
-        self._console.file.write("\n".join(line.rstrip() for line in lines))
-        self._console.file.flush()
 
     @contextmanager
     def track(self, what: str, total: int, *, speed: str) -> Iterator[Tracker]:
@@ -309,6 +305,14 @@ class JsonReporter(Reporter):
         tracker = _LineTracker(what, total, speed=speed, clock=self._clock, write=self._progress, every_fact=True)
         yield tracker
         tracker.finish()
+
+
+def print_to(console: Console, content: Any, **options: Any) -> None:
+    """`console.print` without the blanks that rich pads lines with."""
+    with console.capture() as capture:
+        console.print(content, **options)
+    console.file.write("\n".join(line.rstrip(" ") for line in capture.get().split("\n")))
+    console.file.flush()
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@
     adapter/                 the trained adapter, in PEFT's format
     checkpoints/             checkpoints for resuming the training
     tensorboard/             events for TensorBoard, where the recipe reports to it
-    predictions/<task>.jsonl one line per instance: id, prediction, references, scores (0 to 100) by metric
+    predictions/<task>.jsonl one line per instance: id, prompt, prediction, references, scores (0 to 100) by metric
     scores.json              every score with its task's version, written last: a folder with it is complete
 
 No other file contains these names. Every file is written under another name and renamed when complete, and an
@@ -48,13 +48,17 @@ SCHEMA = 1
 """The version of scores.json that is written and read."""
 
 
-class Prediction(TypedDict):
-    """A line of predictions/<task>.jsonl."""
-
+class _Prediction(TypedDict):
     id: str  # unique within the task
     prediction: str
     references: list[str]
     scores: dict[str, float]  # metric -> 0..100 for this instance
+
+
+class Prediction(_Prediction, total=False):
+    """A line of predictions/<task>.jsonl."""
+
+    prompt: str  # absent in runs that were scored by an earlier version
 
 
 class _ScoreRow(TypedDict):
@@ -383,12 +387,15 @@ def _predictions_file(task: str) -> str:
 
 def _prediction(row: Row, remedy: str) -> Prediction:
     try:
-        return {
-            "id": row.fields["id"],
-            "prediction": row.fields["prediction"],
-            "references": list(row.fields["references"]),
-            "scores": {metric: float(value) for metric, value in row.fields["scores"].items()},
-        }
+        prediction = Prediction(
+            id=row.fields["id"],
+            prediction=row.fields["prediction"],
+            references=list(row.fields["references"]),
+            scores={metric: float(value) for metric, value in row.fields["scores"].items()},
+        )
+        if "prompt" in row.fields:
+            prediction["prompt"] = str(row.fields["prompt"])
+        return prediction
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{row.place}: no prediction with id, prediction, references and scores "

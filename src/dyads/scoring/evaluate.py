@@ -125,6 +125,7 @@ def _score(
         predictions[task.name] = [
             Prediction(
                 id=example.id,
+                prompt=example.prompt,
                 prediction=text,
                 references=list(example.references),
                 scores={score.metric: score.values[i] for score in scores if score.values},
