@@ -136,6 +136,20 @@ def files_options(tmp_path):
 
 
 @pytest.fixture
+def chat_options(tmp_path):
+    """A conversation with a system message and an earlier answer, and a question that has its answer alone."""
+    turns = ["Hi", "Hello, who is there?", "Ada", "Good morning, Ada."]
+    first = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+    rows = [
+        {"messages": [{"role": "system", "content": "Be polite."}, *first], "split": "test"},
+        {"conversations": [{"from": "human", "value": "Bye"}, {"from": "gpt", "value": "Goodbye."}], "split": "test"},
+        {"messages": first[:2], "split": "train"},
+    ]
+    jsonl(tmp_path / "greeting.jsonl", *rows)
+    return {"path": tmp_path / "greeting.jsonl"}
+
+
+@pytest.fixture
 def sni_options(sni_folder):
     return {"path": sni_folder}
 

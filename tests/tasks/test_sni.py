@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from dyads.errors import TaskError
-from dyads.tasks import load_suite
+from dyads.tasks import load, load_suite
 from dyads.tasks.sni import MODE_CASE_STUDY, MODE_CASE_STUDY_STAND_INS, STAND_INS, SNISpec
 
 
@@ -237,3 +237,15 @@ def test_text_that_is_not_utf8_is_refused(sni_folder):
 def test_contradicting_options_are_refused(options, message):
     with pytest.raises(ValidationError, match=message):
         SNISpec(path="x", **options)
+
+
+@pytest.mark.parametrize("protocol", ["mode", "official"])
+def test_the_file_of_one_task_is_read_by_itself(sni_folder, protocol):
+    file = sni_folder / "tasks" / "task002_colour_guessing.json"
+    alone = load({"family": "sni", "path": file, "protocol": protocol})
+    assert alone == load({"family": "sni", "path": sni_folder, "names": ["task002"], "protocol": protocol})
+    with pytest.raises(TaskError, match=r"is the file of one task: leave `names` and `split_file` out"):
+        load({"family": "sni", "path": file, "names": ["task002"]})
+    file.write_text("[1]")
+    with pytest.raises(TaskError, match=r"task002_colour_guessing\.json: the top level: .*a task file has Definition"):
+        load({"family": "sni", "path": file})

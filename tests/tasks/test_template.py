@@ -76,9 +76,9 @@ def test_tasks_of_every_family_render_their_own_prompts(family, request):
     for task in load({"family": family, **options}):
         template = Template.model_validate(json.loads(json.dumps(task.template.model_dump())))
         assert template == task.template
-        marks = {name: f"<{name}>" for name in template.columns}
+        marks = {name: f"<{name}>" for name in template.columns if name != "messages"}
         assert task.prompt_of(marks) == template.example(marks).prompt
-        for name in template.columns:
+        for name in marks:
             assert any(marks[name] in text for text in (task.prompt_of(marks), *template.example(marks).segments))
 
 

@@ -41,7 +41,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
 
 class _TasksAlone(Section):
     tasks: TasksSpec
-    """The tasks that are learned and scored: a family and its options"""
+    """The tasks that are learned and scored: a family and its options, or a list of such"""
 
 
 def parse_tasks(source: YamlSource, name: str, remedy: Callable[[str], str]) -> FamilySpec:

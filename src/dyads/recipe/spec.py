@@ -360,7 +360,7 @@ class Recipe(Section):
     method: MethodSpec
     """The method and its options"""
     tasks: TasksSpec
-    """The tasks that are learned and scored: a family and its options"""
+    """The tasks that are learned and scored: a family and its options, or a list of such"""
     mixture: MixtureSpec = MixtureSpec()
     """How often each task is drawn"""
     train: TrainSpec = TrainSpec()

@@ -7,10 +7,10 @@ new family needs; `family.py` has the recipe for one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -39,17 +39,21 @@ for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
 
 
-def load_suite(spec: FamilySpec | Mapping[str, Any]) -> Suite:
-    """The tasks and notes of a spec: a `FamilySpec`, or a mapping with the key `family` and that family's options."""
+Spec: TypeAlias = FamilySpec | Mapping[str, Any]
+"""A family with its options: a `FamilySpec`, or a mapping with the key `family`."""
+
+
+def load_suite(spec: Spec | Sequence[Spec]) -> Suite:
+    """The tasks and notes of a family, or of several in turn."""
     if not isinstance(spec, FamilySpec):
         try:
-            spec = TypeAdapter[FamilySpec](TasksSpec).validate_python(dict(spec))
+            spec = TypeAdapter[FamilySpec](TasksSpec).validate_python(spec)
         except ValidationError as error:
             mistakes = (".".join(map(str, e["loc"])) + ": " * bool(e["loc"]) + e["msg"] for e in error.errors())
             raise ConfigError("tasks: " + "; ".join(mistakes)) from None
     return spec.load()
 
 
-def load(spec: FamilySpec | Mapping[str, Any]) -> list[Task]:
-    """The tasks of a spec. A task's index in the list is its integer id everywhere."""
+def load(spec: Spec | Sequence[Spec]) -> list[Task]:
+    """The tasks of a family, or of several in turn. A task's index in the list is its integer id everywhere."""
     return list(load_suite(spec).tasks)

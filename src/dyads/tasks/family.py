@@ -57,13 +57,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, TypeAdapter, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    SerializeAsAny,
+    TypeAdapter,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import CoreSchema, core_schema
 
 from dyads.errors import TaskError, did_you_mean
 from dyads.tasks.task import Task
 
-__all__ = ["FamilySpec", "Suite", "TasksSpec", "families", "register_family"]
+__all__ = ["FamilySpec", "SeveralSpec", "Suite", "TasksSpec", "families", "register_family"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +147,45 @@ def _union(specs: tuple[type[FamilySpec], ...]) -> TypeAdapter[FamilySpec]:
     return TypeAdapter(Annotated[FamilySpec, _UnionOf(specs)])
 
 
+class SeveralSpec(FamilySpec):
+    """Several families in one suite: a list in the recipe. The tasks of an entry follow those of the entries before."""
+
+    family: str = "several"
+    """The names of the families, for display."""
+    entries: tuple[SerializeAsAny[FamilySpec], ...]
+
+    @model_serializer
+    def _as_list(self) -> list[dict[str, Any]]:
+        return [entry.model_dump() for entry in self.entries]
+
+    def load(self) -> Suite:
+        suites = [entry.load() for entry in self.entries]
+        first: dict[str, int] = {}
+        for number, suite in enumerate(suites, start=1):
+            for task in suite.tasks:
+                if first.setdefault(task.name, number) != number:
+                    raise TaskError(
+                        f"entries {first[task.name]} and {number} of `tasks` both have a task '{task.name}'; "
+                        "rename one or leave it out"
+                    )
+        tasks = tuple(task for suite in suites for task in suite.tasks)
+        return Suite(tasks, tuple(note for suite in suites for note in suite.notes))
+
+
 def _validated(given: Any) -> FamilySpec:
+    if isinstance(given, (list, tuple)):
+        if not given:
+            raise ValueError("tasks is an empty list; name at least one family")
+        entries = tuple(_entries().validate_python(list(given)))
+        return SeveralSpec(family=" + ".join(entry.family for entry in entries), entries=entries)
+    return _one(given)
+
+
+def _one(given: Any) -> FamilySpec:
     if isinstance(given, FamilySpec):
         return given
     if not isinstance(given, Mapping):
-        raise ValueError(f"tasks must be a mapping with a key 'family', got {type(given).__name__}")
+        raise ValueError(f"tasks must be a mapping with a key 'family', or a list of such, got {type(given).__name__}")
     if "family" not in given:
         raise ValueError(f"tasks needs a key 'family'{did_you_mean('', _FAMILIES)}")
     if given["family"] not in _FAMILIES:
@@ -151,8 +193,20 @@ def _validated(given: Any) -> FamilySpec:
     return _union(tuple(_FAMILIES.values())).validate_python(given)
 
 
+class _OneRegistered:
+    """Annotation that makes pydantic validate a mapping as the registered family that its key `family` names."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(_one)
+
+
+@lru_cache(maxsize=1)
+def _entries() -> TypeAdapter[list[FamilySpec]]:
+    return TypeAdapter(list[Annotated[FamilySpec, _OneRegistered()]])
+
+
 class _Registered:
-    """Annotation that makes pydantic validate a mapping as the registered family that its key `family` names.
+    """Annotation for one family, or a list of families.
 
     The registry is read at validation, so families registered after the field was defined are found.
     """

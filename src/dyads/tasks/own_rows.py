@@ -79,6 +79,8 @@ class _Record:
     question: Mapping[str, Any]
     """The columns of the task's template that the row fills."""
     messages: tuple[Message, ...]
+    unanswered: bool
+    """Whether the conversation went on after its last answer."""
 
 
 class OwnRowsSpec(FamilySpec):
@@ -125,8 +127,10 @@ class OwnRowsSpec(FamilySpec):
         notes: list[str] = []
         by_task: dict[str, list[_Record]] = {}
         ignored: dict[str, None] = {}
+        unanswered = 0
         for own in self.own_rows(notes):
             record = self._record(own, ignored)
+            unanswered += record.unanswered
             by_task.setdefault(record.task, []).append(record)
         if not by_task:
             raise TaskError(f"no rows in {self._source()}; write at least train and test rows of one task")
@@ -136,6 +140,8 @@ class OwnRowsSpec(FamilySpec):
                     raise TaskError(f"{option} for an unknown task '{name}'{did_you_mean(name, by_task)}")
         if ignored:
             notes.append(f"columns that are not read: {', '.join(ignored)}")
+        if unanswered:
+            notes.append(f"{unanswered} conversations go on after their last answer; those turns are left out")
         return Suite(tuple(self._task(name, records, notes) for name, records in by_task.items()), tuple(notes))
 
     def _source(self) -> str:
@@ -220,14 +226,21 @@ class OwnRowsSpec(FamilySpec):
             raise TaskError(f"{place}: unknown split '{texts['split']}'{near}; use {', '.join(SPLITS)}")
         labels = self._row_labels(place, fields)
         if conversation := [n for n in (MESSAGES, "conversations") if n in self.known and self._name(n) in fields]:
-            messages, output = self._conversation(place, fields, conversation, texts[SYSTEM])
+            messages, output, unanswered = self._conversation(place, fields, conversation, texts[SYSTEM])
             question: dict[str, Any] = {}
         else:
-            messages, question = (), self._question(place, fields, texts["instruction"])
+            messages, unanswered, question = (), False, self._question(place, fields, texts["instruction"])
             output = _references(place, str(self._name("output")), fields.get(self._name("output") or ""))
-        id_ = texts.pop("id") or own.id
         return _Record(
-            place, task=task, id=id_, labels=labels, output=output, question=question, messages=messages, **texts
+            place,
+            task=task,
+            id=texts.pop("id") or own.id,
+            labels=labels,
+            output=output,
+            question=question,
+            messages=messages,
+            unanswered=unanswered,
+            **texts,
         )
 
     def _row_labels(self, place: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
@@ -265,8 +278,8 @@ class OwnRowsSpec(FamilySpec):
 
     def _conversation(
         self, place: str, fields: Mapping[str, Any], names: Sequence[str], system: str
-    ) -> tuple[tuple[Message, ...], tuple[str, ...]]:
-        """The turns before the last answer, and that answer."""
+    ) -> tuple[tuple[Message, ...], tuple[str, ...], bool]:
+        """The turns before the last answer, that answer, and whether there are turns after it."""
         for ours in ("input", "output", "instruction"):
             if self._name(ours) in fields and str(fields[self._name(ours) or ""]).strip():
                 raise TaskError(f"{place}: '{names[0]}' and '{self._name(ours)}' are both given; leave one out")
@@ -290,7 +303,7 @@ class OwnRowsSpec(FamilySpec):
             )
         if not messages[answered].content.strip():
             raise TaskError(f"{place}: the last answer of the assistant is empty; write it, or leave the row out")
-        return messages[:answered], (messages[answered].content,)
+        return messages[:answered], (messages[answered].content,), answered < len(messages) - 1
 
     # ----- tasks
 

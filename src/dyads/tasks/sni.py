@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Family `sni`: Super-NaturalInstructions (Wang et al., 2022, arXiv 2204.07705).
 
-It reads a folder in the upstream layout, whole or partial: `tasks/*.json`, `splits/<track>/{train,test}_tasks.txt`.
+It reads a folder in the upstream layout, whole or partial: `tasks/*.json`, `splits/<track>/{train,test}_tasks.txt`; or
+the file of one task.
 
 Protocol `mode` (Ning et al., 2025, arXiv 2408.01505): every task is trained on and scored. Per task, 10 % of the
 instances are the test split and 90 % the train part. The paper does not give its prompt; ours is the definition and the
@@ -80,12 +81,12 @@ SEQUENCE_TOKENS = 1024  # limit of source and target together, protocol mode
 
 @register_family
 class SNISpec(FamilySpec):
-    """Super-NaturalInstructions from a folder in the upstream layout."""
+    """Super-NaturalInstructions, from a folder in the upstream layout or the file of one task."""
 
     family: Literal["sni"] = "sni"
-    """Super-NaturalInstructions, from a folder in the upstream layout."""
+    """Super-NaturalInstructions, from a folder in the upstream layout or the file of one task."""
     path: Path
-    """The folder that holds `tasks/` and `splits/`."""
+    """The folder that holds `tasks/` and `splits/`, or the file of one task."""
     track: Literal["default", "xlingual"] = "default"
     """English tasks, or all languages (scores not comparable with official ones)."""
     split_file: Literal["train", "test"] | None = None
@@ -122,9 +123,13 @@ class SNISpec(FamilySpec):
         return self
 
     def load(self) -> Suite:
+        notes: list[str] = []
+        if (file := self.path.expanduser()).is_file():
+            if self.names is not None or self.split_file is not None:
+                raise TaskError(f"{self.path} is the file of one task: leave `names` and `split_file` out")
+            return Suite((self._task(file.stem, file, False, notes),), tuple(notes))
         checkout = Checkout(self.path.expanduser(), self.track)
         listed = {which: checkout.listed(which) for which in ("train", "test")}
-        notes: list[str] = []
         names = (
             self._all_names(checkout, listed, notes) if self.names is None else self._chosen(checkout, listed, notes)
         )

@@ -93,7 +93,7 @@ class Checkout:
             if not needed.is_dir():
                 raise TaskError(
                     f"no folder {needed}: `path` must be a checkout of natural-instructions with tasks/*.json and "
-                    f"splits/{track}/train_tasks.txt, test_tasks.txt"
+                    f"splits/{track}/train_tasks.txt, test_tasks.txt, or the file of one task"
                 )
         self.files = {p.stem: p for p in sorted(self.tasks.glob("*.json"))}
         if not self.files:
