@@ -86,7 +86,7 @@ class SNISpec(FamilySpec):
     family: Literal["sni"] = "sni"
     """Super-NaturalInstructions, from a folder in the upstream layout or the file of one task."""
     path: Path
-    """The folder that holds `tasks/` and `splits/`, or the file of one task."""
+    """The folder that holds `tasks/` and `splits/`."""
     track: Literal["default", "xlingual"] = "default"
     """English tasks, or all languages (scores not comparable with official ones)."""
     split_file: Literal["train", "test"] | None = None
