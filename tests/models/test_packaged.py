@@ -5,18 +5,24 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dyads.cli import main
 from dyads.errors import ConfigError, RunError
 from dyads.models import packaged as packaged_module
 from dyads.models.load import load_model, load_tokenizer
-from dyads.models.packaged import PACKAGED, cache_folder, resolve, same_model
+from dyads.models.packaged import PACKAGED, PREFIX, cache_folder, resolve, same_model
 from dyads.recipe.spec import ModelSpec
 
 
@@ -75,7 +81,7 @@ def test_a_conversion_that_fails_leaves_nothing_behind(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: Found)
-    monkeypatch.setattr(packaged_module.AutoModelForCausalLM, "from_pretrained", broken)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", broken)
     with pytest.raises(KeyboardInterrupt):
         resolve("packaged:smollm2-135m")
     assert list(packaged.parent.iterdir()) == []
@@ -92,7 +98,7 @@ def test_a_converted_model_has_the_permissions_of_any_folder(
         return lambda source, gguf_file, **options: load(llama, **options)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: Found)
-    for auto in (packaged_module.AutoModelForCausalLM, packaged_module.AutoTokenizer):
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
         monkeypatch.setattr(auto, "from_pretrained", of_llama(auto))
     (tmp_path / "plain").mkdir()
     with torch.device("meta"):  # as dyads.models.budget does
@@ -139,13 +145,52 @@ def test_the_packaged_model_is_converted_exactly(monkeypatch: pytest.MonkeyPatch
     spec = importlib.util.find_spec(packaged.module)
     assert spec is not None
     source = str(Path(spec.submodule_search_locations[0]))  # type: ignore[index]
-    auto = packaged_module.AutoModelForCausalLM
+    auto = AutoModelForCausalLM
     direct = auto.from_pretrained(source, gguf_file=packaged.place, dtype=torch.bfloat16).eval()
     tokenizer = load_tokenizer(name)
-    same = packaged_module.AutoTokenizer.from_pretrained(source, gguf_file=packaged.place)
+    same = AutoTokenizer.from_pretrained(source, gguf_file=packaged.place)
     texts = ["The capital of France is", "Words: river stone lamp\nHow many words are there?\nAnswer:", "  ünï © 日本"]
     for text in texts:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         assert ids.tolist() == same(text, return_tensors="pt")["input_ids"].tolist()
         with torch.no_grad():
             assert torch.equal(converted(ids).logits, direct(ids).logits)
+
+
+def test_models_lists_every_packaged_model_with_licence_and_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packaged: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("x" * 1_000_000)
+    monkeypatch.setattr(packaged_module, "_module_folder", lambda entry: tmp_path)
+    output = CliRunner().invoke(main, ["models"]).output
+    assert f"  folder    {packaged}, written at the first use\n" in output
+    assert (
+        f"  size      22.7 M parameters, 1 MB on disk\n  licence   Apache-2.0\n  folder    {tmp_path / 'model'}\n"
+        in output
+    )
+    lines = [json.loads(line) for line in CliRunner().invoke(main, ["models", "--json"]).output.splitlines()]
+    assert [line["name"] for line in lines] == [PREFIX + key for key in PACKAGED]
+    assert all(line["licence"] and "/" in line["hub_id"] for line in lines)
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    output = CliRunner().invoke(main, ["models"]).output
+    for entry in PACKAGED.values():
+        assert f"  folder    none: its package is not installed\n  install   {entry.install}\n" in output
+
+
+def test_models_is_quick() -> None:
+    code = "import sys; from dyads.cli import main; main(['models'], standalone_mode=False)"
+    code += "; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_make_installs_every_packaged_model() -> None:
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
+    for entry in PACKAGED.values():
+        pinned = next(word for word in entry.install.split() if word.startswith(entry.distribution))
+        assert pinned in makefile

