@@ -139,6 +139,10 @@ def _imports_are_no_garbage() -> None:
 
 @pytest.fixture(scope="session")
 def words() -> PreTrainedTokenizerFast:
+    return word_tokenizer()
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
     """A token a word: the words of the starter tasks used here."""
     splitter = pre_tokenizers.Whitespace()
     examples = [e for task in load(STARTER) for split in (task.train, task.validation, task.test) for e in split]
@@ -200,8 +204,11 @@ THINGS = ("river", "stone", "lamp", "fox", "tree")
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return write_pairs(tmp_path_factory.mktemp("glue"))
+
+
+def write_pairs(path: Path) -> dict[str, Any]:
     """Two tiny GLUE tasks, as a recipe names them: three labels, and numbers; in both one word gives the answer."""
-    path = tmp_path_factory.mktemp("glue")
     for name, answers, column in (
         ("MNLI", tuple(ANSWERS.items()), "gold_label"),
         ("STS-B", tuple((word, f"{i}.000") for i, word in enumerate(NUMBERS)), "score"),
@@ -219,6 +226,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+def save_bert(path: Path) -> Path:
     """A folder with a tiny encoder, and a tokenizer that dresses texts and pairs as BERT's."""
     known = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *ANSWERS, *NUMBERS, *THINGS]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="[UNK]"))
@@ -229,7 +240,6 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         special_tokens=[("[CLS]", 1), ("[SEP]", 2)],
     )
     marks = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
-    path = tmp_path_factory.mktemp("bert")
     PreTrainedTokenizerFast(tokenizer_object=inner, **marks).save_pretrained(path)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -254,26 +264,31 @@ def tiny(llama: Path) -> Callable[..., Recipe]:
     """A recipe that runs in a moment: a method by its key, on the tiny Llama unless another model is given."""
 
     def make(method: str = "mode", model: Path | None = None, seed: int = 0, **sections: Any) -> Recipe:
-        targets = {"t5": ["q", "v", "wo"], "bert": ["query", "value", "output.dense"]}.get(
-            next((kind for kind in ("t5", "bert") if kind in str(model)), ""), ["q_proj", "v_proj", "down_proj"]
-        )
-        options = {"target_modules": targets, **METHODS[method]} if method in METHODS else {"name": method}
-        train = {"steps": 3, "batch_size": 8, "learning_rate": 0.01, "logging_steps": 1, "save_steps": None}
-        passed = {"disable_tqdm": True, **sections.get("train", {}).get("trainer", {})}
-        return Recipe.model_validate(
-            {
-                "name": method,
-                "seed": seed,
-                "model": {"name": str(model or llama), "dtype": "float32", **sections.get("model_", {})},
-                "method": {**options, **sections.get("options", {})},
-                "tasks": sections.get("tasks", STARTER),
-                "mixture": sections.get("mixture", {}),
-                "train": {**train, **sections.get("train", {}), "trainer": passed},
-                "evaluate": {"batch_size": 4, "max_new_tokens": 4, **sections.get("evaluate", {})},
-            }
-        )
+        return tiny_recipe(method, model or llama, seed, **sections)
 
     return make
+
+
+def tiny_recipe(method: str, model: Path, seed: int = 0, **sections: Any) -> Recipe:
+    """A recipe that runs in a moment: a method by its key on a tiny model."""
+    targets = {"t5": ["q", "v", "wo"], "bert": ["query", "value", "output.dense"]}.get(
+        next((kind for kind in ("t5", "bert") if kind in str(model)), ""), ["q_proj", "v_proj", "down_proj"]
+    )
+    options = {"target_modules": targets, **METHODS[method]} if method in METHODS else {"name": method}
+    train = {"steps": 3, "batch_size": 8, "learning_rate": 0.01, "logging_steps": 1, "save_steps": None}
+    passed = {"disable_tqdm": True, **sections.get("train", {}).get("trainer", {})}
+    return Recipe.model_validate(
+        {
+            "name": method,
+            "seed": seed,
+            "model": {"name": str(model), "dtype": "float32", **sections.get("model_", {})},
+            "method": {**options, **sections.get("options", {})},
+            "tasks": sections.get("tasks", STARTER),
+            "mixture": sections.get("mixture", {}),
+            "train": {**train, **sections.get("train", {}), "trainer": passed},
+            "evaluate": {"batch_size": 4, "max_new_tokens": 4, **sections.get("evaluate", {})},
+        }
+    )
 
 
 @pytest.fixture(scope="session")

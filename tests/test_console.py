@@ -238,6 +238,6 @@ def test_json_stays_json_in_any_encoding() -> None:
 
 def test_control_characters_are_made_visible() -> None:
     assert printable("a\tb\nc \x1b[31mred\x07 \u202egnp.exe\r \x9b \ud800") == (
-        "a\tb\nc \\x1b[31mred\\x07 \\u202egnp.exe\\r \\x9b \\ud800"
+        "a\tb\nc \\u001b[31mred\\u0007 \\u202egnp.exe\\u000d \\u009b \\ud800"
     )
     assert printable("naïve 中 👩\u200d🔬 می\u200cخواهم") == "naïve 中 👩\u200d🔬 می\u200cخواهم"

@@ -17,10 +17,11 @@ SOURCE = Path(dyads.__file__).parent
 ORDER = {  # what a room may import, beside itself and `errors`: the rooms that come before it
     "errors": set(),
     "console": set(),
+    "reading": set(),
     "ops": set(),
     "methods": {"ops"},
     "tuner": {"methods"},
-    "tasks": set(),
+    "tasks": {"reading"},
     "data": {"tasks"},
     "recipe": {"data", "methods"},
     "models": {"recipe", "tuner"},

@@ -170,7 +170,7 @@ def _config(config: Any) -> dict[str, Any]:
         default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
         printable = isinstance(value, (bool, int, float, str, list, tuple, set, dict))
         if f.name == "r" or (f.name not in about_peft and printable and value != default):
-            shown[f.name] = sorted(value) if isinstance(value, set) else value
+            shown[f.name] = sorted(value, key=str) if isinstance(value, set) else value
     return shown
 
 

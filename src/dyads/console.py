@@ -16,7 +16,6 @@ import codecs
 import io
 import json
 import logging
-import re
 import sys
 import time
 from collections import deque
@@ -26,6 +25,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+from dyads.errors import visible
 
 __all__ = [
     "SILENT",
@@ -168,15 +169,15 @@ class TextReporter(Reporter):
         table.add_column(no_wrap=True)
         table.add_column(overflow="fold")
         for name, text in lines.items():
-            table.add_row(f"  {name}", text)
-        print_to(self._console, title, style="bold", soft_wrap=True)
+            table.add_row(f"  {name}", printable(text))
+        print_to(self._console, printable(title), style="bold", soft_wrap=True)
         print_to(self._console, table)
 
     def note(self, event: str, text: str, **data: Any) -> None:
-        print_to(self._console, text)
+        print_to(self._console, printable(text))
 
     def result(self, event: str, text: str, **data: Any) -> None:
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
     @contextmanager
     def track(self, what: str, total: int, *, speed: str) -> Iterator[Tracker]:
@@ -359,19 +360,16 @@ def tolerate_encodings() -> None:
             stream.reconfigure(errors="dyads.substitute")
 
 
-_UNSAFE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
-
-
 def printable(text: str) -> str:
     """The text with control characters and marks of direction written as escapes, line breaks and tabs kept."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape", "backslashreplace").decode(), text)
+    return visible(text, keep="\n\t")
 
 
 def json_line(content: Mapping[str, Any], stream: TextIO | None = None) -> str:
     """One line of JSON, in ASCII where the stream is not UTF-8; numbers that are not finite become null."""
     encoding = getattr(stream or sys.stdout, "encoding", None) or "utf-8"
     finite = json.loads(json.dumps(content, default=str), parse_constant=lambda name: None)
-    return json.dumps(finite, ensure_ascii=codecs.lookup(encoding).name != "utf-8")
+    return visible(json.dumps(finite, ensure_ascii=codecs.lookup(encoding).name != "utf-8"))
 
 
 def duration(seconds: float) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exceptions of dyads, and the suggestion at the end of an error about an unknown name.
+"""Exceptions of dyads, the suggestion at the end of an error about an unknown name, and text that is safe to print.
 
 DyadsError
 ├── ConfigError   a config, recipe or option contradicts itself   (also a ValueError)
@@ -11,14 +11,101 @@ DyadsError
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import re
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import TypeVar
 
-__all__ = ["ConfigError", "DyadsError", "MergeError", "RoutingError", "RunError", "TaskError", "did_you_mean"]
+__all__ = [
+    "ConfigError",
+    "DyadsError",
+    "MergeError",
+    "RoutingError",
+    "RunError",
+    "TaskError",
+    "did_you_mean",
+    "notice",
+    "shortened",
+    "visible",
+    "visible_in",
+]
+
+T = TypeVar("T")
+
+_HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f"  # control characters, with the escape that starts a terminal's commands
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that change the direction of the text after them
+    "\u2028\u2029\u200b\u2060-\u2064\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # line ends, and marks without width
+    "\ud800-\udfff]"  # half of a surrogate pair, which no output stream encodes
+)
+_LONGEST = 200
+"""Characters of the input that a message repeats at most."""
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 2 * _LONGEST
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 20
+
+
+def visible(text: str, keep: str = "") -> str:
+    r"""The text with control, escape and bidirectional characters written as \uXXXX, except those in `keep`.
+
+    >>> print(visible("a\x1b[31mb\u202ec\n"))
+    a\u001b[31mb\u202ec\u000a
+    """
+    return _HIDDEN.sub(lambda found: found[0] if found[0] in keep else _escaped(found[0]), text)
+
+
+def visible_in(value: T) -> T:
+    """A value with every text in it made visible: in dataclasses, lists, tuples and dicts."""
+    if isinstance(value, str):
+        return visible(value)  # type: ignore[return-value]
+    if isinstance(value, list | tuple):
+        return type(value)(map(visible_in, value))  # type: ignore[return-value]
+    if isinstance(value, dict):
+        return {visible_in(key): visible_in(item) for key, item in value.items()}  # type: ignore[return-value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.replace(
+            value, **{f.name: visible_in(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        )
+    return value
+
+
+def _escaped(character: str) -> str:
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
+
+
+def shortened(value: object, most: int = _LONGEST) -> str:
+    """A value from a file as text for a message: visible, and of at most `most` characters, without its middle."""
+    try:
+        text = value if isinstance(value, str) else _REPR.repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        text = f"a long {type(value).__name__}"
+    if len(text) > 2 * most:
+        text = text[:most] + text[-most:]  # making a long text visible takes long
+    text = visible(text)
+    return text if len(text) <= most else f"{text[: most * 2 // 3]}…{text[len(text) + 1 - (most - most * 2 // 3) :]}"
+
+
+def notice(message: str) -> None:
+    """A line about a step taken, such as a damaged file that is not used, for the logger `dyads`: by default stderr."""
+    logging.getLogger("dyads").warning(visible(message))
 
 
 class DyadsError(Exception):
-    """Base class. The message says what was given, what is allowed, and the command or argument that mends it."""
+    """Base class. The message says what was given, what is allowed, and the command or argument that mends it.
+
+    Characters that would change what a terminal shows are made visible, and long words are shortened.
+    """
+
+    exit_code = 2
+    """Of the command that ends with this error."""
+
+    def __init__(self, message: str = "") -> None:
+        safe = visible(str(message), keep="\n")
+        super().__init__(re.sub(rf"\S{{{_LONGEST + 1},}}", lambda word: shortened(word[0]), safe))
 
 
 class ConfigError(DyadsError, ValueError):
@@ -49,10 +136,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     names = [str(n) for n in known]
     lowered = {n.lower(): n for n in names}
-    near = [lowered[n] for n in get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)]
+    # Comparing long texts takes seconds, and no name is that long.
+    near = [lowered[n] for n in get_close_matches(name.lower(), lowered, n=3, cutoff=0.6)] if len(name) < 100 else []
     if near:
-        return " – did you mean " + " or ".join(f"'{n}'" for n in near) + "?"
+        return " – did you mean " + " or ".join(f"'{shortened(n)}'" for n in near) + "?"
     if not names:
         return ""
-    shown = ", ".join(names[:20]) + (f", … ({len(names)} in all)" if len(names) > 20 else "")
+    shown = ", ".join(shortened(n, 60) for n in names[:20])
+    shown += f", … ({len(names)} in all)" if len(names) > 20 else ""
     return f" – known: {shown}"

@@ -14,14 +14,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
-from urllib.parse import quote
-from uuid import uuid4
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +31,11 @@ import dyads
 from dyads.errors import DyadsError, MergeError, RoutingError, RunError, did_you_mean
 from dyads.models.heads import MODULE as HEADS
 from dyads.models.load import model_config
+from dyads.recipe.file_names import file_name
+from dyads.runs.adapter import sort_sets
+from dyads.runs.manifest import seal, unfinished, writing
 from dyads.runs.saved import SavedAdapter
+from dyads.runs.weights import WEIGHTS
 
 __all__ = ["Exported", "export", "export_all", "factors"]
 
@@ -60,16 +60,18 @@ def export(adapter: SavedAdapter, out: Path, *, task: str | None = None, trim: b
     is missing or unknown, or given although the gates do not look at it; RunError where the folder is not empty.
     """
     _check(adapter, task)
-    with _written_atomically(out) as folder:
+    _refuse_full(out)
+    with unfinished(out) as folder:
         return _write(adapter, folder, out, task, trim)
 
 
 def export_all(adapter: SavedAdapter, out: Path, *, trim: bool = False) -> list[Exported]:
-    """`export` for every task, each into a folder of its name; characters that file systems refuse become %XX."""
+    """`export` for every task, each into a folder named after it (recipe/file_names.py)."""
     tasks = adapter.task_names
     _check(adapter, tasks[0] if tasks else "…")
-    with _written_atomically(out) as folder:
-        names = [_folder_name(task) for task in tasks]
+    _refuse_full(out)
+    with unfinished(out) as folder:
+        names = [file_name(task) for task in tasks]
         return [_write(adapter, folder / n, out / n, t, trim) for n, t in zip(names, tasks, strict=True)]
 
 
@@ -160,15 +162,18 @@ def _write(adapter: SavedAdapter, folder: Path, out: Path, task: str | None, tri
         state[f"base_model.model.{module}.lora_A.weight"] = down.contiguous()
         state[f"base_model.model.{module}.lora_B.weight"] = F.pad(ups[module], (0, missing)).contiguous()
     folder.mkdir(exist_ok=True)
-    config.save_pretrained(str(folder))
-    save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    if heads:
-        save_file(
-            {key.rpartition(".")[2]: value.contiguous() for key, value in heads.items()},
-            str(folder / f"{HEADS}.safetensors"),
-        )
-        shutil.copy(adapter.path / "heads.json", folder / f"{HEADS}.json")
-    (folder / "README.md").write_text(_card(adapter, task, ranks, trim, bool(heads)), encoding="utf-8")
+    with writing(out):
+        config.save_pretrained(str(folder))
+        sort_sets(folder, config)
+        save_file(state, str(folder / WEIGHTS), metadata={"format": "pt"})
+        if heads:
+            save_file(
+                {key.rpartition(".")[2]: value.contiguous() for key, value in heads.items()},
+                str(folder / f"{HEADS}.safetensors"),
+            )
+            shutil.copyfile(adapter.path / "heads.json", folder / f"{HEADS}.json")
+        (folder / "README.md").write_text(_card(adapter, task, ranks, trim, bool(heads)), encoding="utf-8")
+        seal(folder)
     return Exported(out, task, largest, ranks)
 
 
@@ -210,7 +215,7 @@ def _card(adapter: SavedAdapter, task: str | None, ranks: dict[str, int], trim: 
         "- lora",
         "---",
     ]
-    weights = adapter.path / "adapter_model.safetensors"
+    weights = adapter.path / WEIGHTS
     return "\n".join(
         [
             *head,
@@ -240,22 +245,6 @@ def _card(adapter: SavedAdapter, task: str | None, ranks: dict[str, int], trim: 
     )
 
 
-def _folder_name(task: str) -> str:
-    name = quote(task, safe=" ()+,;=@!~")
-    return name if name.strip(". ") else name.replace(".", "%2E").replace(" ", "%20")
-
-
-@contextmanager
-def _written_atomically(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that is renamed to it when everything is written."""
+def _refuse_full(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"'{out}' is {'not empty' if out.is_dir() else 'a file'}; choose another --out")
-    partial = out.absolute().parent / f".{out.name}-{uuid4().hex}"
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dyads.cli import main
 from dyads.methods.more import MoRE
 from dyads.recipe.load import parse_recipe
+from dyads.runs.accept import accept
 from dyads.runs.folder import RunFolder
 from tiny import Variant
 
@@ -53,6 +54,7 @@ def run(tmp_path: Path) -> Path:
             with torch.no_grad():
                 module.embedding.mul_(300)
     model.save_pretrained(folder.adapter)
+    accept(folder.adapter)
     return folder.path
 
 

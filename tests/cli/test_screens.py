@@ -88,7 +88,7 @@ def test_a_training_in_a_terminal_fits_80_columns(recipe: Path, tmp_path: Path) 
 def test_an_interrupted_training_names_the_command_that_continues_it(recipe: Path, tmp_path: Path) -> None:
     command = [*DYADS, "train", "recipe.yaml", "--set", "train.steps=4000", "--out", "my run"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        checkpoint = tmp_path / "my run" / "checkpoints" / "checkpoint-5" / "trainer_state.json"
+        checkpoint = tmp_path / "my run" / "checkpoints" / "checkpoint-5" / "manifest.json"
         ends = time.monotonic() + 60
         while not checkpoint.exists() and process.poll() is None and time.monotonic() < ends:
             time.sleep(0.05)

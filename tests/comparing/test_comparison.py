@@ -19,6 +19,7 @@ from scipy import stats
 from dyads.comparing.comparison import compare
 from dyads.comparing.tables import to_csv, to_json, to_markdown, to_terminal
 from dyads.errors import RunError
+from dyads.runs.accept import accept
 from dyads.runs.folder import RunFolder
 
 Run = Callable[..., Path]
@@ -89,6 +90,7 @@ def test_a_correlation_has_an_interval_too(run: Run, tmp_path: Path) -> None:
     scores = json.loads((folder / "scores.json").read_text())
     scores["scores"][0]["value"] = correlation
     (folder / "scores.json").write_text(json.dumps(scores))
+    accept(folder)
     (found,) = compare([folder]).columns[0].scores
     fisher = stats.pearsonr(x, y).confidence_interval(0.95)
     assert found.value == pytest.approx(correlation)
@@ -119,6 +121,7 @@ def test_instances_are_matched_by_their_id_and_not_by_their_place(run: Run) -> N
     folders = [run("a", {"t": [0, 50, 100]}), run("b", {"t": [0, 50, 100]})]
     path = folders[1] / "predictions" / "t.jsonl"
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    accept(folders[1])
     gap = compare(folders).pair("a", "b").micro
     assert (gap.low, gap.high) == (0, 0)
 
@@ -185,6 +188,7 @@ def test_other_instances_of_a_task_are_refused(run: Run) -> None:
     folders = [run("a", {"t": [1, 2]}), run("b", {"t": [1, 2]})]
     path = folders[1] / "predictions" / "t.jsonl"
     path.write_text(path.read_text().replace("t-1", "t-7"))
+    accept(folders[1])
     with pytest.raises(RunError, match=r"task 't' was scored on other instances \('t-1' only in the first\)"):
         compare(folders)
 
@@ -193,6 +197,11 @@ def test_predictions_that_are_not_those_that_were_scored_are_refused(run: Run) -
     folder = run("a", {"t": [1, 2]})
     path = folder / "predictions" / "t.jsonl"
     path.write_text(path.read_text().replace("2.0", "9.0"))
+    with pytest.raises(
+        RunError, match=r"is damaged: the SHA-256 of predictions/t\.jsonl is not that of manifest\.json"
+    ):
+        compare([folder])
+    accept(folder)
     with pytest.raises(RunError, match=r"\(2 instances, rouge_l 5.00\) are not those .* \(2 instances, 1.50\)"):
         compare([folder])
 
@@ -222,6 +231,7 @@ def test_two_headline_scores_of_a_task_are_refused(run: Run) -> None:
     scores = json.loads((folder / "scores.json").read_text())
     scores["scores"] *= 2
     (folder / "scores.json").write_text(json.dumps(scores))
+    accept(folder)
     with pytest.raises(RunError, match=r"has two headline scores for task 't'; run `dyads evaluate .*` again"):
         compare([folder])
 
@@ -372,6 +382,7 @@ def test_a_terminal_shows_metrics_where_they_differ_and_times_in_fit_units(run: 
     scores = json.loads((folder / "scores.json").read_text())
     scores["seconds"] = {"train": 7200.0, "evaluate": 180.0}
     (folder / "scores.json").write_text(json.dumps(scores))
+    accept(folder)
     text = Text.from_ansi(to_terminal(compare([folder]))).plain
     assert re.search(
         r"^Scores by task\ntask +metric +n +a\nt +rouge_l +2 +1\.5\nu +exact_match +2 +3\.5$", text, flags=re.M

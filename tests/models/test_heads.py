@@ -37,6 +37,7 @@ from dyads.models.heads import (
 )
 from dyads.models.load import kind_of, load_model, load_tokenizer, model_config
 from dyads.recipe.spec import ModelSpec, Recipe
+from dyads.runs.accept import accept
 from dyads.runs.folder import RunFolder
 from dyads.runs.saved import SavedAdapter
 from dyads.scoring.answerer import Answerer
@@ -398,17 +399,25 @@ def test_tasks_that_changed_since_training_are_refused(trained: Callable[[str], 
     folder = trained("lora")
     rows = json.loads(folder.heads.read_text())
     folder.heads.write_text(json.dumps([{**rows[0], "labels": ["a", "b", "c"]}, rows[1]]))
+    accept(folder.adapter)
     with pytest.raises(RunError, match="the head of 'mnli' was trained on labels a, b, c, but the task now has entail"):
         evaluate(folder)
     folder.heads.write_text(json.dumps([{**rows[0], "task": "mnl"}, rows[1]]))
+    accept(folder.adapter)
     with pytest.raises(RunError, match="has heads for 2 tasks and none for 'mnli' – did you mean 'mnl'"):
         evaluate(folder)
     folder.heads.write_text("[{")
-    with pytest.raises(
-        RunError, match=r"cannot read the labels of the heads from .*heads.json: .*; train the run again"
-    ):
+    accept(folder.adapter)
+    with pytest.raises(RunError, match=r"heads.json, line 1, column 3: not valid JSON: .*; train the run again"):
+        evaluate(folder)
+    folder.heads.write_text('[{"task": 3, "labels": []}]')
+    accept(folder.adapter)
+    with pytest.raises(RunError, match=r"cannot read the labels of the heads from .*heads.json: .*valid string"):
         evaluate(folder)
     folder.heads.unlink()
+    with pytest.raises(RunError, match=r"is damaged: heads.json is missing"):
+        evaluate(folder)
+    accept(folder.adapter)
     with pytest.raises(RunError, match=r"cannot read the labels of the heads from"):
         evaluate(folder)
     shutil.rmtree(folder.adapter)

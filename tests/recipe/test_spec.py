@@ -137,7 +137,7 @@ def test_overrides_are_yaml_and_reach_deep(tmp_path: Path) -> None:
         ("train.steps", "--set train.steps: write it as key=value"),
         ("train..steps=1", "write it as key=value"),
         ("name.first=1", "--set name.first=1: 'name' must be text"),
-        ("train.steps=[", "--set train.steps=[: the value is not valid YAML"),
+        ("train.steps=[", "--set train.steps=[: not valid YAML"),
     ],
 )
 def test_an_override_that_is_wrong_is_quoted(tmp_path: Path, override: str, message: str) -> None:

@@ -15,11 +15,13 @@ import pytest
 from dyads.errors import RunError
 from dyads.recipe.spec import Recipe
 from dyads.runs import folder as folder_module
+from dyads.runs.accept import accept
 from dyads.runs.folder import Prediction, RunFolder, environment
 from dyads.tasks import load
 
 Make = Callable[..., Recipe]
 Run = Callable[..., Path]
+RESULTS = ["config.yaml", "manifest.json", "predictions", "scores.json", "v.jsonl"]
 
 
 def test_a_run_starts_with_its_resolved_recipe(tmp_path: Path, recipe: Make) -> None:
@@ -49,13 +51,6 @@ def test_a_run_is_not_started_among_other_files(tmp_path: Path, recipe: Make) ->
     with pytest.raises(RunError, match=r"notes\.txt' is a file; choose a folder for --out"):
         RunFolder.create(tmp_path / "notes.txt", recipe("a"))
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_a_start_that_was_killed_while_it_wrote_its_first_file_is_started_again(tmp_path: Path, recipe: Make) -> None:
-    (tmp_path / ".config.yaml.k1ll3d").write_text("name: a\nmod")
-    folder = RunFolder.create(tmp_path, recipe("a"), resume=True)
-    assert folder.recipe() == recipe("a")
-    assert [p.name for p in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_templates_are_read_back_and_those_of_an_adapted_run_come_first(tmp_path: Path, recipe: Make) -> None:
@@ -121,8 +116,11 @@ def test_predictions_keep_any_text_and_any_task_name(run: Run) -> None:
 def test_broken_predictions_are_named_with_their_line(run: Run) -> None:
     folder = RunFolder(run("a", {"t": [1, 2]}))
     with folder.predictions_path("t").open("a") as file:
-        file.write('{"id": "t-2", "prediction": "x"}\n')
-    with pytest.raises(RunError, match=r"t\.jsonl, line 3: no prediction with id, .*KeyError: 'references'.*evaluate"):
+        file.write('{"id": "t-2", "prediction": "x", "scores": {"rouge_l": "high"}}\n')
+    with pytest.raises(RunError, match=r"is damaged: predictions/t\.jsonl has \d+ bytes, not \d+; run `dyads evaluate"):
+        folder.predictions("t")
+    accept(folder.path)
+    with pytest.raises(RunError, match=r"t\.jsonl, line 3 lacks references; run `dyads evaluate"):
         folder.predictions("t")
     with pytest.raises(RunError, match="has no predictions for task 'u'; run `dyads evaluate"):
         folder.predictions("u")
@@ -137,16 +135,24 @@ def test_scores_are_read_as_they_were_written(run: Run) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: text[:40], "is truncated or not JSON"),
+        (lambda text: text[:40], "scores.json, line 4, column 12: not valid JSON"),
         (lambda text: "[]", "holds no object but list"),
         (lambda text: text.replace('"schema": 1', '"schema": 9'), "has schema 9, this version of dyads reads schema 1"),
         (lambda text: text.replace('"micro"', '"mikro"'), "lacks micro"),
-        (lambda text: text.replace('"version"', '"versoin"'), "scores[0] of "),
+        (lambda text: text.replace('"version"', '"versoin"'), "scores.json lacks scores.0.version"),
+        (lambda text: text.replace('"n": 2', '"n": "2"'), "'scores.0.n': input should be a valid integer, got 2"),
+        (lambda text: text.replace('"value": 1.5', '"value": 1e999'), "input should be a finite number, got inf"),
+        (lambda text: text.replace('"value": 1.5', '"value": NaN'), "not valid JSON: NaN is no number of JSON"),
+        (lambda text: text.replace('"steps": 100', f'"steps": {"9" * 5000}'), "a number of thousands of digits"),
+        (lambda text: "[" * 100_000, "more than 100 levels of lists and objects"),
     ],
 )
 def test_scores_that_cannot_be_trusted_are_refused(run: Run, damage: Callable[[str], str], message: str) -> None:
     path = run("a", {"t": [1, 2]}) / "scores.json"
     path.write_text(damage(path.read_text()))
+    with pytest.raises(RunError, match=r"is damaged: .*scores\.json.*run `dyads evaluate"):
+        RunFolder(path.parent).scores()
+    accept(path.parent)
     with pytest.raises(RunError, match=re.escape(message) + ".*run `dyads evaluate"):
         RunFolder(path.parent).scores()
 
@@ -159,26 +165,31 @@ def test_scores_that_are_not_numbers_are_not_written_and_nothing_is_lost(run: Ru
     with pytest.raises(RunError, match="not a finite number"):
         folder.write_results({"u": []}, scores)
     assert (folder.path / "scores.json").read_text() == before
-    assert sorted(p.name for p in folder.path.iterdir()) == ["config.yaml", "predictions", "scores.json"]
+    assert sorted(p.name for p in folder.path.iterdir()) == [
+        "config.yaml",
+        "manifest.json",
+        "predictions",
+        "scores.json",
+    ]
 
 
 def test_results_replace_earlier_ones_whole(run: Run) -> None:
     folder = RunFolder(run("a", {"t": [1, 2], "u": [3]}))
     rows, scores = folder.predictions("u"), folder.scores()
     folder.write_results({"v": rows}, {**scores, "seed": 7})
-    assert sorted(p.name for p in folder.path.rglob("*")) == ["config.yaml", "predictions", "scores.json", "v.jsonl"]
+    assert sorted(p.name for p in folder.path.rglob("*")) == RESULTS
     assert (folder.predictions("v"), folder.scores()["seed"]) == (rows, 7)
 
 
-@pytest.mark.parametrize("crash", ["write", "rmtree", "rename", "last write"])
+@pytest.mark.parametrize("crash", ["write", "seal", "rmtree", "rename", "last write", "last seal"])
 def test_scores_never_stand_beside_predictions_of_another_evaluation(
     run: Run, crash: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(run("a", {"t": [1, 2]}))
     before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
-    scores, write, remove = folder.scores(), folder_module._write, shutil.rmtree
+    scores, write, remove, seal = folder.scores(), folder_module.write_text, shutil.rmtree, folder_module.seal
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     def broken_write(path: Path, text: str) -> None:
@@ -186,28 +197,38 @@ def test_scores_never_stand_beside_predictions_of_another_evaluation(
             raise KeyboardInterrupt
         write(path, text)
 
+    def broken_seal(path: Path, names: list[str], **how: object) -> None:
+        if crash == "seal" or names:
+            raise KeyboardInterrupt
+        seal(path, names, **how)  # type: ignore[arg-type]
+
     with monkeypatch.context() as patch:
         if crash in ("write", "last write"):
-            patch.setattr(folder_module, "_write", broken_write)
+            patch.setattr(folder_module, "write_text", broken_write)
+        elif crash in ("seal", "last seal"):
+            patch.setattr(folder_module, "seal", broken_seal)
         elif crash == "rmtree":
             patch.setattr(shutil, "rmtree", lambda path, **how: remove(path, **how) if how else broken())
         else:
             patch.setattr(Path, "rename", broken)
         with pytest.raises(KeyboardInterrupt):
             folder.write_results({"v": []}, {**scores, "seed": 7})
-    if crash == "write":
+    if crash in ("write", "seal"):
         assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
     else:
         with pytest.raises(RunError, match=r"has no scores\.json: it was not evaluated, or the evaluation did not end"):
             folder.scores()
     folder.write_results({"v": []}, scores)
-    assert sorted(p.name for p in folder.path.rglob("*")) == ["config.yaml", "predictions", "scores.json", "v.jsonl"]
+    assert sorted(p.name for p in folder.path.rglob("*")) == RESULTS
 
 
 def test_a_damaged_config_is_refused_with_its_line(run: Run) -> None:
     path = run("a", {"t": [1, 2]})
     with (path / "config.yaml").open("a") as file:
         file.write("surprise: 1\n")
+    with pytest.raises(RunError, match=r"is damaged: config\.yaml has .* accept it as it is with `python -m dyads"):
+        RunFolder.open(path).recipe()
+    accept(path)
     with pytest.raises(ValueError, match=r"config\.yaml:\d+: unknown key 'surprise'"):
         RunFolder.open(path).recipe()
 

@@ -18,6 +18,7 @@ from dyads.comparing.comparison import compare
 from dyads.errors import ConfigError, RunError, TaskError
 from dyads.models.packaged import same_model
 from dyads.recipe.spec import Recipe
+from dyads.runs.accept import accept
 from dyads.runs.folder import RunFolder
 from dyads.scoring.answerer import Answerer
 from dyads.scoring.evaluate import evaluate, generate
@@ -41,6 +42,7 @@ def predictions(folder: RunFolder) -> dict[str, list[str]]:
 def change_model(folder: RunFolder, model: Path) -> None:
     config = folder.path / "config.yaml"
     config.write_text(config.read_text().replace(folder.recipe().model.name, str(model)))
+    accept(folder.path)
 
 
 @pytest.mark.parametrize("method", ["lora", "more", "majority"])
@@ -81,6 +83,7 @@ def test_beams_are_left_to_the_models_own_generate(trained: Trained, monkeypatch
     folder = trained("more")
     config = folder.path / "config.yaml"
     config.write_text(config.read_text().replace("num_beams: 1", "num_beams: 2"))
+    accept(folder.path)
     monkeypatch.setattr("dyads.scoring.answerer.decode", None)
     evaluate(folder)
     assert any(text for texts in predictions(folder).values() for text in texts)
@@ -250,7 +253,10 @@ def test_a_truncated_adapter_is_refused(file: str, trained: Trained) -> None:
     folder = trained("mode")
     path = folder.adapter / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(RunError, match=r"adapter' is truncated or no adapter"):
+    with pytest.raises(RunError, match=rf"adapter' is damaged: {file} has [\d,]+ bytes, not [\d,]+; restore it"):
+        evaluate(folder)
+    accept(folder.adapter)
+    with pytest.raises(RunError, match=r"adapter_config\.json.*: not valid JSON|adapter' is truncated or no adapter"):
         evaluate(folder)
 
 
@@ -293,9 +299,11 @@ def test_an_adapter_of_another_model_of_the_same_shape_is_refused(
     assert files(folder) == before
     config = folder.adapter / "adapter_config.json"
     config.write_text(config.read_text().replace(there, str(other)))
+    accept(folder.path)
     evaluate(folder)  # the way out that the message names
     text = (folder.path / "config.yaml").read_text()
     (folder.path / "config.yaml").write_text(text.replace("revision: null", "revision: v2"))
+    accept(folder.path)
     with pytest.raises(RunError, match=rf"on '{other}', but config\.yaml names '{other}' at revision 'v2'"):
         evaluate(folder)
 
@@ -338,6 +346,7 @@ def test_weights_that_are_lacking_are_named(trained: Trained) -> None:
     weights = load_file(path)
     lost = next(name for name in weights if "embedding" in name)
     save_file({name: w for name, w in weights.items() if name != lost}, path, metadata={"format": "pt"})
+    accept(folder.adapter)
     with pytest.raises(RunError, match=rf"1 weights are in one of them only, such as {lost}"):
         evaluate(folder)
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from dyads.errors import ConfigError, TaskError
 from dyads.methods import build_config
 from dyads.recipe.spec import EvaluateSpec, Recipe
+from dyads.runs.accept import accept
 from dyads.runs.folder import RunFolder
 from dyads.scoring import likelihood
 from dyads.scoring.evaluate import evaluate
@@ -125,6 +126,7 @@ def test_a_run_is_scored_by_likelihood(method: str, tiny: Make, tmp_path: Path) 
         changed = re.sub(r"(?m)^(evaluate:.*?batch_size: )\d+", rf"\g<1>{size}", config.read_text(), flags=re.DOTALL)
         assert changed != config.read_text()
         config.write_text(changed)
+        accept(folder.path)
         evaluate(folder)
         assert _answers(folder) == answers
 

@@ -20,6 +20,7 @@ from dyads.methods import Core
 from dyads.models.load import load_model, load_tokenizer
 from dyads.recipe.load import parse_recipe
 from dyads.recipe.spec import AdaptSpec, EvaluateSpec, Recipe
+from dyads.runs.accept import accept
 from dyads.runs.folder import RunFolder
 from dyads.scoring.answerer import Answerer
 from dyads.scoring.evaluate import evaluate, generate
@@ -216,6 +217,7 @@ def test_arguments_override_the_policy_of_the_recipe(trained: Trained) -> None:
     config = folder.path / "config.yaml"
     text = config.read_text().replace("unseen: error", "unseen: nearest")
     config.write_text(text.replace("nearest_by: inputs", "nearest_by: description"))
+    accept(folder.path)
     for how in ({}, {"unseen": "mean"}):
         evaluate(folder, suite=OTHERS, limit=1, on_stand_in=stand_ins.append, **how)
     assert [stand_in.similarity is None for stand_in in stand_ins] == [False, False, True, True]
@@ -268,6 +270,7 @@ def test_scores_of_other_tasks_stand_beside_the_runs_own_and_can_be_compared(tra
         "config.yaml",
         "env.json",
         "log.jsonl",
+        "manifest.json",
         "predictions",
         "scores.json",
     ]

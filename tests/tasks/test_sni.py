@@ -191,14 +191,17 @@ def test_a_truncated_file_is_named_with_line_and_column(sni_folder):
     path = sni_folder / "tasks" / "task001_colour_naming.json"
     text = json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=1)
     path.write_text(text[: len(text) // 2], encoding="utf-8")
-    with pytest.raises(TaskError, match=r"task001_colour_naming.json, line \d+, column \d+: .* seems truncated"):
+    with pytest.raises(
+        TaskError,
+        match=r"task001_colour_naming.json, line \d+, column \d+: not valid JSON: .*; download the file again",
+    ):
         read(sni_folder)
 
 
 def test_a_malformed_file_is_named_with_line_and_column(sni_folder):
     path = sni_folder / "tasks" / "task001_colour_naming.json"
     path.write_text('{"Definition": ["x"],\n "Instances": oops}', encoding="utf-8")
-    with pytest.raises(TaskError, match=r"task001_colour_naming.json, line 2, column 15: .* is not valid JSON"):
+    with pytest.raises(TaskError, match=r"task001_colour_naming.json, line 2, column 15: not valid JSON: .*; download"):
         read(sni_folder)
 
 

@@ -19,6 +19,7 @@ from dyads.cli import main
 from dyads.comparing.comparison import compare
 from dyads.errors import ConfigError, RunError, TaskError
 from dyads.recipe.spec import Recipe
+from dyads.runs.accept import accept
 from dyads.runs.folder import RunFolder
 from dyads.scoring.answerer import Answerer
 from dyads.scoring.evaluate import evaluate, generate
@@ -342,6 +343,7 @@ def test_a_cut_off_adaptation_goes_on_from_no_other_adapter(
     file = run.adapter / "adapter_model.safetensors"
     began = file.read_bytes()
     save_file({name: value + 1 for name, value in weights(run).items()}, file)  # as if it had been trained anew
+    accept(run.adapter)
     here = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(
         RunError,
@@ -357,6 +359,7 @@ def test_a_cut_off_adaptation_goes_on_from_no_other_adapter(
     (other / "env.json").write_text(json.dumps(facts))
     assert train(recipe, other, resume=True, evaluate=False).adapter.is_dir(), "begun before this was kept"
     file.write_bytes(began)
+    accept(run.adapter)
     assert train(recipe, out, resume=True, evaluate=False).adapter.is_dir()
 
 

@@ -28,6 +28,7 @@ the tests of the command line include it:
 
 from __future__ import annotations
 
+import errno
 import shlex
 import subprocess
 import sys
@@ -44,7 +45,7 @@ import click
 
 from dyads import __version__
 from dyads.console import JsonReporter, Reporter, TextReporter, tolerate_encodings
-from dyads.errors import DyadsError, did_you_mean
+from dyads.errors import DyadsError, did_you_mean, visible
 from dyads.training.memory import keep_memory
 
 __all__ = ["command_line", "main", "reports", "resumable"]
@@ -94,7 +95,9 @@ def resumable(out: Path) -> Iterator[None]:
 
 
 class _Refusal(click.ClickException):
-    exit_code = 2
+    def __init__(self, message: str, exit_code: int = DyadsError.exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # click has one for the class
 
 
 class _Verbs(click.Group):
@@ -124,7 +127,12 @@ class _Verbs(click.Group):
         except DyadsError as error:
             if ctx.params["debug"]:
                 raise
-            raise _Refusal(str(error)) from error
+            raise _Refusal(str(error), error.exit_code) from error
+        except OSError as error:  # a full disk, a folder that is read-only, a file of another user
+            if ctx.params["debug"] or error.errno == errno.EPIPE:  # click ends quietly when a pipe is closed
+                raise
+            where = f": '{error.filename}'" if error.filename else ""
+            raise _Refusal(visible(f"{error.strerror or error}{where}")) from error
         except KeyboardInterrupt:
             click.echo("\ninterrupted", err=True)
             ctx.exit(130)

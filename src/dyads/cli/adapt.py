@@ -10,6 +10,7 @@ import click
 
 from dyads.cli import reports, resumable
 from dyads.console import Reporter
+from dyads.errors import visible
 
 
 @click.command(
@@ -94,19 +95,19 @@ def command(
         from dyads.training.train import train
 
         folder = train(recipe, out, resume=resume, evaluate=not no_evaluate, reporter=reporter)
-    started = [line for line in folder.log() if line.get("event") == "adapted"][-1]  # one entry per resumption
+    started = [{}, *(line for line in folder.log() if line.get("event") == "adapted")][-1]  # one per resumption
     similarity = started.get("similarity", {})
     lines = []
     for task, scores in similarity.items():
         (best, score), *others = scores.items()
         runner_up = f"; next {others[0][0]} {others[0][1]:.3f}" if others else ""
-        lines.append(f"{task} starts as its most similar task, {best} ({score:.3f}{runner_up})")
+        lines.append(visible(f"{task} starts as its most similar task, {best} ({score:.3f}{runner_up})"))
     facts = {"run": str(folder.path), "similarity": similarity}
     if not folder.is_scored:
         lines += [f"{folder.path}: not scored", f"next: dyads evaluate {folder.path}"]
         reporter.result("trained", "\n".join(lines), **facts)
         return
     rows = [row for row in folder.scores()["scores"] if row["headline"]]
-    lines += [f"{row['task']}: {row['metric']} {row['value']:.1f}, n={row['n']}" for row in rows]
+    lines += [visible(f"{row['task']}: {row['metric']} {row['value']:.1f}, n={row['n']}") for row in rows]
     lines.append(f"next: dyads compare {folder.path} OTHER…")
     reporter.result("scored", "\n".join(lines), **facts, tasks={row["task"]: row["value"] for row in rows})

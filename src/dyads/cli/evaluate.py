@@ -10,6 +10,7 @@ import click
 
 from dyads.cli import reports
 from dyads.console import Reporter
+from dyads.errors import visible
 
 if TYPE_CHECKING:
     from dyads.tasks import FamilySpec
@@ -66,9 +67,13 @@ def command(
         folder, **how, on_stand_in=lambda stand_in: reporter.note("unseen", str(stand_in)), reporter=reporter
     )
     rows = [row for row in scores["scores"] if row["headline"]]
-    width = max(len(row["task"]) for row in rows)
+    names = [visible(row["task"]) for row in rows]
+    width = max(map(len, names))
     micro, macro = (scores[level]["headline"] for level in ("micro", "macro"))
-    lines = [f"{row['task']:{width}}  {row['metric']:11}  {row['value']:6.1f}  n={row['n']}" for row in rows]
+    lines = [
+        f"{name:{width}}  {row['metric']:11}  {row['value']:6.1f}  n={row['n']}"
+        for name, row in zip(names, rows, strict=True)
+    ]
     lines.append(f"micro {micro:.1f}, macro {macro:.1f}, {scores['split']} split")
     reporter.result(
         "scored",

@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dyads.console import Reporter, TextReporter, json_line, printable
+from dyads.errors import visible
 
 if TYPE_CHECKING:
     from dyads.runs.folder import RunFolder
@@ -105,7 +105,7 @@ def command(
         batch_size=batch_size,
         unseen=unseen,
         description=description,
-        on_stand_in=partial(click.echo, err=True),
+        on_stand_in=lambda stand_in: click.echo(printable(str(stand_in)), err=True),
         reporter=TextReporter() if file is not None else Reporter(),
     )
     if file is None and out is None:
@@ -117,7 +117,7 @@ def command(
         for line in lines:
             click.echo(json_line(line))
     else:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        text = "".join(visible(json.dumps(line, ensure_ascii=False)) + "\n" for line in lines)
         out.write_text(text, encoding="utf-8")
         click.echo(f"{len(lines)} answers written to {out}", err=True)
 

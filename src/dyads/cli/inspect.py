@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dyads.errors import visible, visible_in
+
 if TYPE_CHECKING:
     from dyads.analysis import Inspection
 
@@ -47,11 +49,11 @@ def command(run: Path, layers: bool, form: str) -> None:
 
     inspection = inspect(SavedAdapter.read(run))
     if form == "json":
-        text = _json(inspection)
+        text = visible(_json(inspection), keep="\n")
     elif form == "csv":
-        text = _csv(inspection)
+        text = _csv(visible_in(inspection))
     else:
-        text = _text(inspection, layers, min(120, shutil.get_terminal_size((80, 24)).columns))
+        text = _text(visible_in(inspection), layers, min(120, shutil.get_terminal_size((80, 24)).columns))
     click.echo(text, nl=False)
 
 

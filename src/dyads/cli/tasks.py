@@ -7,6 +7,9 @@ from pathlib import Path
 
 import click
 
+from dyads.console import printable
+from dyads.errors import visible
+
 
 @click.command(
     short_help="List the tasks of a family or recipe.",
@@ -52,16 +55,18 @@ def command(
             raise TaskError(f"there is no task '{show}'{did_you_mean(show, [t.name for t in suite.tasks])}")
         for split in ("train", "validation", "test"):
             for example in found[0].split(split)[:1]:
-                click.secho(f"{split}, {example.id}", bold=True)
-                click.echo(f"{example.prompt}{click.style(example.references[0], fg='green')}\n")
+                click.secho(f"{split}, {visible(example.id)}", bold=True)
+                reference = click.style(printable(example.references[0]), fg="green")
+                click.echo(f"{printable(example.prompt)}{reference}\n")
         return
-    width = max((len(task.name) for task in suite.tasks), default=4)
+    names = [visible(task.name) for task in suite.tasks]
+    width = max(map(len, names), default=4)
     click.secho(f"{'id':>4}  {'task':{width}}  {'train':>7} {'valid.':>7} {'test':>7}  metric       version", bold=True)
-    for i, task in enumerate(suite.tasks):
+    for i, (name, task) in enumerate(zip(names, suite.tasks, strict=True)):
         sizes = f"{len(task.train):7,} {len(task.validation):7,} {len(task.test):7,}"
-        click.echo(f"{i:4}  {task.name:{width}}  {sizes}  {task.metric:11}  {task.version} ({task.fingerprint()})")
+        click.echo(f"{i:4}  {name:{width}}  {sizes}  {task.metric:11}  {task.version} ({task.fingerprint()})")
     for note in suite.notes:
-        click.echo(f"· {note}")
+        click.echo(visible(f"· {note}"))
 
 
 def _how_to_give(key: str) -> str:

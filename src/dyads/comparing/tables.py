@@ -26,6 +26,7 @@ from rich.text import Text
 from dyads.comparing.comparison import GIVEN_TASK, Column, Comparison, Verdict
 from dyads.comparing.intervals import Interval
 from dyads.comparing.scored_runs import Curve
+from dyads.errors import visible, visible_in
 
 __all__ = ["FORMATS", "markdown_table", "to_csv", "to_json", "to_markdown", "to_terminal"]
 
@@ -37,8 +38,11 @@ _SEEDS_FOR_STARS = 6  # 2 / 2^6 is the first below 0.05
 
 def to_terminal(comparison: Comparison, width: int = 80) -> str:
     """Tables for a terminal, coloured by escape codes, which a caller strips where they are not wanted."""
+    comparison = visible_in(comparison)
     stream = io.StringIO()
-    console = Console(file=stream, width=width, force_terminal=True, color_system="standard", highlight=False)
+    options: dict[str, Any] = {"force_terminal": True, "color_system": "standard"}
+    options |= {"highlight": False, "markup": False, "emoji": False}  # names are no markup
+    console = Console(file=stream, width=width, **options)
     labels = [c.label for c in comparison.columns]
     shown = [c.shown for c in comparison.columns]
     lettered = not _fits(console, _by_task(comparison, shown, range(len(labels))))
@@ -72,6 +76,7 @@ def to_terminal(comparison: Comparison, width: int = 80) -> str:
 
 def to_markdown(comparison: Comparison) -> str:
     """Tables in GitHub's Markdown, every name in full; the best of a row is bold."""
+    comparison = visible_in(comparison)
     labels = [c.label for c in comparison.columns]
     shown = {c.label: c.shown for c in comparison.columns}
     out = [_headline(comparison), ""]
@@ -115,6 +120,7 @@ def to_markdown(comparison: Comparison) -> str:
 
 def to_csv(comparison: Comparison) -> str:
     """One line a value: of each task, micro and macro for each column, then the differences (of label, `minus`)."""
+    comparison = visible_in(comparison)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(
@@ -153,7 +159,7 @@ def to_json(comparison: Comparison) -> str:
         plain["reference"] = column.reference
     for pair, plain in zip(comparison.pairs, content["pairs"], strict=True):
         plain |= {"win_rate": pair.win_rate, "micro_verdict": pair.micro_verdict, "macro_verdict": pair.macro_verdict}
-    return json.dumps(_finite(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    return visible(json.dumps(_finite(content), ensure_ascii=False, indent=1, allow_nan=False), keep="\n") + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -27,11 +27,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dyads.data.batches import EncodedPair, PairCollator, PairTokenizer, pad_id_of
-from dyads.errors import RunError, TaskError
+from dyads.errors import RunError, TaskError, shortened
+from dyads.reading import read_json
 from dyads.tasks import Example, Task
 
 __all__ = [
@@ -78,6 +80,9 @@ class Head:
         return max(choices or self.labels, key=lambda label: values[self.labels.index(label)])
 
 
+_HEADS = TypeAdapter(tuple[Head, ...])
+
+
 def heads_of(tasks: Sequence[Task]) -> tuple[Head, ...]:
     """A head for every task; TaskError for tasks without labels or numbers, or without training examples."""
     if unlabelled := [task.name for task in tasks if not task.labels and not task.regression]:
@@ -107,10 +112,11 @@ def write_heads(path: Path, heads: Sequence[Head]) -> None:
 def read_heads(path: Path) -> tuple[Head, ...]:
     """The heads in heads.json; RunError if it is missing or damaged."""
     try:
-        rows = json.loads(path.read_text("utf-8"))
-        return tuple(Head(**{**row, "labels": tuple(row["labels"])}) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"cannot read the labels of the heads from {path}: {error}; train the run again") from error
+        rows = read_json(path, error=RunError, remedy="train the run again")
+        return _HEADS.validate_python(rows)
+    except (FileNotFoundError, ValidationError) as error:
+        reason = shortened(" ".join(str(error).split()))
+        raise RunError(f"cannot read the labels of the heads from {path}: {reason}; train the run again") from error
 
 
 class TaskHeads(nn.Module):

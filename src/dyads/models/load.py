@@ -38,10 +38,13 @@ __all__ = [
 
 Kind = Literal["causal", "seq2seq", "encoder"]
 
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""Python files of a model are not run. Without the argument transformers asks on the terminal whether to run them."""
+
 
 def model_config(name: str, revision: str | None = None) -> Any:
     """The transformers config of a model, without its weights."""
-    return _load(name, lambda: AutoConfig.from_pretrained(resolve(name), revision=revision))
+    return _load(name, lambda: AutoConfig.from_pretrained(resolve(name), revision=revision, **_NO_CODE))
 
 
 def kind_of(name: str, config: Any, wanted: str = "auto") -> Kind:
@@ -90,7 +93,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         )
     kind = kind_of(name, config, spec.kind)
     options = {"dtype": getattr(torch, spec.dtype), "revision": spec.revision, "attn_implementation": spec.attention}
-    model = _load(name, lambda: auto_class(kind).from_pretrained(path, **options))
+    model = _load(name, lambda: auto_class(kind).from_pretrained(path, **options, **_NO_CODE))
     model.requires_grad_(False)
     if kind == "encoder":
         return cast(PreTrainedModel, without_pooler(model).eval())
@@ -102,7 +105,7 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The model's tokenizer; without a padding token it pads with the end token, which the attention mask hides."""
-    tokenizer = _load(name, lambda: AutoTokenizer.from_pretrained(resolve(name), revision=revision))
+    tokenizer = _load(name, lambda: AutoTokenizer.from_pretrained(resolve(name), revision=revision, **_NO_CODE))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_a
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from dyads.errors import ConfigError, did_you_mean
+from dyads.errors import ConfigError, did_you_mean, shortened
 from dyads.recipe.yaml_source import KeyPath, YamlSource, to_yaml
 from dyads.tasks import FamilySpec, families
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["Key", "keys_of", "validated"]
 
 Model = TypeVar("Model", bound=BaseModel)
+_MOST_MISTAKES = 20
+"""Errors of a recipe that are listed; every one costs a comparison with all keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +94,13 @@ def validated(
         return model.model_validate(source.data)
     except ValidationError as error:
         known = list(keys())
-        explained = [_explained(found, model, source, known, remedy) for found in error.errors(include_url=False)]
+        errors = error.errors(include_url=False)
+        explained = [_explained(found, model, source, known, remedy) for found in errors[:_MOST_MISTAKES]]
     placed = [f"{origin or name}: {message}" for origin, message in explained]
     if len(placed) == 1:
         raise ConfigError(placed[0])
-    raise ConfigError("\n  ".join([f"{name}: {len(placed)} mistakes", *placed]))
+    more = ["…"] * (len(errors) > len(placed))
+    raise ConfigError("\n  ".join([f"{name}: {len(errors)} mistakes", *placed, *more]))
 
 
 def _explained(
@@ -108,7 +112,7 @@ def _explained(
 ) -> tuple[str | None, str]:
     """The origin (file and line, or override) and the sentence for one of pydantic's errors."""
     path, model = _key_path(error["loc"], root, source.data)
-    dotted = ".".join(map(str, path))
+    dotted = shortened(".".join(map(str, path)))
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     origins = source.origins
     origin = next((origins[path[:i]] for i in range(len(path), 0, -1) if path[:i] in origins), None)
@@ -124,21 +128,22 @@ def _explained(
         tags = re.findall(r"'([^']*)'", context["expected_tags"])
         key = context["discriminator"].strip(chr(39))
         origin = origins.get((*path, key), origin)
-        return origin, f"unknown '{dotted}.{key}' '{context['tag']}'{did_you_mean(str(context['tag']), tags)}"
+        tag = shortened(str(context["tag"]), 60)
+        return origin, f"unknown '{dotted}.{key}' '{tag}'{did_you_mean(str(context['tag']), tags)}"
     if kind == "value_error":
         message = str(context.get("error", error["msg"]))
         unknown = re.match(r"unknown key '([^']*)'", message)
         if unknown:
             origin = origins.get((*path, unknown[1]), origin)
         names_the_key = unknown or message.startswith((f"{dotted} ", "unknown task family"))
-        return origin, message if names_the_key else f"'{dotted}': {message}"
+        return origin, message if names_the_key else f"'{dotted}': {message}"  # the message is one of ours
     if kind == "literal_error":
         near = did_you_mean(str(value), re.findall(r"'([^']*)'", context["expected"]))
-        return origin, f"'{dotted}' must be {context['expected']}, got {_shortened(value)}" + (
+        return origin, f"'{dotted}' must be {context['expected']}, got {_given(value)}" + (
             near if "did you mean" in near else ""
         )
     wanted = f"must be {_WANTED[kind].format(**context)}" if kind in _WANTED else None
-    return origin, (f"'{dotted}' {wanted}" if wanted else f"'{dotted}': {error['msg']}") + f", got {_shortened(value)}"
+    return origin, (f"'{dotted}' {wanted}" if wanted else f"'{dotted}': {error['msg']}") + f", got {_given(value)}"
 
 
 _WANTED = {
@@ -167,9 +172,8 @@ _WANTED = {
 }
 
 
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "…"
+def _given(value: object) -> str:
+    return shortened(repr(value) if isinstance(value, str) else value, 60)
 
 
 def _suggestion(path: KeyPath, keys: Sequence[Key]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import random
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
@@ -24,7 +23,8 @@ from pydantic import (
 )
 
 from dyads.data.mixture import MixtureSpec
-from dyads.errors import ConfigError, did_you_mean
+from dyads.errors import ConfigError, did_you_mean, shortened
+from dyads.recipe.file_names import name_mistake
 from dyads.recipe.yaml_source import to_yaml
 from dyads.tasks import TasksSpec
 
@@ -59,14 +59,14 @@ def _one_or_many(value: object) -> object:
     return tuple(v for v in values if v not in (None, "none")) if isinstance(values, list | tuple) else values
 
 
-PositiveInt: TypeAlias = Annotated[int, BeforeValidator(_whole_number), Field(ge=1)]
-"""A whole number from 1; `2e4` counts as one."""
+PositiveInt: TypeAlias = Annotated[int, BeforeValidator(_whole_number), Field(ge=1, le=10**9)]
+"""A whole number from 1 to a thousand million; `2e4` counts as one."""
 
 
 def check_folder_name(name: str) -> str:
     """The name, if every file system takes it for a folder; ConfigError otherwise."""
-    if re.search(r'[/\\:*?"<>|\x00-\x1f]', name) or name != name.strip() or name.startswith((".", "-")):
-        raise ConfigError(f'{name!r} cannot name a folder: no / \\ : * ? " < > |, no . or - at the start')
+    if mistake := name_mistake(name):
+        raise ConfigError(f"'{shortened(name, 60)}' cannot name a folder: {mistake}")
     return name
 
 

@@ -4,7 +4,8 @@
 A recipe file may extend another one, and `--set a.b=c` overrides both: three sources, put on top of one another. What
 the keys mean is left to recipe/spec.py.
 
-Scalars follow YAML 1.2: `2e-3` is a number, `on`, `no` and `2024-01-01` are text. A key given twice is an error.
+Scalars follow YAML 1.2: `2e-3` is a number, `on`, `no` and `2024-01-01` are text. A key given twice is an error, and so
+are tags of other types, keys that are no text, control characters, and files beyond the limits below.
 
 Built on PyYAML, which transformers and PEFT import anyway. ruamel.yaml, which keeps the line of each key itself, was
 tried: 180 lines instead of 186, because its own scalar types, dates and 1_000 have to be undone and aliases that
@@ -14,18 +15,27 @@ contain themselves still found; it imports in 20 ms instead of 35 but reads our 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
 
-from dyads.errors import ConfigError
+from dyads.errors import ConfigError, shortened
+from dyads.reading import DEEPEST
+from dyads.reading import read_text as read_file_text
 
 __all__ = ["KeyPath", "YamlSource", "read_file", "read_overrides", "read_text", "to_yaml"]
 
 KeyPath: TypeAlias = tuple[str | int, ...]
+
+_LARGEST = 2**17
+"""Bytes of a recipe file; PyYAML reads about 100 kB in a second."""
+_MOST_VALUES = 20_000
+"""Values of a file, those below an alias counted at each of its uses: aliases of aliases multiply."""
+_LONGEST_CHAIN = 20
+"""Files that extend one another."""
 
 
 @dataclass(frozen=True)
@@ -42,43 +52,33 @@ class YamlSource:
 
 def read_file(path: Path, extended_by: tuple[Path, ...] = ()) -> YamlSource:
     """A file on top of the files that it extends; `extended_by` is the chain of files that led here."""
+    by = f" (extended by {extended_by[-1]})" if extended_by else ""
+    try:
+        text = read_file_text(path, error=ConfigError, most=_LARGEST)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no recipe at '{shortened(str(path), 400)}'{by}") from None
     real = path.resolve()
     if real in extended_by:
         circle = " → ".join(p.name for p in (*extended_by[extended_by.index(real) :], real))
         raise ConfigError(f"{extended_by[-1]}: recipes extend each other in a circle: {circle}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        by = f" (extended by {extended_by[-1]})" if extended_by else ""
-        raise ConfigError(f"there is no recipe at '{path}'{by}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the recipe '{path}': {error}") from error
+    if len(extended_by) == _LONGEST_CHAIN:
+        raise ConfigError(f"{path}: more than {_LONGEST_CHAIN} recipes extend one another; put their keys into one")
     source = read_text(text, str(path))
     parent = source.data.pop("extends", None)
     if parent is None:
         return source
     if not isinstance(parent, str):
-        raise ConfigError(f"{source.origins[('extends',)]}: 'extends' must be the path of one recipe, got {parent!r}")
+        raise ConfigError(
+            f"{source.origins[('extends',)]}: 'extends' must be the path of one recipe, got {shortened(parent, 60)}"
+        )
     return source.over(read_file(path.parent / parent, (*extended_by, real)))
 
 
 def read_text(text: str, name: str) -> YamlSource:
     """A YAML text alone; `name` stands for it in errors."""
-    loader = _Loader(text)
-    origins: dict[KeyPath, str] = {}
-    try:
-        node = loader.get_single_node()
-        if node is not None:
-            _locate(node, (), name, origins, frozenset())
-        data = {} if node is None else loader.construct_document(node)
-    except ConfigError:
-        raise
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark else name
-        raise ConfigError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    finally:
-        loader.dispose()
+    if len(text) > _LARGEST:
+        raise ConfigError(f"{name}: more than {_LARGEST:,} characters, the limit for a recipe")
+    data, origins = _parsed(text, name)
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -86,27 +86,98 @@ def read_text(text: str, name: str) -> YamlSource:
     return YamlSource(data, origins)
 
 
-def _locate(node: yaml.Node, path: KeyPath, name: str, origins: dict[KeyPath, str], above: frozenset[int]) -> None:
-    """Record the line of every key; refuse a key given twice, of which PyYAML would silently drop the first."""
-    if id(node) in above:
-        raise ConfigError(f"{name}:{node.start_mark.line + 1}: an alias that contains itself")
-    above |= {id(node)}
-    if isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            place: KeyPath = (*path, i)
-            origins[place] = f"{name}:{item.start_mark.line + 1}"
-            _locate(item, place, name, origins, above)
-    elif isinstance(node, yaml.MappingNode):
+def _parsed(text: str, name: str, *, lines: bool = True) -> tuple[Any, dict[KeyPath, str]]:
+    """The plain data of a YAML text, and the place of every key: `name`, with `lines` followed by the line."""
+    origins: dict[KeyPath, str] = {}
+    if _DEEP.search(text):  # found at once, where PyYAML would take a second
+        raise ConfigError(f"{name}: not valid YAML: more than {DEEPEST} levels of lists and sections")
+
+    def place(mark: yaml.Mark) -> str:
+        return f"{name}:{mark.line + 1}" if lines else name
+
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None, origins
+            _Checks(loader, place, origins).check(node, (), 0)
+            return loader.construct_document(node), origins
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        reason = shortened(" ".join(str(getattr(error, "problem", None) or error).split()))
+        raise ConfigError(f"{place(mark) if mark else name}: not valid YAML: {reason}") from error
+    except RecursionError:
+        raise ConfigError(f"{name}: not valid YAML: more than {DEEPEST} levels of lists and sections") from None
+
+
+@dataclass
+class _Checks:
+    """Checks of a document's nodes before they become data, and the line of every key."""
+
+    loader: _Loader
+    place: Callable[[Any], str]
+    origins: dict[KeyPath, str]
+    values: int = 0
+    above: set[int] = field(default_factory=set)
+
+    def check(self, node: yaml.Node, path: KeyPath, depth: int) -> None:
+        where = self.place(node.start_mark)
+        self.values += 1
+        if self.values > _MOST_VALUES:
+            raise ConfigError(f"{where}: more than {_MOST_VALUES:,} values, those below an alias counted at each use")
+        if depth > DEEPEST:
+            raise ConfigError(f"{where}: more than {DEEPEST} levels of lists and sections")
+        if id(node) in self.above:
+            raise ConfigError(f"{where}: an alias that contains itself")
+        self.above.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            self._check_tag(node, _Loader.DEFAULT_SEQUENCE_TAG, where)
+            for i, item in enumerate(node.value):
+                at: KeyPath = (*path, i)
+                self.origins[at] = self.place(item.start_mark)
+                self.check(item, at, depth + 1)
+        elif isinstance(node, yaml.MappingNode):
+            self._check_tag(node, _Loader.DEFAULT_MAPPING_TAG, where)
+            self._check_section(node, path, depth)
+        else:
+            self._check_scalar(node, where)
+        self.above.discard(id(node))
+
+    def _check_section(self, node: yaml.MappingNode, path: KeyPath, depth: int) -> None:
+        """Refuse a key that is no text, and one given twice, of which PyYAML would silently drop the first."""
         lines: dict[str, int] = {}
         for key_node, value in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
+            where, line = self.place(key_node.start_mark), key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{where}: a key is a list or a section, not a text")
+            if key_node.tag not in (_TEXT, _MERGE):
+                raise ConfigError(f"{where}: the key {shortened(key_node.value, 60)} is no text; put it in quotes")
+            self._check_scalar(key_node, where)
+            key = str(key_node.value)
             if key in lines:
                 dotted = ".".join(map(str, (*path, key)))
-                raise ConfigError(f"{name}:{line}: '{dotted}' is given twice (first in line {lines[key]})")
+                raise ConfigError(f"{where}: '{shortened(dotted)}' is given twice (first in line {lines[key]})")
             lines[key] = line
-            place = (*path, key)
-            origins[place] = f"{name}:{line}"
-            _locate(value, place, name, origins, above)
+            at = (*path, key)
+            self.origins[at] = where
+            self.check(value, at, depth + 1)
+
+    def _check_tag(self, node: yaml.Node, expected: str, where: str) -> None:
+        if node.tag != expected:
+            raise ConfigError(f"{where}: the tag {shortened(node.tag, 60)} does not fit; leave it out")
+
+    def _check_scalar(self, node: yaml.Node, where: str) -> None:
+        text = node.value
+        resolved = self.loader.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+        if node.tag not in (_TEXT, resolved):
+            raise ConfigError(f"{where}: {shortened(text, 60)} does not fit the tag {shortened(node.tag, 60)}")
+        if hidden := re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]", text):
+            raise ConfigError(f"{where}: a text has the control character {hidden[0]}: remove it")
+        if len(text) > _LONGEST_NUMBER and node.tag == _INT:
+            raise ConfigError(f"{where}: a number of {len(text)} digits")
 
 
 def read_overrides(overrides: Sequence[str], flag: str = "--set") -> YamlSource:
@@ -116,18 +187,15 @@ def read_overrides(overrides: Sequence[str], flag: str = "--set") -> YamlSource:
     for override in overrides:
         dotted, equals, text = override.partition("=")
         path = tuple(dotted.strip().split("."))
-        if not equals or not all(path):
-            raise ConfigError(f"{flag} {override}: write it as key=value (a.b=value for a key in a section)")
-        try:
-            nested: Any = yaml.load(text, Loader=_Loader)  # a SafeLoader with other number patterns
-        except yaml.YAMLError as error:
-            problem = getattr(error, "problem", None) or error
-            raise ConfigError(f"{flag} {override}: the value is not valid YAML: {problem}") from error
+        shown = f"{flag} {shortened(override)}"
+        if not equals or not all(path) or len(path) > DEEPEST:
+            raise ConfigError(f"{shown}: write it as key=value (a.b=value for a key in a section)")
+        nested, _ = _parsed(text, shown, lines=False)
         for key in reversed(path):
             nested = {key: nested}
         data = _merged(data, nested)
         # The sections above the key too: an error about two keys that contradict each other names the section.
-        origins.update({path[:i]: f"{flag} {override}" for i in range(1, len(path) + 1)})
+        origins.update({path[:i]: shown for i in range(1, len(path) + 1)})
     return YamlSource(data, origins)
 
 
@@ -177,6 +245,9 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+_TEXT, _INT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:int", "tag:yaml.org,2002:merge"
+_LONGEST_NUMBER = 40
+_DEEP = re.compile(rf"(?:[\[{{]\s*){{{DEEPEST + 1}}}")
 _FLOAT = re.compile(r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$", re.I)
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))

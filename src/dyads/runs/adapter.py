@@ -1,22 +1,50 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapter of a run: loaded onto its base model if every weight matches, and identified by a hash of its weights."""
+"""Adapter of a run: saved with a manifest, and loaded onto its base model if its files and every weight match."""
 
 from __future__ import annotations
 
-import hashlib
+import json
+import shutil
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
-from dyads.errors import RunError
+from dyads.errors import RunError, shortened
+from dyads.models.heads import Head, write_heads
 from dyads.models.packaged import same_model
 from dyads.runs.folder import RunFolder
+from dyads.runs.manifest import Manifest, seal
+from dyads.runs.weights import CONFIG, WEIGHTS, method_of, read_config, read_weights, refuse_not_finite
 
-__all__ = ["check_adapter", "fingerprint", "load_adapter"]
+__all__ = ["check_adapter", "check_files", "fingerprint", "load_adapter", "save_adapter", "sort_sets"]
 
-_WEIGHTS = "adapter_model.safetensors"
+
+def save_adapter(model: PeftModel, folder: RunFolder, heads: Sequence[Head] = ()) -> None:
+    """Save the adapter, and an encoder's heads, as those of the run; RunError for weights that are not finite.
+
+    Two processes that trained the same write the same bytes.
+    """
+    refuse_not_finite(get_peft_model_state_dict(model, save_embedding_layers=False), "the trained adapter")
+    shutil.rmtree(folder.adapter, ignore_errors=True)  # incomplete, since a run with an adapter is not trained again
+    model.save_pretrained(str(folder.adapter))
+    sort_sets(folder.adapter, model.peft_config["default"])
+    if heads:
+        write_heads(folder.heads, heads)
+    seal(folder.adapter)
+
+
+def sort_sets(adapter: Path, config: Any) -> None:
+    """Sort the lists in adapter_config.json that are sets in the config: their order differs between processes."""
+    path = adapter / CONFIG
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in vars(config).items():
+        if isinstance(value, set) and isinstance(content.get(key), list):
+            content[key] = sorted(content[key])
+    path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")  # PEFT's own format
 
 
 def check_adapter(folder: RunFolder) -> None:
@@ -31,14 +59,27 @@ def check_adapter(folder: RunFolder) -> None:
             f"'{folder.path}' has no adapter: its training did not end; go on with"
             f" `dyads train RECIPE --out {folder.path} --resume`"
         )
-    if not (folder.adapter / _WEIGHTS).is_file():
-        raise RunError(f"'{folder.adapter}' has no {_WEIGHTS}; adapters are read from safetensors only")
+    if not (folder.adapter / WEIGHTS).is_file():
+        raise RunError(f"'{folder.adapter}' has no {WEIGHTS}; adapters are read from safetensors only")
+    check_files(folder.adapter)
+
+
+def check_files(adapter: Path) -> None:
+    """RunError if the files of an adapter are not those that its manifest lists."""
+    manifest = Manifest.of(adapter)
+    if manifest is not None and (damage := manifest.damage()):
+        raise RunError(
+            f"the adapter in '{adapter}' is damaged: {damage}; restore it, train it again, or, if you changed it"
+            f" yourself, accept it with `python -m dyads.runs.accept {adapter}`"
+        )
 
 
 def fingerprint(folder: RunFolder) -> str:
     """SHA-256 of the run's adapter weights; RunError if it has no adapter."""
     check_adapter(folder)
-    return hashlib.sha256((folder.adapter / _WEIGHTS).read_bytes()).hexdigest()
+    manifest = Manifest.of(folder.adapter)
+    assert manifest is not None
+    return manifest.files[WEIGHTS][1]
 
 
 def load_adapter(base: nn.Module, folder: RunFolder, *, trains: bool = False) -> PeftModel:
@@ -46,23 +87,25 @@ def load_adapter(base: nn.Module, folder: RunFolder, *, trains: bool = False) ->
 
     With `trains`, the weights that the run trained require gradients; otherwise none do.
     """
-    path, weights = folder.adapter, folder.adapter / _WEIGHTS
+    path = folder.adapter
     check_adapter(folder)
     import dyads.tuner  # noqa: F401  # registers the methods with PEFT
 
-    spec = folder.recipe().model
+    recipe = folder.recipe()
+    spec = recipe.model
 
     def misfit(reason: str) -> RunError:
         return RunError(
             f"the adapter in '{path}' does not fit model '{spec.name}' – it was trained on another one ({reason})"
         )
 
-    try:
-        config = PeftConfig.from_pretrained(str(path))
-        with safe_open(str(weights), "pt") as file:
-            saved = set(file.keys())
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise RunError(f"the adapter in '{path}' is truncated or no adapter: {error}") from error
+    config = read_config(path)
+    saved = read_weights(path).keys()
+    if (method := method_of(config)) != recipe.method.name:
+        raise RunError(
+            f"the adapter in '{path}' is one of method '{shortened(method, 60)}', but config.yaml names"
+            f" '{recipe.method.name}': the adapter belongs to another run"
+        )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
@@ -79,7 +122,8 @@ def load_adapter(base: nn.Module, folder: RunFolder, *, trains: bool = False) ->
         raise RunError(
             f"the adapter in '{path}' was trained on {_described(trained_on, config.revision)}, but config.yaml names"
             f" {_described(spec.name, spec.revision)}; if the model was only moved, set base_model_name_or_path and"
-            " revision in adapter/adapter_config.json as well"
+            " revision in adapter/adapter_config.json as well, and accept both files with"
+            f" `python -m dyads.runs.accept {folder.path}`"
         )
     model.eval()
     return model

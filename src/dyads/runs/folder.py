@@ -6,14 +6,16 @@
     templates.json           the form of each task's prompts, by task
     chat_template.jinja      the chat template, where tasks are read with one
     log.jsonl                one line per logged step
-    adapter/                 the trained adapter, in PEFT's format
-    checkpoints/             checkpoints for resuming the training
+    adapter/                 the trained adapter, in PEFT's format, with a manifest
+    checkpoints/             checkpoints for resuming the training, each with a manifest
     tensorboard/             events for TensorBoard, where the recipe reports to it
     predictions/<task>.jsonl one line per instance: id, prompt, prediction, references, scores (0 to 100) by metric
-    scores.json              every score with its task's version, written last: a folder with it is complete
+    scores.json              every score with its task's version
+    manifest.json            sizes and SHA-256 of the config, the templates, and, once there are any, of the results
+    .lock                    the process that writes into the folder, while it does
 
-No other file contains these names. Every file is written under another name and renamed when complete, and an
-evaluation replaces the predictions and scores of an earlier one together.
+No other file contains these names. A folder is a run if its manifest lists config.yaml, and is scored if it lists
+scores.json (runs/manifest.py). An evaluation replaces the predictions and scores of an earlier one together.
 """
 
 from __future__ import annotations
@@ -25,21 +27,25 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict
-from urllib.parse import quote
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict  # typing's has no run-time types that pydantic reads before Python 3.12
 
-from dyads.errors import RunError, TaskError, did_you_mean
+from dyads.errors import RunError, TaskError, did_you_mean, notice, shortened, visible
+from dyads.reading import SETTINGS, parse_json, read_bytes, read_json, read_text
+from dyads.recipe.file_names import file_name
 from dyads.recipe.load import parse_recipe
 from dyads.recipe.spec import Recipe, differences
+from dyads.runs.lock import LOCK, locked
+from dyads.runs.manifest import MANIFEST, Manifest, clear, is_unfinished, seal, write_text
 from dyads.tasks import Task
-from dyads.tasks.rows import Row, read_jsonl
+from dyads.tasks.rows import read_jsonl
 from dyads.tasks.template import Template
 
 __all__ = ["SCHEMA", "Prediction", "RunFolder", "ScoreRow", "Scores", "Seconds", "environment"]
@@ -48,6 +54,11 @@ SCHEMA = 1
 """The version of scores.json that is written and read."""
 
 
+_READ = with_config(ConfigDict(strict=True, extra="allow", allow_inf_nan=False))
+T = TypeVar("T")
+
+
+@_READ
 class _Prediction(TypedDict):
     id: str  # unique within the task
     prediction: str
@@ -55,12 +66,14 @@ class _Prediction(TypedDict):
     scores: dict[str, float]  # metric -> 0..100 for this instance
 
 
+@_READ
 class Prediction(_Prediction, total=False):
     """A line of predictions/<task>.jsonl."""
 
     prompt: str  # absent in runs that were scored by an earlier version
 
 
+@_READ
 class _ScoreRow(TypedDict):
     task: str
     version: int  # increases when a prompt, split or metric changes
@@ -73,12 +86,14 @@ class _ScoreRow(TypedDict):
     headline: bool  # whether it is the task's metric in tables and averages
 
 
+@_READ
 class ScoreRow(_ScoreRow, total=False):
     """A task's score in one metric."""
 
     labels: list[str]  # of a classification task, in class order
 
 
+@_READ
 class Seconds(TypedDict):
     """Wall times."""
 
@@ -86,6 +101,7 @@ class Seconds(TypedDict):
     evaluate: float
 
 
+@_READ
 class _Scores(TypedDict):
     schema: int
     run: str  # the recipe's name
@@ -100,16 +116,32 @@ class _Scores(TypedDict):
     macro: dict[str, float]  # by metric, and "headline": mean over tasks
 
 
+@_READ
 class Scores(_Scores, total=False):
     """The content of scores.json."""
 
     given_task: bool  # whether the method's gates depend on the task's identity
 
 
+@_READ
+class LogLine(TypedDict, total=False):
+    """The entries of a line of log.jsonl that are read again; null where they were not finite."""
+
+    event: str
+    step: int
+    seconds: float | None
+    loss: float | None
+    auxiliary_loss: float | None
+    validation_loss: float | None
+    parameters: int
+
+
+_PREDICTION_TYPE, _SCORES_TYPE, _LINE_TYPE = TypeAdapter(Prediction), TypeAdapter(Scores), TypeAdapter(LogLine)
 _CONFIG, _ENV, _LOG, _SCORES = "config.yaml", "env.json", "log.jsonl", "scores.json"
 _HEADS, _TEMPLATES, _CHAT_TEMPLATE = "heads.json", "templates.json", "chat_template.jinja"
 _TENSORBOARD = "tensorboard"
-_ADAPTER, _CHECKPOINTS, _PREDICTIONS, _UNFINISHED = "adapter", "checkpoints", "predictions", ".predictions-unfinished"
+_ADAPTER, _CHECKPOINTS, _PREDICTIONS = "adapter", "checkpoints", "predictions"
+_UNFINISHED = ".predictions.unfinished"
 
 
 class RunFolder:
@@ -125,7 +157,8 @@ class RunFolder:
     def create(cls, path: str | os.PathLike[str], recipe: Recipe, *, resume: bool = False) -> RunFolder:
         """Start a run, in a folder without one; with `resume`, continue a run with the same recipe, or start one.
 
-        A job that may be interrupted can thus always be started with `resume`.
+        A job that may be interrupted can thus always be started with `resume`. What a killed process left unfinished is
+        removed.
         """
         folder = cls(path)
         if folder.is_run:
@@ -135,15 +168,15 @@ class RunFolder:
                     "continue it with --resume, or choose another --out"
                 )
             folder._check_same_recipe(recipe)
+            folder._clear_unfinished()
             return folder
         if folder.path.exists() and not folder.path.is_dir():
             raise RunError(f"'{folder.path}' is a file; choose a folder for --out")
-        for unfinished in folder.path.glob(f".{_CONFIG}.*"):  # of a process that was killed right here
-            unfinished.unlink()
-        if folder.path.exists() and any(folder.path.iterdir()):
-            raise RunError(f"'{folder.path}' is not empty and holds no run; choose another --out")
+        if folder.path.exists():
+            folder._clear_interrupted_start()
         folder.path.mkdir(parents=True, exist_ok=True)
-        _write(folder.path / _CONFIG, recipe.resolved_yaml())
+        write_text(folder.path / _CONFIG, recipe.resolved_yaml())
+        seal(folder.path, [_CONFIG])
         return folder
 
     @classmethod
@@ -155,6 +188,8 @@ class RunFolder:
             near = did_you_mean(folder.path.name, siblings)
             raise RunError(f"there is no folder '{folder.path}'{near if 'did you mean' in near else ''}")
         if not folder.is_run:
+            if folder.has_config:
+                raise folder._without_manifest()
             inside = [p.name for p in sorted(folder.path.glob("*")) if cls(p).is_run] if folder.path.is_dir() else []
             runs = f" (it contains runs: {', '.join(inside[:5])}{', …' if len(inside) > 5 else ''})"
             raise RunError(
@@ -163,10 +198,58 @@ class RunFolder:
             )
         return folder
 
+    def locked(self) -> AbstractContextManager[None]:
+        """The lock of the folder, for as long as a process writes into it; LockedError where another one does."""
+        return locked(self.path)
+
     @property
     def is_run(self) -> bool:
         """Whether a run was started in this folder."""
-        return (self.path / _CONFIG).is_file()
+        return self.has_config and (self.path / MANIFEST).is_file()
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether a start of a run in this folder was killed before it was complete."""
+        return not self.is_run and self.path.is_dir() and any(self.path.iterdir()) and not self._others()
+
+    def _others(self) -> list[str]:
+        """The names in the folder that the start of a run does not write."""
+        return [p.name for p in self.path.iterdir() if p.name not in (_CONFIG, LOCK) and not is_unfinished(p)]
+
+    def _without_manifest(self) -> RunError:
+        return RunError(
+            f"'{self.path}' is no complete run: it has {_CONFIG} but no {MANIFEST}, so its start was interrupted, or an"
+            f" earlier version of dyads wrote it; `python -m dyads.runs.accept {self.path}` accepts its files as they"
+            " are, and `dyads train … --resume` clears an interrupted start away"
+        )
+
+    def _clear_interrupted_start(self) -> None:
+        """Remove the files of a start that was killed; RunError where the folder holds anything else."""
+        others = self._others()
+        if others and self.has_config:
+            raise self._without_manifest()
+        if others:
+            raise RunError(f"'{self.path}' is not empty and holds no run; choose another --out")
+        removed = clear(self.path)
+        if self.has_config:
+            (self.path / _CONFIG).unlink()
+            removed.append(_CONFIG)
+        if removed:
+            notice(f"'{self.path}': the start of a run was interrupted; removed {', '.join(removed)}, starting again")
+
+    def _clear_unfinished(self) -> None:
+        """Remove what a killed process left: files that were being written, and results without a manifest."""
+        removed = clear(self.path)
+        if not self.is_scored:
+            for name in (_SCORES, _PREDICTIONS):
+                if (self.path / name).exists():
+                    removed.append(name)
+            self._remove_results()
+        if not self.has_adapter and self.adapter.exists():
+            shutil.rmtree(self.adapter)
+            removed.append(_ADAPTER)
+        if removed:
+            notice(f"'{self.path}': removed what an interrupted process left unfinished: {', '.join(removed)}")
 
     @property
     def adapter(self) -> Path:
@@ -196,32 +279,72 @@ class RunFolder:
     @property
     def has_adapter(self) -> bool:
         """Whether the training ended and saved its adapter."""
-        return (self.adapter / "adapter_config.json").is_file()
+        return (self.adapter / MANIFEST).is_file()
 
     @property
     def is_scored(self) -> bool:
         """Whether an evaluation has finished."""
-        return (self.path / _SCORES).is_file()
+        return (self.path / _SCORES).is_file() and _SCORES in self._manifest().files
+
+    @property
+    def has_config(self) -> bool:
+        """Whether there is a config.yaml, complete or not."""
+        return (self.path / _CONFIG).is_file()
+
+    @property
+    def has_environment(self) -> bool:
+        """Whether there is an env.json."""
+        return (self.path / _ENV).is_file()
+
+    def accept(self) -> list[Path]:
+        """Write manifests for the files as they are, for a run of an earlier version or after changes on purpose."""
+        names = [name for name in (_CONFIG, _TEMPLATES, _CHAT_TEMPLATE) if (self.path / name).is_file()]
+        if (self.path / _SCORES).is_file():
+            names += [_SCORES, *(f"{_PREDICTIONS}/{p.name}" for p in (self.path / _PREDICTIONS).glob("*.jsonl"))]
+        seal(self.path, names)
+        ended = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        ended += [self.adapter] if (self.adapter / "adapter_config.json").is_file() else []
+        for folder in ended:
+            seal(folder)
+        return [self.path, *ended]
+
+    def damage(self) -> str | None:
+        """The first file of the run that differs from the manifest of its config and scores, in words."""
+        return self._manifest().damage()
+
+    def _manifest(self) -> Manifest:
+        return Manifest.of(self.path) or Manifest(self.path, {})
+
+    def _check(self, name: str, remedy: str) -> None:
+        """RunError if a file of the run is not the one that was written."""
+        if damage := self._manifest().damage([name]):
+            raise RunError(f"'{self.path}' is damaged: {damage}; {remedy}")
 
     # config and environment
 
     def recipe(self) -> Recipe:
         """The resolved recipe of the run."""
         path = self.path / _CONFIG
+        if not self.is_run and self.has_config:
+            raise self._without_manifest()
         try:
-            return parse_recipe(path.read_text(encoding="utf-8"), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise RunError(f"'{self.path}' is no run: cannot read {_CONFIG}: {error}") from error
+            self._check(_CONFIG, f"restore it, or accept it as it is with `python -m dyads.runs.accept {self.path}`")
+            return parse_recipe(read_text(path, error=RunError, most=SETTINGS), str(path))
+        except OSError as error:
+            raise RunError(f"'{self.path}' is no run: cannot read {_CONFIG}: {error.strerror}") from error
 
     def write_environment(self, **facts: Any) -> None:
         """Write `environment()` and further facts; a resumed run appends them to its first ones."""
         path = self.path / _ENV
         now = {**environment(), **facts}
-        if path.is_file():
+        if self.has_environment:
             first = self.environment()
-            first.setdefault("resumed", []).append(now)
+            resumed = first.setdefault("resumed", [])
+            if not isinstance(resumed, list):
+                raise RunError(f"{path}: 'resumed' must be a list, got {shortened(resumed, 60)}; delete the file")
+            resumed.append(now)
             now = first
-        _write(path, _json(now))
+        write_text(path, _json(now))
 
     def environment(self) -> dict[str, Any]:
         """The content of env.json."""
@@ -229,13 +352,16 @@ class RunFolder:
 
     def task_names(self) -> tuple[str, ...]:
         """The tasks of the run in the order of their ids; empty if it has no env.json."""
-        return tuple(self.environment().get("tasks", ())) if (self.path / _ENV).is_file() else ()
+        names = self.environment().get("tasks", []) if self.has_environment else []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise RunError(f"{self.path / _ENV}: 'tasks' must be a list of names, got {shortened(names, 60)}")
+        return tuple(names)
 
     def write_templates(self, tasks: Iterable[Task], source: RunFolder | None = None) -> None:
         """Write the templates of the tasks, after those of the run that this one adapts (`source`)."""
         templates = source.templates() if source is not None else {}
         templates.update({task.name: task.template for task in tasks if task.template is not None})
-        _write(self.path / _TEMPLATES, _json({name: template.model_dump() for name, template in templates.items()}))
+        self._write_listed(_TEMPLATES, _json({name: template.model_dump() for name, template in templates.items()}))
 
     def templates(self) -> dict[str, Template]:
         """The templates of the run's tasks by name; empty for a run of an earlier version."""
@@ -243,6 +369,7 @@ class RunFolder:
         if not path.is_file():
             return {}
         remedy = "restore the file, or delete it to answer raw prompts"
+        self._check_listed(_TEMPLATES, remedy)
         content = _read_object(path, f"'{self.path}'", remedy)
         try:
             return {name: Template.model_validate(template) for name, template in content.items()}
@@ -252,32 +379,58 @@ class RunFolder:
     def write_chat_template(self, template: str | None) -> None:
         """Write the chat template; None: the run reads prompts as they are."""
         if template is not None:
-            _write(self.path / _CHAT_TEMPLATE, template)
+            self._write_listed(_CHAT_TEMPLATE, template)
 
     def chat_template(self) -> str | None:
         """The chat template of the run; None where it reads prompts as they are."""
         path = self.path / _CHAT_TEMPLATE
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        if not path.is_file():
+            return None
+        self._check_listed(_CHAT_TEMPLATE, "restore the file")
+        return read_text(path, error=RunError, most=SETTINGS)
+
+    def _write_listed(self, name: str, text: str) -> None:
+        """Write a file that the manifest lists, unless it is there already."""
+        listed = self._manifest()
+        if name in listed.files:
+            if listed.damage([name]) is None and read_text(self.path / name, error=RunError) == text:
+                return
+            seal(self.path, [], listed=listed.without(name))
+        write_text(self.path / name, text)
+        seal(self.path, [name], listed=listed.without(name))
+
+    def _check_listed(self, name: str, remedy: str) -> None:
+        if name in self._manifest().files:
+            self._check(name, remedy)
 
     # log
 
     def append_log(self, line: Mapping[str, Any]) -> None:
         """Append a line to the log; infinite numbers and nan become null."""
         path = self.path / _LOG
-        torn = path.is_file() and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n" * torn + json.dumps(_finite(line), ensure_ascii=False) + "\n")
+        with path.open("ab+") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # a killed process left its last line incomplete
+                    file.write(b"\n")
+            file.write(_line(_finite(line)).encode())
+            file.flush()
+            os.fsync(file.fileno())
 
     def log(self) -> list[dict[str, Any]]:
         """The lines of the log, without those that a killed process left incomplete."""
         path = self.path / _LOG
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-        return [line for line in map(_object_or_none, texts) if line is not None]
+        try:
+            texts = read_bytes(path, error=RunError).decode("utf-8", "replace").split("\n")
+        except FileNotFoundError:
+            texts = []
+        lines = (_read_line(text, f"{path}, line {n}") for n, text in enumerate(texts, start=1) if text.strip())
+        return [dict(line) for line in lines if line is not None]
 
     # predictions and scores
 
     def predictions_path(self, task: str) -> Path:
-        """The file of a task's predictions; characters that file systems refuse are written as %XX."""
+        """The file of a task's predictions, named after it (recipe/file_names.py)."""
         return self.path / _PREDICTIONS / _predictions_file(task)
 
     def predictions(self, task: str) -> list[Prediction]:
@@ -286,48 +439,56 @@ class RunFolder:
         if not path.is_file():
             raise RunError(f"'{self.path}' has no predictions for task '{task}'; run `dyads evaluate {self.path}`")
         remedy = f"run `dyads evaluate {self.path}` again"
-        return [_prediction(row, remedy) for row in read_jsonl(path, error=RunError, remedy=remedy)]
+        self._check(f"{_PREDICTIONS}/{path.name}", remedy)
+        rows = read_jsonl(path, error=RunError, remedy=remedy)
+        return [_typed(_PREDICTION_TYPE, dict(row.fields), row.place, remedy) for row in rows]
 
     def write_results(self, predictions: Mapping[str, Iterable[Prediction]], scores: Scores) -> None:
         """Write the predictions by task and the scores of an evaluation, in place of an earlier one's.
 
-        The old scores are deleted first and the new ones written last, so that scores never stand beside predictions
-        of another evaluation.
+        The manifest first stops listing the old ones, and lists the new ones last, so that scores never stand beside
+        predictions of another evaluation.
         """
         if scores["schema"] != SCHEMA:
             raise RunError(f"{_SCORES} is written with schema {SCHEMA}, got {scores['schema']}")
-        text, kept, unfinished = _json(scores), self.path / _PREDICTIONS, self.path / _UNFINISHED
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
+        text, new = _json(scores), self.path / _UNFINISHED
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        names = []
         try:
             for task, rows in predictions.items():
-                lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-                _write(unfinished / _predictions_file(task), "".join(lines))
-            (self.path / _SCORES).unlink(missing_ok=True)
-            if kept.exists():
-                shutil.rmtree(kept)
-            unfinished.rename(kept)
+                names.append(f"{_PREDICTIONS}/{_predictions_file(task)}")
+                write_text(new / _predictions_file(task), "".join(map(_line, rows)))
+            config = self._manifest().without(_SCORES, f"{_PREDICTIONS}/")
+            if self.is_scored:
+                seal(self.path, [], listed=config)
+            self._remove_results()
+            new.rename(self.path / _PREDICTIONS)
         finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-        _write(self.path / _SCORES, text)
+            shutil.rmtree(new, ignore_errors=True)
+        write_text(self.path / _SCORES, text)
+        seal(self.path, [_SCORES, *names], listed=config)
+
+    def _remove_results(self) -> None:
+        (self.path / _SCORES).unlink(missing_ok=True)
+        if (self.path / _PREDICTIONS).exists():
+            shutil.rmtree(self.path / _PREDICTIONS)
 
     def scores(self) -> Scores:
         """The scores of the last complete evaluation."""
         path = self.path / _SCORES
         again = f"run `dyads evaluate {self.path}`"
-        if not path.is_file():
+        if not self.is_scored:
             raise RunError(
                 f"'{self.path}' has no {_SCORES}: it was not evaluated, or the evaluation did not end; {again}"
             )
+        self._check(_SCORES, again)
         content = _read_object(path, f"'{self.path}'", again)
         if content.get("schema") != SCHEMA:
             raise RunError(
                 f"{path} has schema {content.get('schema')!r}, this version of dyads reads schema {SCHEMA}; {again}"
             )
-        _check_keys(content, Scores, str(path), again)
-        for i, row in enumerate(content["scores"]):
-            _check_keys(row, ScoreRow, f"scores[{i}] of {path}", again)
-        return content  # type: ignore[return-value]
+        return _typed(_SCORES_TYPE, content, str(path), again)
 
     def _check_same_recipe(self, recipe: Recipe) -> None:
         changed = differences(self.recipe().resolved(), recipe.resolved())
@@ -382,46 +543,35 @@ def _git_hash() -> str | None:
 
 
 def _predictions_file(task: str) -> str:
-    return f"{quote(task, safe=' ()+,;=@!~')}.jsonl"
+    return f"{file_name(task)}.jsonl"
 
 
-def _prediction(row: Row, remedy: str) -> Prediction:
+def _typed(adapter: TypeAdapter[T], content: Any, where: str, remedy: str) -> T:
+    """The content of a file as a typed dict; RunError with the first key whose value is missing or of another type."""
     try:
-        prediction = Prediction(
-            id=row.fields["id"],
-            prediction=row.fields["prediction"],
-            references=list(row.fields["references"]),
-            scores={metric: float(value) for metric, value in row.fields["scores"].items()},
-        )
-        if "prompt" in row.fields:
-            prediction["prompt"] = str(row.fields["prompt"])
-        return prediction
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(
-            f"{row.place}: no prediction with id, prediction, references and scores "
-            f"({type(error).__name__}: {error}); {remedy}"
-        ) from error
+        return adapter.validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise RunError(f"{where} lacks {shortened(key)}; {remedy}") from None
+        got = shortened(first["input"], 60)
+        raise RunError(f"{where}: '{shortened(key)}': {first['msg'].lower()}, got {got}; {remedy}") from None
 
 
-def _write(path: Path, text: str) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files that only the owner reads
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+def _line(content: Any) -> str:
+    """A line of a JSONL file."""
+    return _dumped(content) + "\n"
 
 
 def _json(content: Any) -> str:
+    return _dumped(content, indent=1) + "\n"
+
+
+def _dumped(content: Any, indent: int | None = None) -> str:
+    """JSON in which control and bidirectional characters are escaped, so that it is safe to print."""
     try:
-        return json.dumps(content, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+        return visible(json.dumps(content, ensure_ascii=False, indent=indent, allow_nan=False), keep="\n")
     except ValueError as error:
         raise RunError(f"a score or fact is not a finite number: {error}") from error
 
@@ -434,30 +584,21 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _object_or_none(text: str) -> dict[str, Any] | None:
+def _read_line(text: str, place: str) -> LogLine | None:
+    """A line of the log; None for one that a killed process left incomplete."""
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError:
+        content = parse_json(text, place, error=RunError)
+    except RunError:
         return None
-    return content if isinstance(content, dict) else None
-
-
-def _check_keys(entry: Any, typed: type[Any], where: str, remedy: str) -> None:
-    required = typed.__required_keys__  # type: ignore[attr-defined]
-    there = entry if isinstance(entry, dict) else {}
-    lacking = [key for key in typed.__annotations__ if key in required and key not in there]
-    if lacking:
-        raise RunError(f"{where} lacks {', '.join(lacking)}; {remedy}")
+    return _typed(_LINE_TYPE, content, place, "delete the line") if isinstance(content, dict) else None
 
 
 def _read_object(path: Path, owner: str, remedy: str = "") -> dict[str, Any]:
     tail = f"; {remedy}" if remedy else ""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path, error=RunError, remedy=remedy)
     except FileNotFoundError:
         raise RunError(f"{owner} has no {path.name}{tail}") from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} is truncated or not JSON ({error}){tail}") from error
     if not isinstance(content, dict):
         raise RunError(f"{path} holds no object but {type(content).__name__}{tail}")
     return content

@@ -14,20 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-import dyads.tuner  # noqa: F401  # registers the methods with PEFT
-from dyads.errors import RunError
+from dyads.errors import RunError, shortened
 from dyads.methods import Core, DyadsConfig
+from dyads.runs.adapter import check_adapter, check_files
 from dyads.runs.folder import RunFolder
+from dyads.runs.weights import CONFIG, WEIGHTS, method_of, read_config, read_weights
 from dyads.tuner.model import current_names
 
 __all__ = ["SavedAdapter", "SavedLayer"]
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[A-Za-z_]+)(\.(?P<inner>.+))?")
 
@@ -70,17 +67,7 @@ class SavedAdapter:
     def read(cls, path: str | Path) -> SavedAdapter:
         """The adapter in a run's folder, or in a folder of PEFT's format."""
         folder = _adapter_folder(Path(path))
-        try:
-            config = PeftConfig.from_pretrained(str(folder))
-            state = load_file(str(folder / _WEIGHTS))
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise RunError(f"the adapter in '{folder}' is truncated or no adapter: {error}") from error
-        except KeyError as error:  # a peft_type unknown to PEFT
-            raise _unknown_type(folder, str(error).strip("'\"")) from error
-        method = config.key if isinstance(config, DyadsConfig) else str(getattr(config.peft_type, "value", ""))
-        if not isinstance(config, DyadsConfig) and method != "LORA":
-            raise _unknown_type(folder, method)
-        state = current_names(state)
+        config, state = read_config(folder), current_names(read_weights(folder))
         parts: dict[str, dict[str, dict[str, Tensor]]] = {}
         others: dict[str, Tensor] = {}
         for key, value in state.items():
@@ -91,13 +78,13 @@ class SavedAdapter:
                 module = match["module"].removeprefix(_PEFT_PREFIX)
                 parts.setdefault(module, {}).setdefault(match["part"], {})[match["inner"] or ""] = value
         if not parts:
-            raise RunError(f"'{folder / _WEIGHTS}' holds no adapted layer; train the adapter again")
+            raise RunError(f"'{folder / WEIGHTS}' holds no adapted layer; train the adapter again")
         modules = sorted(parts, key=_sort_key)
         if isinstance(config, DyadsConfig):
             layers = tuple(_layers(folder, config, {name: parts[name] for name in modules}))
         else:
             layers = tuple(_lora_layer(name, parts[name]) for name in modules)
-        return cls(folder, config, method.lower(), layers, others)
+        return cls(folder, config, method_of(config), layers, others)
 
     @property
     def looks_at(self) -> frozenset[str]:
@@ -121,29 +108,21 @@ def _adapter_folder(path: Path) -> Path:
     folder = run.adapter if run.is_run else path
     if run.is_run and not run.recipe().method.trains:
         raise RunError(f"'{path}' is a run of {run.recipe().method.name}, which trains nothing: it has no adapter")
-    if run.is_run and not (folder / _CONFIG).is_file():
-        raise RunError(
-            f"'{path}' has no adapter: its training did not end; go on with `dyads train RECIPE --out {path} --resume`"
-        )
-    if not (folder / _CONFIG).is_file():
+    if run.is_run:
+        check_adapter(run)
+    if not (folder / CONFIG).is_file():
         if not path.is_dir():
             raise RunError(f"there is no folder '{path}'; give the folder of a run or of an adapter")
-        inside = [p.name for p in sorted(path.iterdir()) if RunFolder(p).is_run or (p / _CONFIG).is_file()]
+        inside = [p.name for p in sorted(path.iterdir()) if RunFolder(p).is_run or (p / CONFIG).is_file()]
         shown = ", ".join(inside[:5]) + (", …" if len(inside) > 5 else "")
         raise RunError(
-            f"'{path}' holds neither a run (config.yaml) nor an adapter ({_CONFIG})"
+            f"'{path}' holds neither a run (config.yaml) nor an adapter ({CONFIG})"
             + (f"; in it there are: {shown}" if inside else "; `dyads train` makes the one with the other in it")
         )
-    if not (folder / _WEIGHTS).is_file():
-        raise RunError(f"'{folder}' has no {_WEIGHTS}; adapters are read from safetensors only")
+    if not (folder / WEIGHTS).is_file():
+        raise RunError(f"'{folder}' has no {WEIGHTS}; adapters are read from safetensors only")
+    check_files(folder)
     return folder
-
-
-def _unknown_type(folder: Path, peft_type: str) -> RunError:
-    return RunError(
-        f"the adapter in '{folder}' is of PEFT's type {peft_type}, which this version of dyads cannot read: it reads"
-        " its own methods (`dyads methods`) and PEFT's LoRA"
-    )
 
 
 def _layers(folder: Path, config: DyadsConfig, parts: dict[str, dict[str, dict[str, Tensor]]]) -> Iterator[SavedLayer]:
@@ -156,6 +135,11 @@ def _layers(folder: Path, config: DyadsConfig, parts: dict[str, dict[str, dict[s
         for name, part in parts.items():
             if part.keys() - {"lora_core"} != {"lora_A", "lora_B"}:
                 raise ValueError(f"it has {', '.join(sorted(part))}")
+            for side in ("lora_A", "lora_B"):
+                if part[side].keys() != {"weight"} or part[side]["weight"].ndim != 2:
+                    raise ValueError(f"{side} is no matrix")
+                if not part[side]["weight"].is_floating_point():
+                    raise ValueError(f"{side} has numbers of type {part[side]['weight'].dtype}")
             cores[name] = config.core(part["lora_A"]["weight"].shape[1] * blocks).eval()
         # Parameters that layers share are saved with one layer only, the one with all its keys.
         complete = [cores[name] for name in cores if states[name].keys() == cores[name].state_dict().keys()]
@@ -171,10 +155,10 @@ def _layers(folder: Path, config: DyadsConfig, parts: dict[str, dict[str, dict[s
             A, B = core.block_diagonal(A), core.block_diagonal(B.t()).t()
             yield SavedLayer(name, A.shape[1], B.shape[0], trained, A, B, core)
     except (KeyError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = shortened(" ".join(str(error).split()))
         raise RunError(
-            f"the weights of '{name}' in '{folder}' do not fit its {_CONFIG} ({reason}): one of the two files belongs"
-            " to another adapter"
+            f"the weights of '{shortened(name)}' in '{folder}' do not fit its {CONFIG} ({reason}): one of the two files"
+            " belongs to another adapter"
         ) from error
 
 

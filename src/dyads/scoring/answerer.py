@@ -74,6 +74,8 @@ class Answerer:
         recipe = folder.recipe()
         if recipe.method.name == "majority":
             raise ConfigError(f"'{folder.path}' gives the majority answer: it has no model to generate with")
+        if recipe.method.trains:
+            check_adapter(folder)  # before the base model is loaded
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
         self.recipe: Recipe = recipe
@@ -82,7 +84,6 @@ class Answerer:
         self.heads: tuple[Head, ...] = ()
         kind = kind_of(recipe.model.name, base.config, recipe.model.kind)
         if kind == "encoder":
-            check_adapter(folder)
             self.heads = read_heads(folder.heads)
             attach_heads(base, self.heads, recipe.model.pool)
         self.model: nn.Module = load_adapter(base, folder) if recipe.method.trains else base

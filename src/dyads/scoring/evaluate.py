@@ -22,6 +22,7 @@ from dyads.models.heads import heads_of
 from dyads.models.load import kind_of, model_config
 from dyads.recipe.spec import EvaluateSpec, Recipe
 from dyads.runs.folder import SCHEMA, Prediction, RunFolder, ScoreRow, Scores
+from dyads.runs.signals import on_sigterm
 from dyads.scoring.answerer import NO_HEAD, Answerer, Majority
 from dyads.scoring.unseen import INPUTS, StandIn
 from dyads.tasks import SPLITS, Example, FamilySpec, Suite, Task, load_suite
@@ -55,8 +56,24 @@ def evaluate(
         raise ConfigError(f"cannot evaluate {limit} instances of each task: limit is a whole number from 1")
     if into is not None and isinstance(suite, Suite):
         raise ConfigError(f"into='{into}' writes a recipe with these tasks: suite must be a FamilySpec, got a Suite")
-    if into is not None and RunFolder(into).is_run:
-        raise RunError(f"'{into}' already holds a run: choose another --out for these scores")
+    target = folder if into is None else RunFolder(into)
+    with target.locked(), on_sigterm(target.path):
+        return _evaluate(folder, target, split, limit, suite, unseen, nearest_by, on_stand_in, reporter)
+
+
+def _evaluate(
+    folder: RunFolder,
+    target: RunFolder,
+    split: str | None,
+    limit: int | None,
+    suite: Suite | FamilySpec | None,
+    unseen: str | None,
+    nearest_by: str | None,
+    on_stand_in: Callable[[StandIn], object],
+    reporter: Reporter,
+) -> Scores:
+    if target is not folder and target.is_run and not _was_interrupted(folder, target):
+        raise RunError(f"'{target.path}' already holds a run: choose another --out for these scores")
     recipe = folder.recipe()
     changes = {"split": split, "limit": limit, "unseen": unseen, "nearest_by": nearest_by}
     spec = _override(recipe.evaluate, {key: value for key, value in changes.items() if value is not None})
@@ -83,13 +100,13 @@ def evaluate(
     answers = answerer.answer(suite.tasks, instances, spec, reporter)
     seconds = time.perf_counter() - begin
 
-    target, name = folder, recipe.name
-    if into is not None:
+    name = recipe.name
+    if target is not folder:
         policy = f"{spec.unseen}-by-description" if spec.nearest_by == "description" else spec.unseen
         name = f"{name}-{policy}" if stand_ins else name
         adapt = recipe.adapt if tasks_spec is recipe.tasks else None  # `adapt` describes the training on its own tasks
         scored = recipe.model_copy(update={"name": name, "tasks": tasks_spec, "evaluate": spec, "adapt": adapt})
-        target = RunFolder.create(into, scored)
+        target = RunFolder.create(target.path, scored, resume=True)
         target.write_environment(seed=recipe.seed, tasks=[task.name for task in suite.tasks], adapter=str(folder.path))
     for stand_in in stand_ins:
         target.append_log({"event": "unseen", **asdict(stand_in)})
@@ -112,6 +129,14 @@ def evaluate(
     )
     target.write_results(predictions, result)
     return result
+
+
+def _was_interrupted(folder: RunFolder, target: RunFolder) -> bool:
+    """Whether an evaluation of the adapter in `folder` into `target` was killed, so that it can be repeated."""
+    facts = target.environment() if target.has_environment else {"adapter": str(folder.path)}
+    return not (target.is_scored or target.has_adapter or target.checkpoints.exists()) and (
+        facts.get("adapter") == str(folder.path)
+    )
 
 
 def _score(

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from pydantic import TypeAdapter, ValidationError
 
-from dyads.errors import ConfigError
+from dyads.errors import ConfigError, TaskError, shortened
 from dyads.tasks.family import FamilySpec, Suite, TasksSpec, families, register_family
 from dyads.tasks.metrics import metric, metric_names
 from dyads.tasks.task import SPLITS, Example, Score, Task
@@ -51,7 +51,10 @@ def load_suite(spec: Spec | Sequence[Spec]) -> Suite:
         except ValidationError as error:
             mistakes = (".".join(map(str, e["loc"])) + ": " * bool(e["loc"]) + e["msg"] for e in error.errors())
             raise ConfigError("tasks: " + "; ".join(mistakes)) from None
-    return spec.load()
+    try:
+        return spec.load()
+    except OSError as error:
+        raise TaskError(f"cannot read '{shortened(str(error.filename), 400)}': {error.strerror or error}") from error
 
 
 def load(spec: Spec | Sequence[Spec]) -> list[Task]:

@@ -117,7 +117,8 @@ def _cell(row: Row, name: str, output: str) -> object:
         return text
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "it is nested too deeply, or has a number of thousands of digits")
         raise TaskError(
-            f"{row.place}: output starts like a JSON list but is not valid JSON: {error.msg} in {shortened(text)}"
+            f"{row.place}: output starts like a JSON list but is not valid JSON: {reason} in {shortened(text)}"
         ) from None

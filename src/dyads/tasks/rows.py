@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dyads import reading
 from dyads.errors import DyadsError, TaskError
+from dyads.reading import parse_json
 
 __all__ = ["Row", "first_file", "read_csv", "read_json", "read_jsonl", "read_text", "read_tsv", "shortened"]
 
@@ -56,13 +58,8 @@ def first_file(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def read_text(path: Path, *, error: type[DyadsError] = TaskError) -> str:
-    """The text of a UTF-8 file, without its byte order mark."""
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as cause:
-        raise error(
-            f"{path}: not UTF-8 text (byte {cause.start}); save it as UTF-8, or restore the original file"
-        ) from None
+    """The text of a UTF-8 file, without its byte order mark; FileNotFoundError passes through."""
+    return reading.read_text(path, error=error)
 
 
 def read_tsv(path: Path, columns: Sequence[str] | None = None) -> tuple[list[Row], int]:
@@ -119,7 +116,7 @@ def read_jsonl(path: Path, *, error: type[DyadsError] = TaskError, remedy: str =
     """The objects of a JSON lines file; empty lines are skipped.
 
     A line that is not a JSON object raises `error`, and its message ends with `remedy`. A missing file is the caller's
-    to explain: OSError passes through.
+    to explain: FileNotFoundError passes through.
     """
     # Only \n separates records: str.splitlines would also split at U+2028 and others that JSON allows inside a text.
     lines = read_text(path, error=error).split("\n")
@@ -127,10 +124,7 @@ def read_jsonl(path: Path, *, error: type[DyadsError] = TaskError, remedy: str =
     rows = []
     for number, (line_number, line) in enumerate(filled):
         place = f"{path}, line {line_number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as cause:
-            raise error(f"{place}, column {cause.colno}: not valid JSON: {cause.msg}; {remedy}") from None
+        record = parse_json(line, place, error=error, remedy=remedy)
         if not isinstance(record, dict):
             raise error(f"{place}: expected a JSON object, got {shortened(record)}; {remedy}")
         rows.append(Row(place, number, record, line_number))
@@ -139,11 +133,7 @@ def read_jsonl(path: Path, *, error: type[DyadsError] = TaskError, remedy: str =
 
 def read_json(path: Path) -> list[Row]:
     """The objects of a JSON file that holds one list of them."""
-    try:
-        records = json.loads(read_text(path))
-    except json.JSONDecodeError as cause:
-        place = f"{path}, line {cause.lineno}, column {cause.colno}"
-        raise TaskError(f"{place}: not valid JSON: {cause.msg}; {DOWNLOAD_AGAIN}") from None
+    records = parse_json(read_text(path), str(path), error=TaskError, remedy=DOWNLOAD_AGAIN, lines=True)
     if not isinstance(records, list):
         raise TaskError(f"{path}: expected a JSON list of objects, got {type(records).__name__}; {DOWNLOAD_AGAIN}")
     rows = [Row(f"{path}, row {number + 1}", number, record) for number, record in enumerate(records)]

@@ -7,14 +7,15 @@ line. It may be partial: a listed task need not have a file.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dyads.errors import TaskError, did_you_mean
+from dyads.errors import TaskError, did_you_mean, shortened
+from dyads.reading import DATA, read_json, read_text
+from dyads.tasks.rows import DOWNLOAD_AGAIN
 
 __all__ = ["Checkout", "Demonstration", "Instance", "TaskFile", "read_task"]
 
@@ -64,19 +65,10 @@ class TaskFile(BaseModel):
 def read_task(path: Path) -> TaskFile:
     """Read one task file. Errors name line and column, or the key."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
-        content = TaskFile.model_validate(json.loads(text))
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path}: not UTF-8 text (byte {error.start}); download the file again") from None
-    except json.JSONDecodeError as error:
-        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated")
-        raise TaskError(
-            f"{path}, line {error.lineno}, column {error.colno}: {error.msg}: the file "
-            f"{'seems truncated' if cut else 'is not valid JSON'}; download it again"
-        ) from None
+        content = TaskFile.model_validate(read_json(path, error=TaskError, remedy=DOWNLOAD_AGAIN, most=DATA))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the top level"
+        where = shortened(".".join(map(str, first["loc"]))) or "the top level"
         raise TaskError(
             f"{path}: {where}: {first['msg']} ({error.error_count()} such problems): a task file has Definition, "
             f"Positive Examples and Instances with input and output"
@@ -106,7 +98,7 @@ class Checkout:
         """The names in the train or test list of the track, including tasks without a file."""
         path = self.split_path(which)
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = read_text(path, error=TaskError).splitlines()
         except FileNotFoundError:
             raise TaskError(
                 f"no file {path}: it must list the {which} tasks of track '{self.track}', one name per line"

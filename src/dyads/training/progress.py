@@ -12,9 +12,9 @@ from transformers import TrainerCallback
 
 from dyads.console import Reporter, Tracker, duration, rounded, size
 from dyads.recipe.spec import Recipe
+from dyads.runs.checkpoints import last_checkpoint, step_of
 from dyads.runs.folder import RunFolder
 from dyads.tasks import Suite
-from dyads.training.trainer import last_checkpoint, step_of
 
 __all__ = ["ProgressCallback", "memory_of", "show_summary", "state_of"]
 

@@ -27,12 +27,16 @@ from transformers import ProgressCallback as TrainerProgressCallback
 from dyads.console import SILENT, Reporter
 from dyads.data.batches import Collator, PairCollator, PairTokenizer, PromptTokenizer, TaskDataset, pad_id_of
 from dyads.data.mixture import schedule
-from dyads.errors import ConfigError, DyadsError, RunError, TaskError
-from dyads.models.heads import MODULE, attach_heads, collator_of, heads_of, pair_tokenizer_of, write_heads
+from dyads.errors import ConfigError, DyadsError, RunError, TaskError, notice
+from dyads.models.heads import MODULE, attach_heads, collator_of, heads_of, pair_tokenizer_of
 from dyads.models.load import Kind, kind_of, load_model, load_tokenizer, model_config
 from dyads.models.prompts import chat_template_of, prompt_tokenizer_of
 from dyads.recipe.spec import Recipe
+from dyads.runs.adapter import check_adapter, save_adapter
+from dyads.runs.checkpoints import checkpoint_to_resume, step_of
 from dyads.runs.folder import RunFolder
+from dyads.runs.manifest import writing
+from dyads.runs.signals import Sigterm, on_sigterm
 from dyads.scoring.evaluate import check_answers
 from dyads.scoring.evaluate import evaluate as evaluate_run
 from dyads.tasks import Suite, load_suite
@@ -46,14 +50,7 @@ from dyads.training.adapt import (
     source_run,
 )
 from dyads.training.progress import ProgressCallback, show_summary
-from dyads.training.trainer import (
-    LogCallback,
-    TaskTrainer,
-    ValidationCallback,
-    last_checkpoint,
-    seconds_until,
-    step_of,
-)
+from dyads.training.trainer import LogCallback, StopAtSigterm, TaskTrainer, ValidationCallback, seconds_until
 from dyads.tuner.routing import find_routing
 
 __all__ = ["Training", "train"]
@@ -74,13 +71,25 @@ def train(
     and starts it otherwise. `reporter` shows the opening summary and the progress.
     """
     folder = RunFolder(out)
-    if resume is True and not folder.is_run:
+    if resume is True and not folder.is_run and not folder.was_interrupted:
         raise _nothing_to_resume(folder)
-    resume = bool(resume)
+    with folder.locked(), on_sigterm(folder.path) as sigterm:
+        _train(recipe, folder, bool(resume), evaluate, reporter, sigterm)
+    return folder
+
+
+def _train(
+    recipe: Recipe, folder: RunFolder, resume: bool, evaluate: bool, reporter: Reporter, sigterm: Sigterm
+) -> None:
+    out = folder.path
     if folder.is_run:
         RunFolder.create(out, recipe, resume=resume)  # refuses another recipe, and a run without `resume`
+        if folder.has_adapter:
+            check_adapter(folder)
+        if folder.is_scored and not (damage := folder.damage()):
+            return
         if folder.is_scored:
-            return folder
+            notice(f"'{out}' is damaged: {damage}; it is scored again")
     _refuse_parallel(int(os.environ.get("WORLD_SIZE", "1")), "processes")
     _refuse_missing(recipe.train.report_to)
     suite = load_suite(recipe.tasks)
@@ -90,7 +99,8 @@ def train(
     training: Training | None = None
     chat_template = _chat_template(recipe, suite, folder)
     facts: dict[str, str] = {}
-    if recipe.method.trains and not folder.has_adapter:
+    ended = folder.has_adapter
+    if recipe.method.trains and not (ended and _is_validated(recipe, folder)):
         if recipe.adapt is not None:
             facts = source_facts(recipe, folder)
         training = Training(recipe, suite, chat_template)
@@ -105,15 +115,25 @@ def train(
     folder.write_chat_template(chat_template)
     if training is not None:
         training.summary(folder, reporter)
-        with _logging_to(folder):
-            training.run(folder, resume=resume, reporter=reporter)
     else:
         show_summary(reporter, recipe, suite, folder)
+    if training is not None:
+        with _logging_to(folder):
+            if ended:
+                training.load(folder)
+            else:
+                training.run(folder, resume=resume, reporter=reporter, sigterm=sigterm)
+            training.validate(folder)
     if evaluate:
         training = None
         gc.collect()  # frees the trained model before evaluation loads its own
         evaluate_run(folder, suite=suite, reporter=reporter)
-    return folder
+
+
+def _is_validated(recipe: Recipe, folder: RunFolder) -> bool:
+    """Whether the log has the validation loss that the recipe wants after training."""
+    last = {"event": "validated", "step": recipe.train.steps}
+    return not recipe.train.validation_limit or any(last.items() <= line.items() for line in folder.log())
 
 
 def _nothing_to_resume(folder: RunFolder) -> RunError:
@@ -296,9 +316,8 @@ class Training:
             tokens=self.tokens,
         )
 
-    def run(self, folder: RunFolder, *, resume: bool = False, reporter: Reporter = SILENT) -> None:
-        """Train all steps and save the adapter."""
-        checkpoint = last_checkpoint(folder) if resume else None
+    def trainer(self, folder: RunFolder) -> TaskTrainer:
+        """The Trainer of the run in `folder`."""
         trainer = TaskTrainer(
             self.model,
             self.arguments(folder),
@@ -313,6 +332,19 @@ class Training:
         )
         for callback in (TrainerProgressCallback, PrinterCallback):  # they would print every line of the log
             trainer.remove_callback(callback)
+        return trainer
+
+    def run(
+        self,
+        folder: RunFolder,
+        *,
+        resume: bool = False,
+        reporter: Reporter = SILENT,
+        sigterm: Sigterm | None = None,
+    ) -> None:
+        """Train all steps and save the adapter; TerminatedError where SIGTERM came, after a checkpoint."""
+        checkpoint = checkpoint_to_resume(folder) if resume else None
+        trainer = self.trainer(folder)
         if checkpoint is not None:
             reporter.note("resumed", f"  resume  after step {step_of(checkpoint):,}", step=step_of(checkpoint))
         log = LogCallback(folder, offset=seconds_until(checkpoint, folder))
@@ -323,9 +355,11 @@ class Training:
         if self.extended is not None:
             trainer.add_callback(RestoreFrozenRows(self.extended))
             folder.append_log({"event": "adapted", "run": cast(Any, self.recipe.adapt).run, **self.start})
+        if sigterm is not None:
+            trainer.add_callback(StopAtSigterm(sigterm, folder))
         with reporter.track("training", self.recipe.train.steps, speed="tokens/s") as tracker:
             trainer.add_callback(ProgressCallback(reporter, tracker, self.tokens))
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         folder.append_log(
             {
                 "event": "trained",
@@ -335,14 +369,19 @@ class Training:
                 **({"head_parameters": self.head_parameters} if self.heads else {}),
             }
         )
-        # The adapter is saved before the last validation, which may fail. The heads come first: an adapter_config.json,
-        # written last, marks the folder as complete.
-        if self.heads:
-            folder.adapter.mkdir(exist_ok=True)
-            write_heads(folder.heads, self.heads)
-        self.model.save_pretrained(folder.adapter)
-        if spec.validation_limit and validation.last_step != trainer.state.global_step:
-            validation.validate(trainer.state.global_step)
+        with writing(folder.adapter):
+            save_adapter(self.model, folder, self.heads)  # before the last validation, which may fail
+
+    def load(self, folder: RunFolder) -> None:
+        """Load the adapter of a run whose training ended into this model."""
+        check_adapter(folder)
+        self.model.load_adapter(str(folder.adapter), "default", is_trainable=True)
+
+    def validate(self, folder: RunFolder) -> None:
+        """Log the validation loss of the trained adapter, where the recipe wants it and the log lacks it."""
+        if not _is_validated(self.recipe, folder):
+            loss = self.validation_loss(self.trainer(folder), cast(int, self.recipe.train.validation_limit))
+            folder.append_log({"event": "validated", "step": self.recipe.train.steps, "validation_loss": loss})
 
     @torch.no_grad()
     def validation_loss(self, trainer: TaskTrainer, limit: int) -> float:

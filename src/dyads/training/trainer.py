@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,19 +21,15 @@ from dyads.data.batches import IGNORED, ScheduledBatches, TaskDataset
 from dyads.errors import RunError
 from dyads.models.heads import head_loss
 from dyads.recipe.spec import TrainSpec
+from dyads.runs.adapter import sort_sets
+from dyads.runs.checkpoints import complete, last_checkpoint, step_of
 from dyads.runs.folder import RunFolder
+from dyads.runs.manifest import MANIFEST, remove, writing
+from dyads.runs.signals import Sigterm, TerminatedError
 from dyads.tuner.parameter_groups import parameter_groups
 from dyads.tuner.routing import auxiliary_loss, find_routing
 
-__all__ = [
-    "LogCallback",
-    "TaskTrainer",
-    "ValidationCallback",
-    "label_loss",
-    "last_checkpoint",
-    "seconds_until",
-    "step_of",
-]
+__all__ = ["LogCallback", "StopAtSigterm", "TaskTrainer", "ValidationCallback", "label_loss", "seconds_until"]
 
 
 class TaskTrainer(Trainer):  # type: ignore[misc]
@@ -104,6 +101,28 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
             pin_memory=self.args.dataloader_pin_memory,
         )
         return cast("DataLoader[Any]", self.accelerator.prepare(loader))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer's, then with a manifest; older checkpoints are removed by their steps, not by file times."""
+        checkpoint = self.folder.checkpoints / f"checkpoint-{self.state.global_step}"
+        remove(checkpoint)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with writing(checkpoint):
+                super()._save_checkpoint(model, trial)
+                complete(self.folder, checkpoint, limit)
+        except BaseException:
+            if not (checkpoint / MANIFEST).is_file():
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = limit
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save the adapter alone: the Trainer's own adds a pickle of its arguments."""
+        assert output_dir is not None
+        self.model.save_pretrained(output_dir)
+        sort_sets(Path(output_dir), self.model.peft_config["default"])
 
     def compute_loss(
         self,
@@ -227,7 +246,6 @@ class ValidationCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, log: LogCallback, spec: TrainSpec, loss: Callable[[int], float]) -> None:
         self.log, self.spec, self.loss = log, spec, loss
-        self.last_step: int | None = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         every = self.spec.validation_steps
@@ -240,25 +258,38 @@ class ValidationCallback(TrainerCallback):  # type: ignore[misc]
         with torch.random.fork_rng():
             loss = self.loss(cast(int, self.spec.validation_limit))
         self.log.folder.append_log({"event": "validated", "step": step, "validation_loss": loss})
-        self.last_step = step
         self.log.start += time.perf_counter() - start
 
 
-def last_checkpoint(folder: RunFolder) -> str | None:
-    """The latest complete checkpoint; the Trainer writes trainer_state.json last."""
-    complete = {step_of(p.parent): p.parent for p in folder.checkpoints.glob("checkpoint-*/trainer_state.json")}
-    return str(complete[max(complete)]) if complete else None
+class StopAtSigterm(TrainerCallback):  # type: ignore[misc]
+    """Saves a checkpoint and stops after the step in which SIGTERM came."""
+
+    def __init__(self, sigterm: Sigterm, folder: RunFolder) -> None:
+        self.sigterm, self.folder = sigterm, folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sigterm.waits = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.sigterm.came:
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sigterm.waits = False
+        if self.sigterm.came:
+            kept = last_checkpoint(self.folder)
+            goes_on = f"goes on from step {step_of(kept)}" if kept else "starts again (train.save_steps is null)"
+            raise TerminatedError(
+                f"'{self.folder.path}' was stopped by SIGTERM at step {state.global_step} of {state.max_steps};"
+                f" --resume {goes_on}"
+            )
 
 
-def step_of(checkpoint: str | Path) -> int:
-    """The step of a checkpoint, from its folder's name."""
-    return int(Path(checkpoint).name.rpartition("-")[2])
-
-
-def seconds_until(checkpoint: str | None, folder: RunFolder) -> float:
+def seconds_until(checkpoint: Path | None, folder: RunFolder) -> float:
     """Seconds of training up to a checkpoint, from the log; 0 without one. Later steps are trained and timed again."""
     if checkpoint is None:
         return 0.0
     until = step_of(checkpoint)
-    logged = [line["seconds"] for line in folder.log() if "seconds" in line and line.get("step", until + 1) <= until]
+    logged = [line["seconds"] for line in folder.log() if line.get("seconds") and line.get("step", until + 1) <= until]
     return float(logged[-1]) if logged else 0.0

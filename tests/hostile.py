@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strategies for hostile and damaged files: valid documents with values replaced, and texts with bytes changed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from hypothesis import strategies as st
+
+from dyads.errors import DyadsError
+
+LONGEST = 2.0
+"""Seconds of computing; other processes do not count."""
+DIGITS = "9" * 5000
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    10**30,
+    1.5,
+    float("inf"),
+    float("nan"),
+    "",
+    "\0",
+    "\x1b[31m\x07",
+    "\u202eabc\u2028",
+    "\ud800",
+    "a" * 10_000,
+    "../" * 100,
+    "/dev/zero",
+    "名" * 300,
+    [],
+    {},
+    [[]],
+    {"a": {"b": 1}},
+    [1, "a", None],
+    json.loads("[" * 90 + "]" * 90),
+]
+"""Values that a field of a file may have instead of its own."""
+TOKENS = [
+    *("\0", "\x1b[2J", "\u202e", "\ufeff", "\r", "\t", "\n", " ", "\x85", "\u2028"),
+    *("!!int abc", "!!float x", "!!bool x", "!!binary =", "!!python/object:os.system x", "!!timestamp x", "!!set {a}"),
+    *("&a ", "*a", "*b", "<<: *a", "<<: [*a, *a]", "? ", "- ", ": ", "{", "}", "[", "]", "|", ">", "%YAML 9.9", "---"),
+    *("[" * 3000, "{a: " * 300, "- " * 300, '{"a":' * 300, DIGITS, "1e999", ".nan", "NaN", "-Infinity", '"\\ud800"'),
+    *("null", "true", "0x10", "1_000", "''", '"', "'", ",", "extends: /dev/zero", "extends: .", "a: 1", "x" * 5000),
+]
+"""Texts that are put into a file."""
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of all values inside a document."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        yield (*path, key)
+        yield from places(item, (*path, key))
+
+
+@st.composite
+def changed(draw: st.DrawFn, document: Any) -> Any:
+    """A document with some values replaced, removed, or given under another key."""
+    document = copy.deepcopy(document)
+    for _ in range(draw(st.integers(0, 3))):
+        where = draw(st.sampled_from([(), *places(document)]))
+        value = draw(st.sampled_from(VALUES) | st.text(max_size=20) | st.integers() | st.floats())
+        if not where:
+            if draw(st.integers(0, 9)) == 0:
+                document = value
+            elif isinstance(document, dict):
+                document[draw(st.text(max_size=12) | st.sampled_from(["a" * 300, "\x1b", "extends"]))] = value
+            continue
+        *above, last = where
+        holder = document
+        for key in above:
+            holder = holder[key]
+        if draw(st.booleans()) or not isinstance(holder, dict):
+            holder[last] = value
+        else:
+            del holder[last]
+    return document
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """Bytes with some changed, removed, repeated, or with one of TOKENS between them."""
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, len(content)))
+        kind = draw(st.sampled_from(["token", "flip", "cut", "end", "repeat", "bytes"]))
+        if kind == "token":
+            token = draw(st.sampled_from(TOKENS)).encode("utf-8", "surrogatepass")
+            content = content[:at] + token + content[at:]
+        elif kind == "flip" and at < len(content):
+            content = content[:at] + bytes([content[at] ^ (1 << draw(st.integers(0, 7)))]) + content[at + 1 :]
+        elif kind == "cut":
+            content = content[:at] + content[at + draw(st.integers(1, 30)) :]
+        elif kind == "end":
+            content = content[:at]
+        elif kind == "repeat":
+            content = content[:at] * 2 + content[at:]
+        else:
+            content = content[:at] + draw(st.binary(max_size=8)) + content[at:]
+    return content
+
+
+def as_json(document: Any) -> bytes:
+    return json.dumps(document, ensure_ascii=True).encode()
+
+
+def accepted_or_refused(work: Callable[[], object]) -> None:
+    """The work succeeds, or ends with an error of ours that is safe to print and repeats little of the input."""
+    start = time.process_time()
+    try:
+        work()
+    except DyadsError as error:
+        message = str(error)
+        assert message
+        assert not re.search(r"\S{201}", message), message[:500]
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", message), ascii(
+            message
+        )
+        assert len(message) < 10_000, len(message)
+    assert time.process_time() - start < LONGEST, "it takes too long"
