@@ -102,6 +102,10 @@ _RELATIVES = {
     "task-mode": Contender(
         "TaskMoDE of rank 8", "task_mode", {"r": 8, "num_tasks": TASKS}, solve="num_experts", tasks="mixed"
     ),
+    "comol": Contender("CoMoL, 8 cores", "comol", {"num_experts": 8, "lora_dropout": 0.0}, solve="r"),
+    "hmora": Contender(
+        "HMoRA, 8 experts", "hmora", {"num_experts": 8, "lora_dropout": 0.0, "num_tasks": TASKS}, "r", tasks="mixed"
+    ),
 }
 
 SMOLLM2 = Setting(
@@ -187,6 +191,7 @@ LLAMA = Setting(
         "family": ("lora", "mode-grouped", "molora-sd", "more", "more-mixed", "lora-rank"),
         "rivals": ("lora", "frozen", "mhr", "arrow", "more-merged", "xlora"),
         "relatives": ("lora", "moelora", "mtl-lora", "smora", "poly-ours", "task-mode"),
+        "newer": ("lora", "comol", "hmora"),
     },
     seconds={"start": 5, "step": 0.4, "forward": 0.2, "decode": 0.5},
 )

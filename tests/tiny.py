@@ -29,6 +29,8 @@ TASKS = ("rte", "cola", "sst2")
 
 # What a method refuses among the options that all variants share, or needs to be small.
 SMALL: dict[str, dict[str, Any]] = {
+    "comol": {"lora_dropout": 0.0},
+    "hmora": {"lora_dropout": 0.0, "task_dim": 5, "divergence": 0.0},
     "hydralora": {"lora_dropout": 0.0},
     "moelora": {"num_experts": 2, "task_dim": 5},
     # The paper's form, without its loss, which is tested in tuner/test_auxiliary_losses.py.

@@ -23,6 +23,8 @@ __all__ = ["__version__", "add_task", "auxiliary_loss", "parameter_groups", "use
 """The public functions. The configs of all registered methods are public names too: `dyads.MoDEConfig` and so on."""
 
 if TYPE_CHECKING:
+    from dyads.methods import CoMoLConfig as CoMoLConfig
+    from dyads.methods import HMoRAConfig as HMoRAConfig
     from dyads.methods import HydraLoRAConfig as HydraLoRAConfig
     from dyads.methods import MoDEConfig as MoDEConfig
     from dyads.methods import MOELoRAConfig as MOELoRAConfig

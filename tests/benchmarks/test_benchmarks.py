@@ -388,6 +388,7 @@ def test_groups_with_bars_come_first_and_get_more_rounds() -> None:
         ("llama", "family", 3),
         ("llama", "rivals", 3),
         ("llama", "relatives", 3),
+        ("llama", "newer", 3),
         ("training", "others", 3),
     ]
     whole = plan(tuple(SETTINGS), rounds=12, other_rounds=3, profiles=())

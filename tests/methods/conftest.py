@@ -34,12 +34,18 @@ MORE_VARIANTS = [
     _staged("molora", "cosine", "top_k", temperature=0.2, learn_temperature=True),
     _staged("molora", "uniform"),
     _staged("molora", "random", "sigmoid"),
+    # Other forms of the relatives.
+    Variant("comol", (("score", "x"),)),
+    Variant("hmora", (("shared_down", True), ("top_k", None))),
     # Ones.
     Variant("mode", (("r", 1), ("num_experts", 5))),
     Variant("task_mode", (("num_experts", 1),)),
     Variant("moelora", (("num_experts", 1),)),
     Variant("more", (("r", 1),)),
     Variant("smora", (("r", 1), ("top_k", 1))),
+    Variant("comol", (("num_experts", 1),)),
+    Variant("comol", (("r", 1),)),
+    Variant("hmora", (("num_experts", 1),)),
 ]
 
 

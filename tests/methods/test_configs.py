@@ -40,7 +40,8 @@ def test_every_method_checks_the_shared_fields(variant: Variant) -> None:
         variant.config(lora_dropout=1.0)
     assert variant.config(lora_alpha=None).scaling == 1.0
     config = variant.config(lora_alpha=8)
-    assert config.scaling == 8 / (config.top_k if variant.key == "smora" else config.r)
+    divisor = {"smora": lambda: config.top_k, "hmora": lambda: config.r**0.5}.get(variant.key, lambda: config.r)
+    assert config.scaling == 8 / divisor()
 
 
 @pytest.mark.parametrize(

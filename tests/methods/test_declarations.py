@@ -177,7 +177,9 @@ RIGHT: dict[str, Callable[[int], Core]] = {
 READS = "declares linear_scores, but its select or mix reads a parameter, which would get no gradient"
 DIFFERS = r"declares linear_scores, but its route differs from select\(h, R x, task_scores\(task\)\)"
 DERIVES = "declares closed_form, but its gradients are not the derivative of its select and mix"
-FUSED = {"hydralora", "mode", "moelora", "molora", "more", "mtl_lora", "poly", "smora", "task_mode"}
+FUSED = {
+    "comol", "hmora", "hydralora", "mode", "moelora", "molora", "more", "mtl_lora", "poly", "smora", "task_mode",
+}  # fmt: skip
 """Methods that declare linear scores; one that is added may leave it."""
 WRONG: dict[str, tuple[Callable[[int], Core], str]] = {
     "parameter in select": (lambda d: ReadsInSelect(d, 4), f"ReadsInSelect {READS}"),

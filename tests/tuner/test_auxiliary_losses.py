@@ -30,9 +30,10 @@ LOSSES = [
     Variant("more", (("contrastive", 0.2), ("task_dim", 5), ("contrastive_pool", "last"))),
     Variant("more", (("contrastive", 0.1), ("embedding", "shared"), ("task_dim", 32), ("selector", "frozen_random"))),
     Variant("mode", (("load_balance", 0.1),)),
+    Variant("hmora", (("divergence", 0.1),)),
 ]
 MORE = LOSSES[0]
-PLACED = [*((MORE, kind) for kind in KINDS), *zip(LOSSES[1:], ("t5", "bert", "llama"), strict=True)]
+PLACED = [*((MORE, kind) for kind in KINDS), *zip(LOSSES[1:], ("t5", "bert", "llama", "gpt2"), strict=True)]
 placed = pytest.mark.parametrize(("lossy", "kind"), PLACED, ids=lambda v: getattr(v, "id", v))
 
 
@@ -140,8 +141,7 @@ def test_decoder_of_as_many_tokens_as_the_encoder_has_its_own_mask() -> None:
 
 def test_evaluation_adds_nothing_and_other_adapters_are_as_they_were(lossy: Variant) -> None:
     inputs = padded("llama")
-    off = {"contrastive": 0.0} if lossy.key == "more" else {"load_balance": 0.0}
-    model, without = adapted(lossy), adapted(lossy, **off)
+    model, without = adapted(lossy), adapted(lossy, **{lossy.options[0][0]: 0.0})
     without.load_state_dict(model.state_dict(), strict=False)
     task = task_of(lossy.config(), *TASKS)
     expected = without(**inputs, **task).loss

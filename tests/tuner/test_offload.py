@@ -28,6 +28,7 @@ DISK = [
     PLACES | {"model.layers.0": "disk", "model.layers.1": "cpu"},
 ]
 SHARED = Variant("more", (("embedding", "shared"), ("task_dim", 5), ("linear_scaling", "update")))
+GROUPED = Variant("hmora", (("router_groups", (("q_proj", "v_proj"),)),))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,9 @@ def test_a_base_that_is_partly_on_disk_gives_the_same_logits(
     assert missing == [name for name, p in offloaded.named_parameters() if p.is_meta]
 
 
-@pytest.mark.parametrize("variant", [Variant("mode"), Variant("more"), SHARED, Variant("smora")], ids=lambda v: v.id)
+@pytest.mark.parametrize(
+    "variant", [Variant("mode"), Variant("more"), SHARED, GROUPED, Variant("smora")], ids=lambda v: v.id
+)
 def test_a_model_whose_weights_come_for_every_call_gives_the_same_logits_and_merges(variant: Variant) -> None:
     model = adapted(variant)
     expected = answers(model, variant)

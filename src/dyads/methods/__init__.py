@@ -12,6 +12,8 @@ from dyads.methods.core import Core
 from dyads.methods.registry import Method, build_config, method, method_names, methods, register
 
 if TYPE_CHECKING:
+    from dyads.methods.comol import CoMoLConfig as CoMoLConfig
+    from dyads.methods.hmora import HMoRAConfig as HMoRAConfig
     from dyads.methods.hydralora import HydraLoRAConfig as HydraLoRAConfig
     from dyads.methods.mode import MoDEConfig as MoDEConfig
     from dyads.methods.moelora import MOELoRAConfig as MOELoRAConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -164,6 +164,20 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
     def core(self, d: int) -> Core:
         """The method's core for a layer with d input features."""
         raise NotImplementedError
+
+    def sharing_groups(self, modules: Sequence[str]) -> list[str]:
+        """A group for each of the adapter's modules, given by their paths: layers of one group share what their method
+        shares (`Core.share_with`). By default all layers are one group."""
+        return [""] * len(modules)
+
+    def share(self, cores: Mapping[str, Core]) -> None:
+        """Let the layers of each group share what their method shares, given their cores by the modules' paths.
+
+        The first core of a group keeps the parameters.
+        """
+        first: dict[str, Core] = {}
+        for core, group in zip(cores.values(), self.sharing_groups(tuple(cores)), strict=True):
+            core.share_with(first.setdefault(group, core))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; the model card also says that dyads must be imported first."""

@@ -90,7 +90,11 @@ class Core(nn.Module):
         return None if R is None else F.linear(seen, R.to(seen.dtype))
 
     def task_scores(self, task: Tensor | None) -> Tensor | None:
-        """What the gates take from the task ids (b): (b …); None for a core that ignores the task."""
+        """What the gates take from the task ids (b): (b …); None for a core that ignores the task.
+
+        With `linear_scores` also the parameters that `select` and `mix` need beside the router, as one row (1 …) for
+        all samples.
+        """
         return None
 
     def select(self, h: Tensor, scores: Tensor | None, task_scores: Tensor | None) -> Tensor:
@@ -109,14 +113,18 @@ class Core(nn.Module):
         """Draw the initial values of routers, gates and embeddings."""
 
     def share_with(self, first: Core) -> None:
-        """Replace what all layers of an adapter share by that of its first layer's core.
+        """Replace what layers of a group share by that of the group's first core, which may be this one.
 
-        Shared parameters stay part of the first core alone, so they are counted, saved and trained once.
+        Shared parameters stay part of the first core alone, so they are counted, saved and trained once. The groups are
+        the config's (`DyadsConfig.sharing_groups`).
         """
 
     def role(self, name: str) -> str:
         """Role of the parameter of that name, from ROLES."""
         return "embedding" if name in self.embeddings else "router"
+
+    def set_depth(self, depth: float) -> None:
+        """Set the start of what depends on the layer's depth in the model: 0 in the first block, 1 in the last."""
 
     def auxiliary_loss(self, x: Tensor, task: Tensor | None, mask: Tensor | None) -> Tensor | None:
         """This layer's term of the training loss, weighted already: a scalar, or None.
@@ -194,7 +202,8 @@ class Core(nn.Module):
                 else:
                     drawn = torch.rand(parameter.shape, generator=generator) * 0.5 + 0.5
                 parameter.copy_(drawn)
-            scores, task_scores = Core.score(probe, h, x), probe.task_scores(task)
+            found = Core.score(probe, h, x), probe.task_scores(task)
+            scores, task_scores = (None if t is None else t.detach() for t in found)  # which may be a parameter itself
         with torch.enable_grad():
             g = probe.select(h, scores, task_scores)
             u = probe.mix(h, g)

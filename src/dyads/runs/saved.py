@@ -141,12 +141,12 @@ def _layers(folder: Path, config: DyadsConfig, parts: dict[str, dict[str, dict[s
                 if not part[side]["weight"].is_floating_point():
                     raise ValueError(f"{side} has numbers of type {part[side]['weight'].dtype}")
             cores[name] = config.core(part["lora_A"]["weight"].shape[1] * blocks).eval()
-        # Parameters that layers share are saved with one layer only, the one with all its keys.
-        complete = [cores[name] for name in cores if states[name].keys() == cores[name].state_dict().keys()]
+        # Parameters that layers share are saved with one of them only, which has all its keys.
+        config.share(
+            {n: cores[n] for n in sorted(cores, key=lambda n: states[n].keys() != cores[n].state_dict().keys())}
+        )
         for name, core in cores.items():
             A, B = parts[name]["lora_A"]["weight"], parts[name]["lora_B"]["weight"]
-            if complete:
-                core.share_with(complete[0])
             core.load_state_dict(states[name], assign=True)
             p, q = len(A), B.shape[1]
             if (p, q, blocks) != (core.p, core.q, core.feature_blocks):

@@ -58,12 +58,12 @@ def add_task(model: nn.Module, name: str, start: str | int = "mean", adapter: st
     if isinstance(start, str) and start not in STARTS:
         start = known.index(start)
     larger = config.with_tasks((*known, name))
-    cores = [larger.core(layer.in_features) for layer in layers]
-    for core in cores[1:]:
-        core.share_with(cores[0])
+    paths = {module: path for path, module in model.named_modules()}
+    cores = {paths[layer]: larger.core(layer.in_features) for layer in layers}
+    larger.share(cores)
     grown = [
         tensor
-        for layer, core in zip(layers, cores, strict=True)
+        for layer, core in zip(layers, cores.values(), strict=True)
         for tensor in _replace(layer, adapter, core, start, len(known))
     ]
     model.peft_config[adapter] = larger  # type: ignore[index,operator]  # the one there may be another adapter's too

@@ -9,7 +9,7 @@ Private names of PEFT relied on here (checked with PEFT 0.21): `_create_and_repl
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,14 +51,16 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         self.__dict__["routing"] = found
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's; then the core is verified once, and the layers share what their method shares."""
+        """As PEFT's; then one core is verified, and all get what they share with others and their layer's depth."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = [m for m in model.modules() if isinstance(m, DyadsLinear) and adapter_name in m.lora_A]
-        if layers:
-            first = layers[0].core(adapter_name)
-            first.check_declarations(layers[0].in_features, len(self.routing.names.get(adapter_name, ())))
-        for layer in layers[1:]:
-            layer.core(adapter_name).share_with(first)
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, DyadsLinear) and adapter_name in m.lora_A}
+        for layer in list(layers.values())[:1]:
+            tasks = len(self.routing.names.get(adapter_name, ()))
+            layer.core(adapter_name).check_declarations(layer.in_features, tasks)
+        cores = {name: layer.core(adapter_name) for name, layer in layers.items()}
+        self.peft_config[adapter_name].share(cores)
+        for core, depth in zip(cores.values(), _depths(cores), strict=True):
+            core.set_depth(depth)
 
     def _create_and_replace(
         self,
@@ -199,6 +201,17 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         if re.search(pattern, key):
             return re.sub(pattern, r"\1", key)
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+def _depths(modules: Iterable[str]) -> list[float]:
+    """Depth of each module in the model, 0 to 1: the number of its block (the first in its path) over the largest.
+
+    With a single block it is 0.5.
+    """
+    numbers = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in modules]
+    blocks = [int(number[1]) if number else 0 for number in numbers]
+    last = max(blocks, default=0)
+    return [block / last if last else 0.5 for block in blocks]
 
 
 def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
