@@ -242,8 +242,9 @@ def _model(what: str, method: str, options: dict[str, Any]) -> None:
 
 
 def _one_expert_is_lora() -> None:
-    ours = get_peft_model(_tiny_llama(), build_config("mode", {"r": 3, "num_experts": 1, "target_modules": TARGETS}))
-    lora = get_peft_model(_tiny_llama(), LoraConfig(r=3, lora_alpha=3, target_modules=TARGETS))
+    same = {"r": 3, "lora_alpha": 6, "target_modules": TARGETS}
+    ours = get_peft_model(_tiny_llama(), build_config("mode", {**same, "num_experts": 1}))
+    lora = get_peft_model(_tiny_llama(), LoraConfig(**same))
     ours, lora = ours.double(), lora.double()
     mine: list[Tensor] = []
     theirs: list[Tensor] = []

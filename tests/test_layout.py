@@ -131,3 +131,9 @@ def test_public_names() -> None:
         assert getattr(dyads, name) is not None
     with pytest.raises(AttributeError, match="module 'dyads' has no attribute 'MoDConfig'"):
         _ = dyads.MoDConfig  # type: ignore[attr-defined]
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """Without packages in tests/, pytest imports a second file of one name as the first."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
