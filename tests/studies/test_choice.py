@@ -41,7 +41,7 @@ def test_a_diverged_rate_is_worse_and_without_a_start_all_are_tried() -> None:
 
 
 def test_a_trial_is_the_cell_with_a_value_and_its_own_settings(write: Write) -> None:
-    choose = {"values": [1e-3, 1e-2], "trial": {"train": {"steps": 4, "save_steps": None}}}
+    choose = {"values": [1e-3, 1e-2], "trial": {"train.steps": 4, "train": {"save_steps": None}}}
     study = load_study(write(choose=choose), ["train.batch_size=2"])
     cell = trial(study, study.combinations[1], 1e-2)
     assert (cell.name, cell.label) == ("MoDE-2x2-seed0-learning_rate0.01", "MoDE 2x2, learning_rate 0.01")
@@ -50,6 +50,12 @@ def test_a_trial_is_the_cell_with_a_value_and_its_own_settings(write: Write) -> 
     assert train.validation_steps == 4, "the loss is logged before the adapter is saved"
     (chosen, *_) = study.cells({study.group_of(study.combinations[0]): 1e-2}).values()
     assert (chosen.recipe.train.learning_rate, chosen.recipe.train.steps) == (1e-2, 6)
+
+
+def test_a_mistake_in_the_settings_of_trials_is_named_with_its_line(write: Write) -> None:
+    study = load_study(write(choose={"values": [1e-3, 1e-2], "trial": {"train.stepz": 4}}))
+    with pytest.raises(ConfigError, match=r"study\.yaml:\d+: unknown key 'train\.stepz' – did you mean 'steps'"):
+        trial(study, study.combinations[0], 1e-2)
 
 
 def test_a_choice_that_an_axis_makes_or_without_validation_is_refused(write: Write) -> None:

@@ -43,6 +43,9 @@ def test_output_and_exit_code_are_kept(tmp_path: Path) -> None:
     silent = job(tmp_path, "raise SystemExit(3)")
     assert run_job(silent) == 3
     assert last_line(silent.log) == ("exit code 3", True)
+    killed = job(tmp_path, "import os; os.kill(os.getpid(), 9)")
+    assert run_job(killed) == -9
+    assert last_line(killed.log) == ("killed by signal 9 (out of memory?)", True)
 
 
 def test_jobs_side_by_side_share_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,10 @@ def test_a_study_ends_in_tables_curves_and_verdicts(
     assert [[step for step, _ in run["losses"]] for run in more] == [[3, 6], [3, 6]]
     assert [c["given_task"] for c in content["tables"][0]["columns"]] == [False, False, True]
 
+    status = json.loads(study(path, "--status", "--json").output)
+    assert (status["done"], status["left"], status["runs"]["majority"]["state"]) == (5, 0, "done")
     before = (out / "verdict.json").read_bytes()
-    study(path)
+    assert study(path, "--quiet").output == ""
     assert len(in_process) == 5, "a complete run is not started again"
     assert (out / "verdict.json").read_bytes() == before
 

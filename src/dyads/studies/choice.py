@@ -41,7 +41,7 @@ def trial(study: Study, combination: Combination, value: Any) -> Cell:
     choose = study.spec.choose
     assert choose is not None
     last = choose.key.rpartition(".")[2]
-    layers = [YamlSource(choose.trial, {}), chosen_source(choose.key, value)]
+    layers = [study.trial, chosen_source(choose.key, value)]
     steps = study.cell(combination, layers).recipe.train.steps
     # A loss that is logged at the last step is there before the adapter is, whatever interrupts the run.
     layers.append(read_text(to_yaml({"train": {"validation_steps": steps}}), "choose"))

@@ -117,6 +117,8 @@ class Study:
     table_axes: tuple[str, ...]
     adjustments: tuple[YamlSource, ...]
     """The overrides of each `adjust`."""
+    trial: YamlSource
+    """The overrides of `choose.trial`."""
     combinations: tuple[Combination, ...] = field(default=())
     """Those that are run, seed by seed."""
 
@@ -250,7 +252,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     if varied:
         raise ConfigError(f"--set {varied[0]}: the study varies that key; --only runs a part of its cells")
     adjustments = tuple(_undotted(part_of(source, ("adjust", i, "recipe"))) for i in range(len(spec.adjust)))
-    study = Study(path, spec, base, read_overrides(overrides), axes, _table_axes(path, spec, axes), adjustments)
+    trial = _undotted(part_of(source, ("choose", "trial"))) if spec.choose and spec.choose.trial else YamlSource({}, {})
+    study = Study(path, spec, base, read_overrides(overrides), axes, _table_axes(path, spec, axes), adjustments, trial)
     combinations = [
         c
         for c in product(*axes.values())

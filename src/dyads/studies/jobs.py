@@ -70,6 +70,8 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False) -> int:
                     process.wait(timeout=0.2)
         finally:
             _end(process)
+        if code < 0:
+            log.write(f"killed by signal {-code}{' (out of memory?)' if code == -9 else ''}\n".encode())
         if code:
             log.write(f"{_EXIT}{code}\n".encode())
         return code
@@ -179,7 +181,8 @@ class RayEngine:
     def close(self) -> None:
         for reference in self._references:
             self._ray.cancel(reference)  # raises KeyboardInterrupt in run_job, which ends its process
-        self._ray.wait(self._references, num_returns=len(self._references), timeout=15)
+        if self._references:
+            self._ray.wait(self._references, num_returns=len(self._references), timeout=15)
         if self._started:
             self._ray.shutdown()
 
