@@ -21,6 +21,7 @@ from made_runs import write_run
 from made_studies import LORA, MODE, Write
 
 TASKS = ("t1", "t2")
+CLAIM = {"ahead": "x", "of": "base"}
 
 
 def study_of(
@@ -142,9 +143,21 @@ def test_what_it_would_take_is_seeds_instances_or_another_difference(write: Writ
     spread = np.std(gains, ddof=1)
     enough = next(k for k in range(4, 99) if stats.t.ppf(0.975, k - 1) * spread / math.sqrt(k) < np.mean(gains))
     assert found.needs == f"{enough - 4} more seeds ({enough} in all)"
-    noisy = needs(write, tmp_path / "b", (1.5, 1.5, 1.5), noise=9.0)
-    assert "times the instances" in noisy.needs or "more seeds" in noisy.needs
     assert needs(write, tmp_path / "c", (0.1, -0.1, 0.1, -0.1)).needs.endswith("too near for 100 seeds")
+
+
+def test_where_instances_make_the_interval_more_of_them_are_named(write: Write, tmp_path: Path) -> None:
+    study = load_study(write(vary={"method": {"base": LORA, "x": MODE}, "seed": [0, 1, 2]}, claims=[CLAIM]))
+    cells, swing, gain, n = study.cells(), 20.0, 3.0, 40
+    for cell in cells.values():  # the same for all seeds: a gain that swings from instance to instance
+        shift = np.array([gain + swing, gain - swing] * (n // 2)) if cell.label == "x" else np.zeros(n)
+        values = dict.fromkeys(TASKS, 50 + shift)
+        write_run(tmp_path / cell.name, cell.label, values, method=cell.recipe.method.name, seed=cell.recipe.seed)
+    (found,) = outcome_of(study, cells, StudyFolder(tmp_path)).judgements
+    half_width = stats.t.ppf(0.975, 2 * (n - 1)) * swing * math.sqrt(n / (n - 1)) / math.sqrt(2 * n)
+    assert (found.low, found.high) == pytest.approx((gain - half_width, gain + half_width))
+    assert 2 < (half_width / gain) ** 2 < 3
+    assert found.needs == "3 times the instances; seeds alone do not decide it"
 
 
 def test_the_files_hold_verdicts_scores_and_marks_and_no_times(write: Write, tmp_path: Path) -> None:

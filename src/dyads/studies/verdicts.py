@@ -132,7 +132,7 @@ def judge(claims: Sequence[Claim], comparisons: Mapping[Combination, Comparison]
     results = [_compared(claim, comparisons.get(claim.table)) for claim in claims]
     for metric in dict.fromkeys(claim.spec.on for claim in claims):
         family = [i for i, claim in enumerate(claims) if claim.spec.on == metric]
-        # Claims that cannot be decided yet are counted, so that the correction does not change when they can.
+        # Claims that cannot be decided, or not yet, are counted, so that the correction does not change when they can.
         ps = [p if (p := results[i].p) is not None and results[i].over_seeds else 1.0 for i in family]
         for i, corrected, level in zip(family, holm(ps), holm_levels(ps), strict=True):
             if results[i].p is not None:
@@ -166,7 +166,7 @@ def _decided(found: Judgement, comparison: Comparison, corrected: float, level: 
     sample, weights = _difference(claim, comparison)
     interval = sample.interval(weights, level=level)
     verdict: Verdict = "undecided"
-    if found.over_seeds and corrected < 1 - LEVEL:
+    if corrected < 1 - LEVEL:
         verdict = "supported" if claim.holds(value) else "not supported"
     needs = "" if verdict != "undecided" else _needs(sample, weights, level, abs(value - claim.bound(value)))
     return replace(
