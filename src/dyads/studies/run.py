@@ -206,7 +206,7 @@ class Runner:
         started: set[str] = set()
         total = sum(cell.steps for cell in self._selected_cells()) or 1
         with reporter.track("study", total, speed="steps/s") as tracker:
-            self._show(tracker, workers)
+            tracker.begin_at(self._show(tracker, workers))
             while True:
                 for cell, folder in self._ready():
                     name = f"{folder.path}/{cell.name}"
@@ -271,8 +271,8 @@ class Runner:
     def _selected_cells(self) -> list[Cell]:
         return [cell for name, cell in self.distinct().items() if name in self._selected]
 
-    def _show(self, tracker: Tracker, workers: int) -> None:
-        """One line over the grid: the steps of all runs, how many runs are done, and the time left."""
+    def _show(self, tracker: Tracker, workers: int) -> int:
+        """One line over the grid: the steps of all runs, how many runs are done, and the time left; gives the steps."""
         cells = self._selected_cells()
         states = {cell.name: state_of(cell, self.folder) for cell in cells}
         count = {state: sum(s.state == state for s in states.values()) for state in ("done", "running")}
@@ -282,6 +282,8 @@ class Runner:
         tracker.facts |= {"failed": len(self.failed)} if self.failed else {}
         tracker.expected = seconds_left(cells, states, workers)
         if cells and all(cell.steps == 0 for cell in cells):
-            tracker.update(int(count["done"] == len(cells)))
+            steps = int(count["done"] == len(cells))
         else:
-            tracker.update(sum(min(states[cell.name].step, cell.steps) for cell in cells))
+            steps = sum(min(states[cell.name].step, cell.steps) for cell in cells)
+        tracker.update(steps)
+        return steps

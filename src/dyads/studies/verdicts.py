@@ -197,9 +197,9 @@ def _needs(sample: Sample, weights: Array, level: float, distance: float) -> str
     found = enough(1.0)
     if found is not None:
         return f"{max(found - seeds, 1)} more seeds ({max(found, seeds + 1)} in all)"
-    for factor in _INSTANCES:
-        found = enough(factor)
-        if found is not None:
-            more = f" and {found - seeds} more seeds ({found} in all)" if found > seeds else ""
-            return f"{factor:g} times the instances{more}; seeds alone do not decide it"
+    both = [(factor * k, factor, k) for factor in _INSTANCES if (k := enough(factor)) is not None]
+    if both:
+        _, factor, k = min(both)  # the fewest answers to score
+        more = f" and {k - seeds} more seeds ({k} in all)" if k > seeds else ""
+        return f"{factor:g} times the instances{more}; seeds alone do not decide it"
     return f"the estimate is {distance:.2g} from the claim's bound, too near for {_MOST_SEEDS} seeds"
