@@ -160,6 +160,27 @@ def test_where_instances_make_the_interval_more_of_them_are_named(write: Write, 
     assert found.needs == "3 times the instances; seeds alone do not decide it"
 
 
+@pytest.mark.parametrize(
+    ("sections", "baseline"),
+    [
+        ({"claims": [{**CLAIM, "where": {"train.steps": 4}}]}, "base, steps 4"),
+        ({"claims": [CLAIM]}, None),
+        ({"claims": [], "baseline": "x"}, "x, steps 2"),
+        ({"claims": [{**CLAIM, "where": {"train.steps": 4}}], "baseline": "base"}, "base, steps 4"),
+    ],
+)
+def test_differences_refer_to_what_the_claims_or_the_study_name(
+    sections: dict[str, Any], baseline: str | None, write: Write, tmp_path: Path
+) -> None:
+    vary = {"method": {"base": LORA, "x": MODE}, "train.steps": [2, 4], "seed": [0]}
+    study = load_study(write(vary=vary, **sections))
+    cells = study.cells()
+    for cell in cells.values():
+        write_run(tmp_path / cell.name, cell.label, {t: [1.0, 2.0] for t in TASKS}, method=cell.recipe.method.name)
+    (comparison,) = outcome_of(study, cells, StudyFolder(tmp_path)).comparisons.values()
+    assert comparison.baseline == baseline
+
+
 def test_the_files_hold_verdicts_scores_and_marks_and_no_times(write: Write, tmp_path: Path) -> None:
     outcome = study_of(write, tmp_path, {"x": (3.0, 3.1, 2.9)}, [{"ahead": "x", "of": "base"}])
     content = json.loads(to_json(outcome))

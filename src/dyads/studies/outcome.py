@@ -23,7 +23,7 @@ from dyads.comparing.tables import markdown_table, to_markdown
 from dyads.runs.folder import RunFolder
 from dyads.studies.grid import Cell, Combination, Study
 from dyads.studies.progress import StudyFolder
-from dyads.studies.verdicts import Judgement, claims_of, judge
+from dyads.studies.verdicts import Claim, Judgement, claims_of, judge
 
 __all__ = ["Choice", "Curve", "Outcome", "claims_table", "curves_table", "outcome_of", "to_json", "to_page"]
 
@@ -68,7 +68,8 @@ def outcome_of(
     tables: dict[Combination, dict[str, Cell]] = {}
     for combination, cell in cells.items():
         tables.setdefault(study.table_of(combination), {})[cell.name] = cell
-    baseline = _baseline(study, cells)
+    claims = claims_of(study, cells)
+    baseline = _baseline(study, cells, claims)
     comparisons: dict[Combination, Comparison] = {}
     curves: dict[Combination, dict[str, dict[int, Curve]]] = {}
     left: set[str] = set()
@@ -82,22 +83,26 @@ def outcome_of(
         for cell in scored:
             if curve := _curve(folder.run(cell)):
                 curves.setdefault(table, {}).setdefault(cell.label, {})[cell.recipe.seed] = curve
-    judgements = judge(claims_of(study, cells), comparisons)
+    judgements = judge(claims, comparisons)
     return Outcome(study.spec.name, len(left), comparisons, curves, judgements, tuple(choices))
 
 
-def _baseline(study: Study, cells: Mapping[Combination, Cell]) -> dict[Combination, list[str]]:
-    """The labels, by table, that differences refer to: `baseline`, or what all claims compare with."""
-    columns = {claim.column for claim in study.spec.claims}
-    name = study.spec.baseline or (columns.pop() if len(columns) == 1 else None)
-    if name is None:
-        return {}
-    value = study.find(name, "baseline")
+def _baseline(study: Study, cells: Mapping[Combination, Cell], claims: Sequence[Claim]) -> dict[Combination, list[str]]:
+    """The labels, by table, that differences may refer to: those of `baseline`, or the one that all claims name."""
     found: dict[Combination, list[str]] = {}
+    for claim in claims:
+        columns = found.setdefault(claim.table, [])
+        if claim.column not in columns:
+            columns.append(claim.column)
+    if study.spec.baseline is None:
+        return {table: columns for table, columns in found.items() if len(columns) == 1}
+    value = study.find(study.spec.baseline, "baseline")
+    named: dict[Combination, list[str]] = {}
     for combination, cell in cells.items():
         if value in combination:
-            found.setdefault(study.table_of(combination), []).append(cell.label)
-    return found
+            named.setdefault(study.table_of(combination), []).append(cell.label)
+    # Of several labels with that value, those of claims come first.
+    return {table: sorted(labels, key=lambda x: x not in found.get(table, ())) for table, labels in named.items()}
 
 
 def _curve(run: RunFolder) -> Curve:
