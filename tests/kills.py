@@ -51,13 +51,18 @@ warnings.simplefilter("ignore")
 import safetensors.torch
 import torch
 
+from dyads.cli import main as main_command
+from dyads.errors import RunError
 from dyads.export import export, export_all
+from dyads.recipe.yaml_source import to_yaml
 from dyads.runs.folder import RunFolder
 from dyads.runs.saved import SavedAdapter
 from dyads.scoring.evaluate import evaluate
+from dyads.studies import jobs
 from dyads.training.adapt import adapt_recipe
 from dyads.training.train import train
 from made_runs import save_bert, save_llama, tiny_recipe, word_tokenizer, write_pairs
+from made_studies import LORA, InProcess, content_of
 
 HANG = 60.0
 """Seconds after which a command counts as hanging; a tiny run takes about one."""
@@ -210,6 +215,10 @@ class Made:
         ]
         (path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         made.runs["more"] = train(made.recipe("more"), path / "more")
+        study = content_of(made.llama)
+        study["recipe"]["train"] |= {"steps": 2, "save_steps": 1, "validation_steps": 1}
+        study |= {"vary": {"method": {"LoRA 4": LORA}, "seed": [0, 1]}, "claims": []}
+        (path / "study.yaml").write_text(to_yaml(study))
         return made
 
     def recipe(self, method: str, *, heads: bool = False) -> Any:
@@ -261,6 +270,12 @@ def _export_all(made: Made, place: Path) -> None:
         export_all(SavedAdapter.read(made.runs["more"].path), place / "out", trim=True)
 
 
+def _study(made: Made, place: Path) -> None:
+    jobs.ENGINES["local"] = InProcess  # its jobs are commands of their own, which the shim would not reach
+    if main_command(["study", str(made.path / "study.yaml"), "--out", str(place / "out")], standalone_mode=False):
+        raise RunError("a run of the study failed")
+
+
 SCENARIOS: dict[str, Command] = {
     "train": _train("mode"),
     "train-heads": _train("lora", heads=True),
@@ -270,6 +285,7 @@ SCENARIOS: dict[str, Command] = {
     "evaluate-out": _evaluate_into,
     "export": _export,
     "export-all": _export_all,
+    "study": _study,
 }
 
 
@@ -286,7 +302,11 @@ def result(place: Path) -> dict[str, str]:
         name, content = path.relative_to(place).as_posix(), path.read_bytes()
         if path.name == "scores.json":  # without the wall times
             content = json.dumps({k: v for k, v in json.loads(content).items() if k != "seconds"}).encode()
-        varies = path.name in ("env.json", "log.jsonl", "manifest.json") or "checkpoints/" in name
+        varies = (
+            path.name in ("env.json", "log.jsonl", "manifest.json", "verdict.md")
+            or "checkpoints/" in name
+            or "/logs/" in name
+        )
         found[name] = "" if varies else hashlib.sha256(content.replace(str(place).encode(), b"")).hexdigest()
         if path.name == "log.jsonl":
             lines = RunFolder(path.parent).log()
