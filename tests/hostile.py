@@ -111,17 +111,19 @@ def as_json(document: Any) -> bytes:
     return json.dumps(document, ensure_ascii=True).encode()
 
 
-def accepted_or_refused(work: Callable[[], object]) -> None:
-    """The work succeeds, or ends with an error of ours that is safe to print and repeats little of the input."""
+def accepted_or_refused(work: Callable[[], object], content: bytes = b"") -> None:
+    """The work succeeds, or ends with an error of ours that is safe to print and repeats little of the content."""
     start = time.process_time()
     try:
         work()
     except DyadsError as error:
         message = str(error)
         assert message
-        assert not re.search(r"\S{201}", message), message[:500]
+        assert not re.search(r"\S{210}", message), message[:500]
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", message), ascii(
             message
         )
         assert len(message) < 10_000, len(message)
+        text = content.decode("utf-8", "replace")
+        assert not any(message[i : i + 201] in text for i in range(len(message) - 200)), message
     assert time.process_time() - start < LONGEST, "it takes too long"

@@ -27,6 +27,7 @@ __all__ = [
     "RunError",
     "TaskError",
     "did_you_mean",
+    "listed",
     "notice",
     "shortened",
     "visible",
@@ -43,6 +44,9 @@ _HIDDEN = re.compile(
 )
 _LONGEST = 200
 """Characters of the input that a message repeats at most."""
+_LONGEST_LINE = 1500
+_LONG = re.compile(rf"(?<=')[^'\n]{{{_LONGEST + 1},}}(?=')|[^\s']{{{_LONGEST + 1},}}")
+"""A quotation or a word that is longer."""
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 2 * _LONGEST
 _REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 20
@@ -94,18 +98,23 @@ def notice(message: str) -> None:
     logging.getLogger("dyads").warning(visible(message))
 
 
+def listed(names: Iterable[object]) -> str:
+    """Names from a file, with commas, for a message."""
+    return shortened(", ".join(map(str, names)))
+
+
 class DyadsError(Exception):
     """Base class. The message says what was given, what is allowed, and the command or argument that mends it.
 
-    Characters that would change what a terminal shows are made visible, and long words are shortened.
+    Characters that would change what a terminal shows are made visible; long quotations, words and lines are shortened.
     """
 
     exit_code = 2
     """Of the command that ends with this error."""
 
     def __init__(self, message: str = "") -> None:
-        safe = visible(str(message), keep="\n")
-        super().__init__(re.sub(rf"\S{{{_LONGEST + 1},}}", lambda word: shortened(word[0]), safe))
+        safe = _LONG.sub(lambda text: shortened(text[0]), visible(str(message), keep="\n"))
+        super().__init__("\n".join(shortened(line, _LONGEST_LINE) for line in safe.split("\n")))
 
 
 class ConfigError(DyadsError, ValueError):

@@ -28,7 +28,7 @@ _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 def read_bytes(path: str | os.PathLike[str], *, error: type[DyadsError], most: int = DATA) -> bytes:
     """The content of an ordinary file of at most `most` bytes; FileNotFoundError passes through."""
-    shown = shortened(os.fspath(path), 400)
+    shown = shortened(os.fspath(path))
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             facts = os.fstat(file.fileno())
@@ -55,7 +55,7 @@ def read_text(path: str | os.PathLike[str], *, error: type[DyadsError], most: in
         return read_bytes(path, error=error, most=most).decode("utf-8-sig")
     except UnicodeDecodeError as cause:
         raise error(
-            f"{shortened(os.fspath(path), 400)}: not UTF-8 text (byte {cause.start}); save it as UTF-8, or restore the"
+            f"{shortened(os.fspath(path))}: not UTF-8 text (byte {cause.start}); save it as UTF-8, or restore the"
             " original file"
         ) from None
 

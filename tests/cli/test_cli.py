@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -620,3 +622,27 @@ def test_errors_of_other_rooms_are_printed_unchanged(recipe: Path, fake: Callabl
     fake("dyads.training.train", train=train)
     result = invoke("train", recipe)
     assert (result.exit_code, result.output) == (2, "Error: loss became nan at step 3\n")
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_one_line(
+    recipe: Path, tmp_path: Path, reason: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(reason, os.strerror(reason), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", fails)
+    result = invoke("train", recipe, "--out", tmp_path / "a")
+    assert (result.exit_code, result.output) == (2, f"Error: {os.strerror(reason)}: '{tmp_path / 'a'}'\n")
+    assert not (tmp_path / "a").exists()
+
+
+def test_hostile_names_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    rows = [{"task": "a\x1b[2J\u202eb", "input": f"{i}\x1b[31m", "output": "x"} for i in range(12)]
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for options in ((), ("--show", "a\x1b[2J\u202eb")):
+        output = invoke("tasks", "--family", "files", "--path", tmp_path / "tasks.jsonl", *options).output
+        assert "\x1b[2J" not in output
+        assert "\x1b[31m" not in output
+        assert "\u202e" not in output
+    assert "a\\u001b[2J\\u202eb" in invoke("tasks", "--family", "files", "--path", tmp_path / "tasks.jsonl").output

@@ -83,6 +83,12 @@ RECIPES = changed(RECIPE).map(lambda d: yaml.safe_dump(d, allow_unicode=True).en
 @example(b"extends: " + b"a" * 5000)
 @example(b"name: " + b"a" * 120_000)
 @example(b"\xff\xfe")
+@example(b'"' + b"a b " * 500 + b'": 1\n')
+@example(b'method: "' + b"a b " * 500 + b'"\n')
+@example(b"tasks: {family: '" + b"a b " * 500 + b"'}\n")
+@example(b"train: {optimizer: '" + b"a b " * 500 + b"'}\n")
+@example(b"name: *" + b"a" * 5000)
+@example(b"a: &" + b"a" * 5000 + b" &b 1")
 @example(b"? {a: b}\n: c\n")
 @example(b"1: 2\n")
 @example(b"tasks: {family: files, path: [" + b"a, " * 5000 + b"]}\n")
@@ -91,7 +97,7 @@ RECIPES = changed(RECIPE).map(lambda d: yaml.safe_dump(d, allow_unicode=True).en
 def test_recipes(place: Path, content: bytes) -> None:
     path = place / "recipe.yaml"
     path.write_bytes(content)
-    accepted_or_refused(lambda: load_recipe(path, check=False))
+    accepted_or_refused(lambda: load_recipe(path, check=False), content)
 
 
 @given(
@@ -133,9 +139,15 @@ CSV = b'task,input,output,split\nt,a,b,train\nt,"c, d","[""e"", ""f""]",test\n\x
 @example(b'{"task": "t", "input": "\\ud800", "output": "b"}\n' * 12)
 @example(b'{"task": "t", "input": "a", "output": "b", "x": NaN}\n')
 @example(b"\xff")
+@example(b'{"' + b"a b " * 500 + b'": 1}\n')
+@example(b'{"task": "' + b"a b " * 500 + b'", "input": "a", "output": "b"}\n')
+@example(b'{"task": "t", "input": "a", "output": "b", "split": "' + b"a b " * 500 + b'"}\n')
+@example(b'{"task": "t", "input": "a", "output": "b", "metric": "' + b"a b " * 500 + b'"}\n')
+@example(b'{"task": "t", "messages": [{"role": "user", "content": "a"}], ' + b'"x": 1}\n')
+@example(b"{" + b", ".join(b'"k%d": 1' % i for i in range(500)) + b"}\n")
 def test_jsonl_files_of_tasks(place: Path, content: bytes) -> None:
     (place / "tasks.jsonl").write_bytes(content)
-    accepted_or_refused(lambda: load_suite(FilesSpec(path=(place / "tasks.jsonl",))))
+    accepted_or_refused(lambda: load_suite(FilesSpec(path=(place / "tasks.jsonl",))), content)
 
 
 @given(damaged(CSV))
@@ -145,7 +157,7 @@ def test_jsonl_files_of_tasks(place: Path, content: bytes) -> None:
 @example(b"task,input,output\nt,\0,b\n")
 def test_csv_files_of_tasks(place: Path, content: bytes) -> None:
     (place / "tasks.csv").write_bytes(content)
-    accepted_or_refused(lambda: load_suite(FilesSpec(path=(place / "tasks.csv",))))
+    accepted_or_refused(lambda: load_suite(FilesSpec(path=(place / "tasks.csv",))), content)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
@@ -265,4 +277,4 @@ def test_files_of_run_folders(scored: Path, place: Path, name: str, trusted: boo
     (run / name).write_bytes(content)
     if trusted and name != "manifest.json":
         accept(run)  # as if the library had written it so
-    accepted_or_refused(lambda: look(run))
+    accepted_or_refused(lambda: look(run), content)

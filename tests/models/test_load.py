@@ -87,3 +87,18 @@ def test_a_truncated_model_is_refused(file: str, other_llama: Callable[..., Path
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=re.escape(f"model '{tmp_path}' could not be loaded: ")):
         load_model(ModelSpec(name=str(tmp_path)))
+
+
+def test_python_files_of_a_model_are_not_run(llama: Path, tmp_path: Path) -> None:
+    folder, marker = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(llama, folder)
+    code = f"open({str(marker)!r}, 'w')\nfrom transformers import LlamaConfig as C, LlamaForCausalLM as M\n"
+    (folder / "hostile.py").write_text(code)
+    config = json.loads((folder / "config.json").read_text())
+    automatic = {"AutoConfig": "hostile.C", "AutoModelForCausalLM": "hostile.M"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "unheard-of", "auto_map": automatic}))
+    with pytest.raises(RunError, match="could not be loaded"):
+        load_model(ModelSpec(name=str(folder)))
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": automatic}))
+    assert load_model(ModelSpec(name=str(folder))).config.model_type == "llama", "transformers' own code is used"
+    assert not marker.exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dyads.comparing.metric_moments import CLASS_METRICS, METRICS, contributions
-from dyads.errors import RunError
+from dyads.errors import RunError, shortened
 from dyads.recipe.spec import Recipe, differences
 from dyads.runs.folder import RunFolder, ScoreRow, Scores
 
@@ -181,7 +181,10 @@ def grouped(runs: Sequence[ScoredRun]) -> dict[str, list[ScoredRun]]:
         for a, b in pairwise(group):
             unlike = changed(a.recipe, b.recipe)
             if unlike:
-                shown = "; ".join(f"{key} ({left} and {right})" for key, (left, right) in unlike.items())
+                shown = "; ".join(
+                    f"{key} ({shortened(str(left))} and {shortened(str(right))})"
+                    for key, (left, right) in unlike.items()
+                )
                 raise RunError(
                     f"'{a.path}' and '{b.path}' are both named '{label}' but differ in {shown}. "
                     "Give different recipes different names."

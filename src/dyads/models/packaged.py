@@ -15,7 +15,8 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
+
+from filelock import FileLock
 
 from dyads.errors import ConfigError, RunError, did_you_mean
 
@@ -136,30 +137,36 @@ def _folder_of(key: str, packaged: Packaged) -> Path:
 def _convert(source: Path, gguf_file: str, folder: Path) -> None:
     """Write the model of a GGUF file as bfloat16 safetensors, with its tokenizer, to `folder`.
 
-    The files are written beside it and renamed, so that an interrupted conversion leaves no incomplete model.
+    The files are written beside it and renamed, so that an interrupted conversion leaves no incomplete model. Another
+    process that wants the same model waits.
     """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial, lock = (folder.parent / f".{folder.name}.{end}" for end in ("unfinished", "lock"))
+    with FileLock(lock):
+        try:
+            if not (folder / "config.json").is_file():  # otherwise another process has converted it
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+                partial.mkdir()  # mkdtemp would hide it from other users of a shared cache
+                _write(source, gguf_file, partial)
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def _write(source: Path, gguf_file: str, folder: Path) -> None:
     import torch  # here, so that `dyads models` is quick
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    partial = folder.parent / f".{folder.name}-{uuid4().hex}"
-    partial.mkdir(parents=True)  # mkdtemp would hide it from other users of a shared cache
-    try:
-        with torch.device("cpu"):  # dyads.models.budget calls this inside torch.device("meta")
-            model = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=gguf_file, dtype=torch.float32)
-            # save_pretrained refuses a model whose config has a quantization_config: rebuild it without.
-            config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
-            dequantised = type(model)(type(model.config).from_dict(config))
-            dequantised.load_state_dict(model.state_dict())
-            dequantised.generation_config = model.generation_config
-            dequantised.to(torch.bfloat16).save_pretrained(partial)
-            AutoTokenizer.from_pretrained(str(source), gguf_file=gguf_file).save_pretrained(partial)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # otherwise another process has finished the same conversion
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with torch.device("cpu"):  # dyads.models.budget calls this inside torch.device("meta")
+        model = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=gguf_file, dtype=torch.float32)
+        # save_pretrained refuses a model whose config has a quantization_config: rebuild it without.
+        config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+        dequantised = type(model)(type(model.config).from_dict(config))
+        dequantised.load_state_dict(model.state_dict())
+        dequantised.generation_config = model.generation_config
+        dequantised.to(torch.bfloat16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(str(source), gguf_file=gguf_file).save_pretrained(folder)
 
 
 def _module_folder(packaged: Packaged) -> Path:

@@ -56,7 +56,7 @@ def read_file(path: Path, extended_by: tuple[Path, ...] = ()) -> YamlSource:
     try:
         text = read_file_text(path, error=ConfigError, most=_LARGEST)
     except FileNotFoundError:
-        raise ConfigError(f"there is no recipe at '{shortened(str(path), 400)}'{by}") from None
+        raise ConfigError(f"there is no recipe at '{shortened(str(path))}'{by}") from None
     real = path.resolve()
     if real in extended_by:
         circle = " → ".join(p.name for p in (*extended_by[extended_by.index(real) :], real))

@@ -493,7 +493,10 @@ class RunFolder:
     def _check_same_recipe(self, recipe: Recipe) -> None:
         changed = differences(self.recipe().resolved(), recipe.resolved())
         if changed:
-            listed = "\n  ".join(f"{key}: {then!r} there, {now!r} here" for key, (then, now) in changed.items())
+            listed = "\n  ".join(
+                f"{key}: {shortened(repr(then))} there, {shortened(repr(now))} here"
+                for key, (then, now) in changed.items()
+            )
             raise RunError(f"cannot resume '{self.path}': it was started with another recipe\n  {listed}")
 
 

@@ -54,7 +54,7 @@ def load_suite(spec: Spec | Sequence[Spec]) -> Suite:
     try:
         return spec.load()
     except OSError as error:
-        raise TaskError(f"cannot read '{shortened(str(error.filename), 400)}': {error.strerror or error}") from error
+        raise TaskError(f"cannot read '{shortened(str(error.filename))}': {error.strerror or error}") from error
 
 
 def load(spec: Spec | Sequence[Spec]) -> list[Task]:

@@ -68,7 +68,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from dyads.errors import TaskError, did_you_mean
+from dyads.errors import TaskError, did_you_mean, listed
 from dyads.tasks.task import Task
 
 __all__ = ["FamilySpec", "SeveralSpec", "Suite", "TasksSpec", "families", "register_family"]
@@ -85,7 +85,7 @@ class Suite:
     def __post_init__(self) -> None:
         names = [t.name for t in self.tasks]
         if repeated := sorted({n for n in names if names.count(n) > 1}):
-            raise TaskError(f"two tasks have the same name: {', '.join(repeated)}; rename one")
+            raise TaskError(f"two tasks have the same name: {listed(repeated)}; rename one")
 
 
 class FamilySpec(BaseModel, ABC):

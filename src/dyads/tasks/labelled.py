@@ -215,7 +215,7 @@ def verbalizer(row: Row, raw: str, labels: Sequence[str], aliases: Mapping[str, 
     """The label of a raw value: the label itself, its class id, or an alias."""
     if raw in labels:
         return raw
-    if raw.isdecimal() and int(raw) < len(labels):
+    if raw.isdecimal() and len(raw) < 10 and int(raw) < len(labels):
         return labels[int(raw)]
     if aliases and raw in aliases:
         return aliases[raw]

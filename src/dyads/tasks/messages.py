@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dyads.errors import TaskError
+from dyads.errors import TaskError, listed
 from dyads.tasks.rows import shortened
 
 __all__ = ["ASSISTANT", "SYSTEM", "USER", "Message", "read_messages", "transcript"]
@@ -59,7 +59,7 @@ def _message(given: Any, place: str) -> Message:
     role_key, text_key = ("from", "value") if "from" in given else ("role", "content")
     for key in (role_key, text_key):
         if key not in given:
-            raise TaskError(f"{place}: '{key}' is missing; it has {', '.join(map(str, given)) or 'nothing'}")
+            raise TaskError(f"{place}: '{key}' is missing; it has {listed(given) or 'nothing'}")
     role = _ROLES.get(given[role_key]) if isinstance(given[role_key], str) else None
     if role is None:
         raise TaskError(

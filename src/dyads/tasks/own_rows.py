@@ -23,7 +23,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, Field
 
-from dyads.errors import TaskError, did_you_mean
+from dyads.errors import TaskError, did_you_mean, listed
 from dyads.tasks.divide import divide, take
 from dyads.tasks.family import FamilySpec, Suite
 from dyads.tasks.messages import ASSISTANT, SYSTEM, Message, read_messages
@@ -41,6 +41,7 @@ CHAT_COLUMNS = (*QUESTION_COLUMNS, SYSTEM, MESSAGES, "conversations")
 DEFAULT_METRICS = ("rouge_l", "exact_match")
 LABELLED_METRICS = ("accuracy", "macro_f1")
 _PLURALS = {"metric": "metrics", "labels": "lists of labels"}
+_TOO_LARGE = "it is nested too deeply, or has a number of thousands of digits"
 HELD_OUT = 0.10  # share of a task's rows for the test split, and the same for validation
 
 
@@ -139,7 +140,7 @@ class OwnRowsSpec(FamilySpec):
                 if name != ANY and name not in by_task:
                     raise TaskError(f"{option} for an unknown task '{name}'{did_you_mean(name, by_task)}")
         if ignored:
-            notes.append(f"columns that are not read: {', '.join(ignored)}")
+            notes.append(f"columns that are not read: {listed(ignored)}")
         if unanswered:
             notes.append(f"{unanswered} conversations go on after their last answer; those turns are left out")
         return Suite(tuple(self._task(name, records, notes) for name, records in by_task.items()), tuple(notes))
@@ -195,7 +196,7 @@ class OwnRowsSpec(FamilySpec):
         for name in needed:
             if name not in given:
                 raise TaskError(
-                    f"{place}: column '{name}' is missing; it has {', '.join(map(str, given)) or 'none'}, a row needs "
+                    f"{place}: column '{name}' is missing; it has {listed(given) or 'none'}, a row needs "
                     f"{', '.join(map(str, needed))}{self._other_form()} and may have "
                     f"{', '.join(n for n in self.known if n not in needed and n not in (MESSAGES, 'conversations'))}"
                 )
@@ -249,10 +250,9 @@ class OwnRowsSpec(FamilySpec):
         if isinstance(given, str) and given.strip().startswith("["):
             try:
                 given = json.loads(given)
-            except json.JSONDecodeError as error:
-                raise TaskError(
-                    f"{place}: '{name}' is not a valid JSON list: {error.msg} in {shortened(given)}"
-                ) from None
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", _TOO_LARGE)
+                raise TaskError(f"{place}: '{name}' is not a valid JSON list: {reason} in {shortened(given)}") from None
         if given == "":
             return ()
         if not isinstance(given, (list, tuple)) or not all(isinstance(label, str) for label in given):
@@ -289,8 +289,9 @@ class OwnRowsSpec(FamilySpec):
         if isinstance(given, str):  # a cell of a CSV file
             try:
                 given = json.loads(given)
-            except json.JSONDecodeError as error:
-                raise TaskError(f"{place}: '{names[0]}' is not a JSON list of messages: {error.msg}") from None
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", _TOO_LARGE)
+                raise TaskError(f"{place}: '{names[0]}' is not a JSON list of messages: {reason}") from None
         messages = read_messages(given, place)
         if system.strip():
             if messages[0].role == SYSTEM:

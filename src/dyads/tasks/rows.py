@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dyads import reading
-from dyads.errors import DyadsError, TaskError
+from dyads.errors import DyadsError, TaskError, listed
 from dyads.reading import parse_json
 
 __all__ = ["Row", "first_file", "read_csv", "read_json", "read_jsonl", "read_text", "read_tsv", "shortened"]
@@ -48,7 +48,7 @@ class Row:
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.fields:
-            raise TaskError(f"{self.place}: no field '{name}'; it has {', '.join(map(str, self.fields)) or 'none'}")
+            raise TaskError(f"{self.place}: no field '{name}'; it has {listed(self.fields) or 'none'}")
         return self.fields[name]
 
 
@@ -81,7 +81,7 @@ def read_tsv(path: Path, columns: Sequence[str] | None = None) -> tuple[list[Row
         fields = dict(zip(columns, cells, strict=True))
         rows.append(Row(f"{path}, line {line_number}", number, fields, line_number))
     if dropped and not rows:
-        raise TaskError(f"{path}: no row has {len(columns)} cells ({', '.join(columns)}); separate cells with tabs")
+        raise TaskError(f"{path}: no row has {len(columns)} cells ({listed(columns)}); separate cells with tabs")
     return rows, dropped
 
 
@@ -94,13 +94,13 @@ def read_csv(path: Path) -> tuple[list[str], list[Row]]:
     try:
         header = [name.strip() for name in next(reader, [])]
         if len(set(header)) < len(header):
-            raise TaskError(f"{path}, line 1: a column name is used twice: {', '.join(header)}")
+            raise TaskError(f"{path}, line 1: a column name is used twice: {listed(header)}")
         line = reader.line_num + 1
         for cells in reader:
             if any(cell.strip() for cell in cells):
                 if len(cells) != len(header):
                     raise TaskError(
-                        f"{path}, line {line}: {len(cells)} cells for {len(header)} columns ({', '.join(header)}); "
+                        f"{path}, line {line}: {len(cells)} cells for {len(header)} columns ({listed(header)}); "
                         f'put a text with commas or line breaks in "quotes"'
                     )
                 rows.append(Row(f"{path}, line {line}", len(rows), dict(zip(header, cells, strict=True)), line))

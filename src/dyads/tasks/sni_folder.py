@@ -109,7 +109,7 @@ class Checkout:
         """The name of a task that has a file, from its name or its number (`task024`, `024`)."""
         if name in self.files:
             return name
-        if number := re.fullmatch(r"(?:task)?(\d+)", name):
+        if number := re.fullmatch(r"(?:task)?(\d{1,9})", name):
             prefix = f"task{int(number[1]):03d}_"
             fits = [n for n in self.files if n.startswith(prefix)]
             if len(fits) == 1:

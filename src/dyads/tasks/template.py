@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from dyads.errors import TaskError, did_you_mean
+from dyads.errors import TaskError, did_you_mean, listed
 from dyads.tasks.example import Example
 from dyads.tasks.messages import SYSTEM, USER, Message, read_messages, transcript
 
@@ -160,7 +160,7 @@ class Template(BaseModel):
         needed = columns_of(self.texts[-1])
         missing = next(name for name in needed if name not in values)
         raise TaskError(
-            f"{place}: column '{missing}' is missing; it has {', '.join(row) or 'no columns'}, the task's prompt needs "
+            f"{place}: column '{missing}' is missing; it has {listed(row) or 'no columns'}, the task's prompt needs "
             f"{', '.join(needed)}"
         )
 
