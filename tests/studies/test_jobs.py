@@ -48,6 +48,13 @@ def test_output_and_exit_code_are_kept(tmp_path: Path) -> None:
     assert last_line(killed.log) == ("killed by signal 9 (out of memory?)", True)
 
 
+@pytest.mark.parametrize("end", ["raise SystemExit(130)", "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"])
+def test_an_interrupted_process_did_not_fail(end: str, tmp_path: Path) -> None:
+    interrupted = job(tmp_path, f"print('step 3', flush=True)\n{end}")
+    assert run_job(interrupted) in (130, -15)
+    assert last_line(interrupted.log) == ("step 3", False)
+
+
 def test_jobs_side_by_side_share_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import os; print(os.environ['OMP_NUM_THREADS'])"
     shared = Job("a", (sys.executable, "-c", code), tmp_path / "a.txt", tmp_path, threads=3)

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dyads.cli import main
+from dyads.errors import ConfigError
 from dyads.runs.folder import RunFolder
 from dyads.studies.grid import load_study
 from dyads.studies.jobs import Job
@@ -176,6 +177,19 @@ def test_cells_outside_the_budget_are_refused_with_the_nearest_that_fits(
     assert message in " ".join(result.output.split())
     assert not in_process
     assert not (tmp_path / "out").exists()
+
+
+def test_the_budget_of_a_cell_is_that_of_the_same_size(write: Write, llama: Path, tmp_path: Path) -> None:
+    sizes = {"small": {"method.r": 4}, "large": {"method.r": 8}}
+    vary = {"method": {"LoRA": LORA, "MoDE": MODE}, "size": sizes, "seed": [0]}
+    adjust = [{"where": {"method": "MoDE", "size": "small"}, "recipe": {"method.r": 2}}]
+    path = write(llama, vary=vary, adjust=adjust, tables="size", budget={"like": "LoRA", "within": 30}, claims=None)
+    with pytest.raises(ConfigError) as refused:
+        Runner(load_study(path), StudyFolder(tmp_path / "out")).check()
+    (line,) = str(refused.value).splitlines()[1:]
+    assert line.startswith(
+        "  MoDE, large: 7,744 parameters, +157.4 % from 3,008; the nearest is r: 3 has 2,904 (-3.5 %)"
+    )
 
 
 def test_a_claim_on_an_unknown_task_and_a_wrong_option_are_refused_before_anything_runs(

@@ -9,6 +9,7 @@ processes of the first.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -29,6 +30,8 @@ except ImportError:  # Windows: without locks, so two studies in one folder do n
 __all__ = ["ENGINES", "Engine", "Job", "is_running", "last_line", "run_job"]
 
 _STOPPED = -1
+_INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
+"""Exit codes of a process that Ctrl-C or a shutdown ended: it did not fail."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False) -> int:
                     process.wait(timeout=0.2)
         finally:
             _end(process)
+        if code in _INTERRUPTED:
+            return code
         if code < 0:
             log.write(f"killed by signal {-code}{' (out of memory?)' if code == -9 else ''}\n".encode())
         if code:

@@ -46,9 +46,10 @@ def check_budget(study: Study, cells: Mapping[Combination, Cell]) -> dict[str, i
             continue
         found = counts[cell.name]
         if abs(found - target) > spec.within / 100 * target:
+            place = ", ".join([cell.label, *(v.name for v in study.table_of(combination))])
             mistakes.setdefault(
-                to_yaml([cell.label, [v.name for v in study.table_of(combination)]]),
-                f"{cell.label}: {found:,} parameters, {100 * (found - target) / target:+.1f} % from {target:,}; "
+                place,
+                f"{place}: {found:,} parameters, {100 * (found - target) / target:+.1f} % from {target:,}; "
                 + _nearest(cell.recipe, target, spec.within),
             )
     if mistakes:
