@@ -48,7 +48,7 @@ def in_terminal(command: list[str], cwd: Path, columns: int = 80) -> tuple[int, 
         os.environ["TERM"] = "xterm"
         os.execv(command[0], command)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    drawn, ends = b"", time.monotonic() + 120
+    drawn, ends = b"", time.monotonic() + 600
     while time.monotonic() < ends:
         if select.select([terminal], [], [], 1)[0]:
             try:
@@ -87,13 +87,20 @@ def test_a_training_in_a_terminal_fits_80_columns(recipe: Path, tmp_path: Path) 
 
 def test_an_interrupted_training_names_the_command_that_continues_it(recipe: Path, tmp_path: Path) -> None:
     command = [*DYADS, "train", "recipe.yaml", "--set", "train.steps=4000", "--out", "my run"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        checkpoint = tmp_path / "my run" / "checkpoints" / "checkpoint-5" / "manifest.json"
-        ends = time.monotonic() + 60
-        while not checkpoint.exists() and process.poll() is None and time.monotonic() < ends:
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell starts its background jobs with SIGINT ignored, and processes inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
+        checkpoints, ends = tmp_path / "my run" / "checkpoints", time.monotonic() + 300
+        while not any(checkpoints.glob("*/manifest.json")) and process.poll() is None and time.monotonic() < ends:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert (process.returncode, out) == (130, ""), err
     *_, state, remedy, again = err.splitlines()
     assert re.fullmatch(r"interrupted in the training; last checkpoint: step \d+ of 4,000", state)
