@@ -69,12 +69,16 @@ class Variant:
     @property
     def task_inputs(self) -> int:
         """Inputs of the router that sees the task; 1 where its scores are free numbers, 0 for the layer's width."""
-        return 1 if self.method == "mtl_lora" else int(dict(self.options).get("task_dim", 0))
+        return 1 if self.method == "mtl_lora" else int(dict(self.options).get("task_dim") or 0)
 
     def without_unused(self, cell: Cell) -> Cell:
         """The cell with 0 for the rates that none of the parameters follows."""
         used = {ROLES[name] for name, _ in self.core(8).named_parameters()}
         return replace(cell, **dict.fromkeys({"router", "task", "embedding"} - used, 0.0))
+
+    def adapt(self, toy: Toy) -> Adapted:
+        """The network with this method's cores."""
+        return Adapted(self, toy)
 
     def core(self, d: int) -> nn.Module:
         """The library's core for a layer of width d, its routers as large as N(0, 0.02²) is for a width of 576."""
@@ -289,18 +293,29 @@ class Adapted(nn.Module):
     def forward(self, x: Tensor, task: Tensor, base: Sequence[Tensor], A: Sequence[Tensor], B: Sequence[Tensor]) -> Any:
         """(the network's answer, auxiliary loss)."""
         auxiliary = x.new_zeros(())
-        for i, core in enumerate(self.cores):
+        for i in range(len(self.cores)):
             seen = inner(x, i)
-            if core.has_auxiliary_loss:
-                auxiliary = auxiliary + core.auxiliary_loss(seen, task, None) / len(self.cores)
-            x = x + F.linear(seen, base[i]) + dyadic(seen, A[i], B[i], core, task)
+            auxiliary = auxiliary + self.auxiliary(i, seen, A[i], task) / len(self.cores)
+            x = x + F.linear(seen, base[i]) + self.update(i, seen, A[i], B[i], task)
         return x, auxiliary
+
+    def update(self, i: int, seen: Tensor, A: Tensor, B: Tensor, task: Tensor) -> Tensor:
+        """What layer i adds to its frozen map."""
+        return dyadic(seen, A, B, self.cores[i], task)
+
+    def auxiliary(self, i: int, seen: Tensor, A: Tensor, task: Tensor) -> Tensor:
+        """The loss of layer i beside the task's own."""
+        core = self.cores[i]
+        return core.auxiliary_loss(seen, task, None) if core.has_auxiliary_loss else seen.new_zeros(())
+
+    def start(self, stacked: dict[str, Tensor]) -> None:
+        """Change the start of a set of trainings: parameters by name, stacked, with A and B of layer i as Ai and Bi."""
 
 
 def train(toy: Toy, variant: Variant, cells: Sequence[Cell], seed: int, data: Data) -> list[float]:
     """Validation losses of one variant trained at several cells of rates, all from the same start, side by side."""
     torch.manual_seed(seed)
-    model = Adapted(variant, toy)
+    model = variant.adapt(toy)
     for core in model.cores:
         core.reset_parameters()
     n = len(cells)
@@ -313,6 +328,7 @@ def train(toy: Toy, variant: Variant, cells: Sequence[Cell], seed: int, data: Da
             starts[kind] = start_of_a(kind, core.p, toy.d)
         stacked[f"A{i}"] = torch.stack([starts[cell.a_init] for cell in cells])
         stacked[f"B{i}"] = torch.zeros(n, toy.d, core.q)
+    model.start(stacked)
     rates = {}
     for name, value in stacked.items():
         which = {"A": "a", "B": "b"}.get(name[0]) or ROLES[name.split(".", 2)[2]]
@@ -327,7 +343,7 @@ def train(toy: Toy, variant: Variant, cells: Sequence[Cell], seed: int, data: Da
         y, auxiliary = functional_call(model, {**own, **buffers}, (x, task, data.base, A, B))
         return ((y - target) / data.unit).square().mean(), auxiliary
 
-    side_by_side = torch.vmap(losses, in_dims=(0, None, None, None))
+    side_by_side = torch.vmap(losses, in_dims=(0, None, None, None), randomness="same")  # which dropout needs
     first, second = ([torch.zeros_like(p) for p in parameters] for _ in range(2))
     warm_up = max(1, toy.steps // 10)
     for step in range(toy.steps):
@@ -343,6 +359,7 @@ def train(toy: Toy, variant: Variant, cells: Sequence[Cell], seed: int, data: Da
                 v.lerp_(gradient.square(), 0.001)
                 size = (v / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-8)
                 p.sub_(rate * (share / (1 - 0.9 ** (step + 1))) * m / size)
+    model.eval()
     with torch.no_grad():
         parts = zip(*(part.split(64) for part in data.valid), strict=True)
         found = torch.stack([side_by_side(stacked, *part)[0] for part in parts]).mean(0)
