@@ -95,7 +95,9 @@ def test_the_interval_and_p_are_those_of_the_scores_with_holms_correction(write:
     assert micro.p == micro.corrected_p == pytest.approx(stats.ttest_1samp(gains["a"], 1.0).pvalue), "alone on micro"
 
 
-def test_clear_of_asks_the_estimate_to_reach_the_margin_and_the_interval_another(write: Write, tmp_path: Path) -> None:
+def test_clear_of_holds_the_estimate_to_the_margin_and_the_interval_to_another_bound(
+    write: Write, tmp_path: Path
+) -> None:
     gains = {"x": (1.0, 1.6, 1.2, 1.4, 1.1)}
     strict = {"ahead": "x", "of": "base", "by": 1}
     for claim, verdict in ((strict, "undecided"), ({**strict, "clear_of": 0}, "supported")):

@@ -111,8 +111,8 @@ _AHEAD, _EQUAL = ("of", "by", "clear_of"), ("to", "within")
 class ChooseSpec(Section):
     """A key that every method gets at its own best value: that of the lowest validation loss in a short training.
 
-    Methods are told apart by all axes but the seed. The trials are trained before the cells, with the first seed, and
-    need `train.validation_limit`.
+    A method is a combination of all axes but the seed. The trials are trained before the cells, with the first seed,
+    and need `train.validation_limit`.
     """
 
     key: str = "train.learning_rate"
