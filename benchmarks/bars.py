@@ -39,7 +39,7 @@ BARS = (
     Bar("step: MoDE r=4, 64 experts ÷ 4 experts", "smollm2", "step", "mode-64x4", "mode-4x4", 1.4),
     Bar("decoding: MoDE 16×4 ÷ PEFT LoRA, tokens/s", "smollm2", "decode", "mode-16x4", "lora", 0.90, False),
     Bar("training run: dyads ÷ TRL, examples/s", "training", "examples", "dyads-mode", "trl", 2.0, False),
-    Bar("scoring: dyads ÷ a loop of generate, examples/s", "scoring", "examples", "dyads", "plain", 3.0, False),
+    Bar("scoring: dyads ÷ a loop of generate, examples/s", "scoring", "per_second", "dyads", "plain", 3.0, False),
     Bar("scoring in fp32: answers that differ", "scoring", "differing_fp32", "dyads", None, 0),
     Bar("launches: MoDE 8×4 ÷ PEFT LoRA, fp32 adapters", "counted", "launches", "mode-8x4", "lora", 1.3),
     Bar("launches: MoDE 8×4 ÷ PEFT LoRA, bf16 adapters", "counted", "launches", "mode-8x4-bf16", "lora-bf16", 1.5),

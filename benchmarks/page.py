@@ -24,6 +24,7 @@ from benchmarks.counted import BATCH, LENGTH, REFERENCE, WIDTH
 from benchmarks.environment import machine
 from benchmarks.plan import Job
 from benchmarks.profile import KINDS, NEW_TOKENS, PROFILED
+from benchmarks.scoring import METRICS as SCORING_METRICS
 from benchmarks.training import GROUPS as TRAINING_GROUPS
 from benchmarks.training import LABELS as TRAINING_LABELS
 
@@ -216,16 +217,21 @@ def training(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 def scoring(results: list[dict[str, Any]]) -> str:
     """The comparison in words."""
     for group in of_part(results, "scoring"):
-        ours, plain = (spread([group], "scoring", "examples", side) for side in ("dyads", "plain"))
-        ratio = spread([group], "scoring", "examples", "dyads", "plain")
-        if ours and plain and ratio:
-            facts = group["facts"]["dyads"]
-            return (
-                f"{facts['examples']} prompts of all tasks, at most {facts['new_tokens']} new tokens each: dyads"
-                f" {ours.text()} examples/s, a loop of `generate` in file order {plain.text()}, ratio {ratio.text()}."
-                f" Predictions that differ: {facts['differing_fp32']} of {facts['compared_fp32']} in fp32,"
-                f" {facts['differing']} of {facts['examples']} in the run's own precision."
-            )
+        said = {}
+        for metric in SCORING_METRICS:
+            ours, plain = (spread([group], "scoring", metric, side) for side in ("dyads", "plain"))
+            ratio = spread([group], "scoring", metric, "dyads", "plain")
+            if not (ours and plain and ratio):
+                return ""
+            said[metric] = f"{ours.text()} and {plain.text()}, ratio {ratio.text()}"
+        facts = group["facts"]["dyads"]
+        return (
+            f"{facts['examples']} prompts of all tasks, at most {facts['new_tokens']} new tokens each; examples/s of"
+            f" dyads and of a loop of `generate` in file order: {said['per_second']}, in a process as users have it;"
+            f" {said['per_second_kept']}, where glibc keeps freed memory, as for the tables above: `generate` copies"
+            f" all keys and values at every step, dyads none. Predictions that differ: {facts['differing_fp32']} of"
+            f" {facts['compared_fp32']} in fp32, {facts['differing']} of {facts['examples']} in the run's precision."
+        )
     return ""
 
 

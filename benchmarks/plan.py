@@ -23,7 +23,7 @@ CHECK_SECONDS = 4.0
 SECONDS = {"counted": 70.0, "profile": 150.0}
 """Of a whole group that has no rounds of its own."""
 TRAINING_SIDE = 36.0
-SCORING_ROUND = 40.0
+SCORING_ROUND = 16.0
 STARTUP_ROUND = 2.0
 
 

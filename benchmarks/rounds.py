@@ -38,14 +38,14 @@ KEEP_MEMORY = {
 gigabyte to the system and takes it again, a quarter of a million page faults that are measured too (LOG.md)."""
 
 
-def child_environment(threads: int) -> dict[str, str]:
-    """Environment of a worker: fixed threads, freed memory kept, no network, this checkout first on the path."""
+def child_environment(threads: int, keep_memory: bool = True) -> dict[str, str]:
+    """Environment of a worker: fixed threads, no network, this checkout first on the path, freed memory kept or not."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
     fixed = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     return {
         **os.environ,
         **fixed,
-        **KEEP_MEMORY,
+        **(KEEP_MEMORY if keep_memory else {}),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": path,
@@ -55,7 +55,7 @@ def child_environment(threads: int) -> dict[str, str]:
 class Worker:
     """A process that answers with lines of JSON."""
 
-    def __init__(self, module: str, job: dict[str, Any], threads: int, log: Path) -> None:
+    def __init__(self, module: str, job: dict[str, Any], threads: int, log: Path, keep_memory: bool = True) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self.log = log
         with log.open("w") as errors:
@@ -65,7 +65,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=child_environment(threads),
+                env=child_environment(threads, keep_memory),
             )
 
     def read(self) -> dict[str, Any]:

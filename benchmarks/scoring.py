@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scoring: examples per second of `dyads evaluate`, beside a loop of `generate` in file order.
 
-Both sides have the same model, prompts, limits and batch size, in one process, taking turns. Their predictions are
-compared: in fp32 all must be equal; in bf16 a batch's width may change a rounding, so those that differ are counted.
+Both sides have the same model, prompts, limits and batch size, in one process, taking turns; once in a process as users
+have it, and once in one where glibc keeps freed memory, as for all other timings. Their predictions are compared: in
+fp32 all must be equal; in bf16 a batch's width may change a rounding, so those that differ are counted.
 
 `python -m benchmarks.scoring JOB` writes one line of JSON for every side that it reads.
 """
@@ -23,6 +24,9 @@ import torch
 from benchmarks.rounds import Worker, WorkerError, rotated
 
 LABELS = {"dyads": "dyads", "plain": "a plain loop of generate"}
+METRICS = {"per_second": False, "per_second_kept": True}
+"""Whether glibc keeps freed memory in the process (rounds.KEEP_MEMORY). By default it does not, and each step of
+`generate` then takes fresh memory for the keys and values that it copies."""
 
 
 def job(*, quick: bool, run: Path | None, out: Path) -> dict[str, Any]:
@@ -43,21 +47,21 @@ def job(*, quick: bool, run: Path | None, out: Path) -> dict[str, Any]:
 
 
 def measure(job: dict[str, Any], rounds: int, logs: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """{facts, rounds, errors} of both sides, which take turns in one process."""
-    worker = Worker("benchmarks.scoring", job, job["threads"], logs / "scoring.log")
-    try:
-        facts = worker.read()["facts"]
-        results = []
-        for number in range(rounds):
-            results.append(
-                {"examples": {side: worker.request(side)["value"] for side in rotated(list(LABELS), number)}}
-            )
-            say(f"round {number + 1} of {rounds}")
-    except WorkerError as failed:
-        say(f"scoring failed: {failed}")
-        return {"facts": {}, "rounds": [], "errors": {"dyads": str(failed)}}
-    finally:
-        worker.close()
+    """{facts, rounds, errors} of both sides, which take turns in one process, for each of METRICS."""
+    facts: dict[str, Any] = {}
+    results: list[dict[str, Any]] = [{} for _ in range(rounds)]
+    for metric, keep_memory in METRICS.items():
+        worker = Worker("benchmarks.scoring", job, job["threads"], logs / f"scoring-{metric}.log", keep_memory)
+        try:
+            facts = worker.read()["facts"]
+            for number, result in enumerate(results):
+                result[metric] = {side: worker.request(side)["value"] for side in rotated(list(LABELS), number)}
+                say(f"{metric}, round {number + 1} of {rounds}")
+        except WorkerError as failed:
+            say(f"scoring failed: {failed}")
+            return {"facts": {}, "rounds": [], "errors": {"dyads": str(failed)}}
+        finally:
+            worker.close()
     return {"facts": {"dyads": facts}, "rounds": results, "errors": {}}
 
 

@@ -3,7 +3,8 @@
 
 Every file that the library reads as text or JSON is read here. A path that is no ordinary file (a folder, a device, a
 pipe), a file beyond its limit, text that is not UTF-8, and JSON that is nested deeper than `DEEPEST`, has numbers of
-thousands of digits, NaN, or halves of surrogate pairs, are refused with the error class of the caller.
+thousands of digits, halves of surrogate pairs, or NaN where the caller does not allow it, are refused with the error
+class of the caller.
 """
 
 from __future__ import annotations
@@ -60,14 +61,17 @@ def read_text(path: str | os.PathLike[str], *, error: type[DyadsError], most: in
         ) from None
 
 
-def parse_json(text: str, place: str, *, error: type[DyadsError], remedy: str = "", lines: bool = False) -> Any:
+def parse_json(
+    text: str, place: str, *, error: type[DyadsError], remedy: str = "", lines: bool = False, nan: bool = False
+) -> Any:
     """The value of a JSON text; `place` (file, or file and line) starts the message of an error, `remedy` ends it.
 
-    With `lines`, the text has several lines and the message names the one with the mistake.
+    With `lines`, the text has several lines and the message names the one with the mistake. With `nan`, NaN and
+    Infinity are read as floats.
     """
     tail = f"; {remedy}" if remedy else ""
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=None if nan else _refuse_constant)
         if text.count("[") + text.count("{") > DEEPEST:
             _check_depth(value)
         if _HALF_PAIR.search(text):
@@ -85,9 +89,10 @@ def parse_json(text: str, place: str, *, error: type[DyadsError], remedy: str = 
     return value
 
 
-def read_json(path: Path, *, error: type[DyadsError], remedy: str = "", most: int = SETTINGS) -> Any:
+def read_json(path: Path, *, error: type[DyadsError], remedy: str = "", most: int = SETTINGS, nan: bool = False) -> Any:
     """The value in a JSON file; FileNotFoundError passes through."""
-    return parse_json(read_text(path, error=error, most=most), str(path), error=error, remedy=remedy, lines=True)
+    text = read_text(path, error=error, most=most)
+    return parse_json(text, str(path), error=error, remedy=remedy, lines=True, nan=nan)
 
 
 def _refuse_constant(name: str) -> NoReturn:

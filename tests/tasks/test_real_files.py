@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dyads.tasks import load_suite
+from dyads.tasks.sni_folder import read_task
 
 DATA = Path(os.environ.get("DYADS_DATA") or Path(__file__).parents[3] / "shared" / "data")
 WHOLE_DEV = {
@@ -84,6 +85,14 @@ def test_the_joined_form_holds_the_same_validation_sets():
     for name, task in joined.items():
         assert task.test == lines[name].test
     assert {n: len(t.train) + len(t.validation) for n, t in joined.items()} == {"cb": 250, "copa": 400, "wic": 2000}
+
+
+def test_every_file_of_super_naturalinstructions_is_read():
+    if not (DATA / "sni").is_dir():
+        pytest.skip(f"no data in {DATA / 'sni'}")
+    files = sorted((DATA / "sni" / "tasks").glob("*.json"))
+    assert len(files) >= 100
+    assert all(read_task(path).instances for path in files)
 
 
 @pytest.mark.parametrize(("number", "n"), [("1529", 5060), ("1554", 6495)])

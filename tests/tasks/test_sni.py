@@ -222,6 +222,16 @@ def test_unusable_contents_are_refused_with_the_place(sni_folder, changes, messa
     assert str(path) in str(error.value) or "task 'task001_colour_naming'" in str(error.value)
 
 
+def test_nan_is_read_where_nothing_uses_it(sni_folder):
+    expected = read(sni_folder)
+    rewrite(sni_folder, "task001_colour_naming", URL=[float("nan")])
+    assert "NaN" in (sni_folder / "tasks" / "task001_colour_naming.json").read_text()
+    assert read(sni_folder) == expected
+    rewrite(sni_folder, "task001_colour_naming", Instances=[{"input": float("nan"), "output": ["a"]}])
+    with pytest.raises(TaskError, match=r"Instances\.0\.input: Input should be a valid string"):
+        read(sni_folder)
+
+
 def test_text_that_is_not_utf8_is_refused(sni_folder):
     (sni_folder / "tasks" / "task001_colour_naming.json").write_bytes(b'{"Definition": "\xff"}')
     with pytest.raises(TaskError, match=r"not UTF-8 text \(byte 16\)"):
