@@ -562,7 +562,15 @@ def budgets(fake: Callable[..., None]) -> list[Any]:
         seen.append((*arguments, free, parameters))
         return parameters // 100, Count(parameters // 100 * 100)
 
-    fake("dyads.models", budget=SimpleNamespace(count=count, solve=solve))
+    def alternatives(*arguments: Any, free: str, parameters: int, task_names: Any) -> list[Any]:
+        seen.append(("alternatives", *arguments, free, parameters))
+        return [
+            ({"r": 6, "num_experts": 9}, Count(parameters - 1)),
+            ({"r": 1, "num_experts": 1}, Count(9 * parameters)),
+        ]
+
+    functions = {"count": count, "solve": solve, "alternatives": alternatives}
+    fake("dyads.models", budget=SimpleNamespace(**functions, NEAR=0.03, WHERE=("target_modules", "modules_to_save")))
     return seen
 
 
@@ -584,6 +592,19 @@ def test_budget_meets_a_number_or_another_method(budgets: list[Any]) -> None:
     modules = ["q_proj", "v_proj"]
     assert budgets[-2][:3] == ("m", "lora", {"target_modules": modules, "r": 5, "modules_to_save": ["a", "b"]})
     assert budgets[-1] == ("m", "mode", {"target_modules": modules}, "r", 500)
+
+
+def test_budget_says_that_it_misses_and_proposes_another_pair(budgets: list[Any]) -> None:
+    result = invoke("budget", "--model", "m", "--method", "mode", "--option", "r=4", "--parameters", "190")
+    assert budgets[-1] == ("alternatives", "m", "mode", {"r": 4}, "num_experts", 190)
+    assert result.output == (
+        "mode (r=4, num_experts=1) on m\n"
+        "  100 parameters, 0.10 % of the model's 100,000\n"
+        "  -47.4 % of the budget 190\n"
+        "  No other num_experts comes closer.\n"
+        "  Closer with another pair:\n"
+        "    --option r=6 --option num_experts=9             189  -0.5 %\n"
+    )
 
 
 def test_budget_fits_80_columns_however_many_options_there_are(budgets: list[Any]) -> None:

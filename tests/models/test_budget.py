@@ -14,7 +14,7 @@ from transformers import T5Config
 from dyads.errors import ConfigError, RunError
 from dyads.methods import build_config, method_names
 from dyads.models import budget
-from dyads.models.budget import PAPER_GEMMA_2B, count, solve
+from dyads.models.budget import NEAR, PAPER_GEMMA_2B, alternatives, count, solve
 from dyads.models.load import load_model
 from dyads.recipe.spec import ModelSpec
 from tiny import SMALL
@@ -209,3 +209,52 @@ def test_counting_loads_no_weights(other_llama: Callable[..., Path]) -> None:
     path = other_llama()
     (path / "model.safetensors").unlink()
     assert count(str(path), "lora", {"r": 2, "target_modules": ["q_proj"]}).trainable == 2 * 2 * (32 + 32)
+
+
+# --- other pairs of r and num_experts ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "free"),
+    [
+        ("mode", {"r": 16}, "num_experts"),
+        ("mode", {"r": 8, "group_size": 4}, "num_experts"),
+        ("molora", {"num_experts": 3}, "r"),
+        ("molora", {"num_experts": 3, "modules_to_save": ["lm_head"]}, "r"),
+        ("task_mode", {"r": 8, "num_tasks": 3, "task_dim": 4}, "num_experts"),
+    ],
+)
+def test_other_pairs_meet_the_budget_and_are_counted_exactly(
+    method: str, options: dict[str, Any], free: Any, llama: Path
+) -> None:
+    saved = {"modules_to_save"} & options.keys()
+    budget_of = count(
+        str(llama),
+        method,
+        {**options, "r": 4, "num_experts": 5, **({"group_size": 4} if "group_size" in options else {})},
+    )
+    parameters = budget_of.trainable + 7
+    pairs = alternatives(str(llama), method, options, free=free, parameters=parameters)
+    assert 1 <= len(pairs) <= 3
+    for pair, there in pairs:
+        assert there == count(str(llama), method, pair)
+        assert abs(there.trainable - parameters) <= NEAR * parameters
+        assert pair["num_experts"] >= 2, "one expert is LoRA"
+        assert {key: pair[key] for key in options.keys() - {"r", "num_experts"}} == {
+            key: options[key] for key in options.keys() - {"r", "num_experts"}
+        }
+    kept = "r" if free == "num_experts" else "num_experts"
+    distances = [abs(pair[kept] - options[kept]) for pair, _ in pairs]
+    assert distances == sorted(distances), "those that change the given option least come first"
+    assert not saved or all(there.trainable > 3000 for _, there in pairs)
+
+
+def test_without_a_pair_in_reach_the_closest_alone_is_returned(llama: Path) -> None:
+    least = count(str(llama), "mode", {"r": 1, "num_experts": 2}).trainable
+    pairs = alternatives(str(llama), "mode", {"r": 2}, free="num_experts", parameters=round(0.8 * least))
+    assert [pair for pair, _ in pairs] == [{"r": 1, "num_experts": 2}]
+
+
+def test_a_method_with_one_size_has_no_other_pairs(llama: Path) -> None:
+    assert alternatives(str(llama), "lora", {}, free="r", parameters=900) == []
+    assert alternatives(str(llama), "more", {"num_tasks": 2}, free="r", parameters=900) == []

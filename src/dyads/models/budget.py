@@ -11,7 +11,9 @@ over 1,981,884,416 non-embedding parameters, times 4, a factor that the paper do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any, Literal
@@ -24,11 +26,18 @@ from dyads.errors import ConfigError, DyadsError
 from dyads.methods import build_config
 from dyads.models.load import auto_class, kind_of, model_config, without_pooler
 
-__all__ = ["PAPER_GEMMA_2B", "Count", "count", "solve"]
+__all__ = ["NEAR", "PAPER_GEMMA_2B", "WHERE", "Count", "adapted_skeleton", "alternatives", "count", "solve"]
+
+NEAR = 0.03
+"""Relative distance from a budget that counts as equal."""
+WHERE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+"""Options that choose modules, whatever the method."""
 
 PAPER_GEMMA_2B = "paper:mode-gemma-2b"
 _PAPER_BASE, _PAPER_FACTOR, _PAPER_LAYERS = 1_981_884_416, 4, 18
 _LARGEST, _LARGEST_FIRST = 1 << 20, 1 << 10
+_MOST_TRIED = 64
+"""Values of an option that `alternatives` tries."""
 
 
 @dataclass(frozen=True)
@@ -59,14 +68,7 @@ def count(model: str, method: str, options: dict[str, Any], task_names: Sequence
             options["target_modules"] = [
                 n for t in options["target_modules"] for n in ([f"q{i}" for i in range(8)] if t == "q" else [t])
             ]
-    config = build_config(method, options, tuple(task_names) or None)
-    try:
-        with torch.device("meta"):
-            adapted = get_peft_model(_skeleton(model), config)
-    except DyadsError:
-        raise
-    except ValueError as error:  # PEFT finds no such target modules
-        raise ConfigError(f"method '{method}' does not fit model '{model}': {error}") from error
+    adapted, _ = adapted_skeleton(model, method, options, task_names)
     per_module = {
         name.removeprefix("base_model.model."): sum(p.numel() for p in module.parameters() if p.requires_grad)
         for name, module in adapted.named_modules()
@@ -74,6 +76,21 @@ def count(model: str, method: str, options: dict[str, Any], task_names: Sequence
     }
     trainable = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     return Count(trainable, base, factor, per_module)
+
+
+def adapted_skeleton(
+    model: str, method: str, options: dict[str, Any], task_names: Sequence[str] = (), **how: Any
+) -> tuple[nn.Module, str]:
+    """(the model with an adapter on the meta device, its kind); `how` is passed on to the model (dtype, attention)."""
+    config = build_config(method, options, tuple(task_names) or None)
+    skeleton, kind = _skeleton(model, **how)
+    try:
+        with torch.device("meta"):
+            return get_peft_model(skeleton.requires_grad_(False), config), kind
+    except DyadsError:
+        raise
+    except ValueError as error:  # PEFT finds no such target modules
+        raise ConfigError(f"method '{method}' does not fit model '{model}': {error}") from error
 
 
 def solve(
@@ -92,29 +109,110 @@ def solve(
     """
     if free == "num_experts" and not hasattr(build_config(method, options, tuple(task_names) or None), free):
         raise ConfigError(f"{method} has no num_experts, so only r can meet a budget: leave r out")
-    first, step = _accepted(method, options, free, task_names)
 
     @cache
     def at(n: int) -> Count:
-        return count(model, method, {**options, free: first + (n - 1) * step}, task_names)
+        return count(model, method, {**options, free: n}, task_names)
+
+    value = _nearest(lambda n: at(n).trainable, method, options, free, parameters, task_names)
+    return value, at(value)
+
+
+def _nearest(
+    trainable: Callable[[int], int],
+    method: str,
+    options: dict[str, Any],
+    free: Literal["r", "num_experts"],
+    parameters: int,
+    task_names: Sequence[str],
+) -> int:
+    """The accepted value of `free` whose `trainable` is closest to the budget."""
+    first, step = _accepted(method, options, free, task_names)
+
+    def at(n: int) -> int:
+        return trainable(first + (n - 1) * step)
 
     low = 1
-    smallest = at(low)
-    if smallest.trainable > 2 * parameters:
+    if at(low) > 2 * parameters:
         raise ConfigError(
             f"no {free} meets a budget of {parameters:,}: {method} with {free}={first} already has"
-            f" {smallest.trainable:,} parameters. Adapt fewer modules, or raise the budget"
+            f" {at(low):,} parameters. Adapt fewer modules, or raise the budget"
         )
     high = 2
-    while at(high).trainable < parameters:
+    while at(high) < parameters:
         low, high = high, 2 * high
         if high > _LARGEST:
             raise ConfigError(f"{free} up to {_LARGEST:,} does not reach a budget of {parameters:,}")
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if at(middle).trainable < parameters else (low, middle)
-    best = min((low, high), key=lambda n: abs(at(n).trainable - parameters))
-    return first + (best - 1) * step, at(best)
+        low, high = (middle, high) if at(middle) < parameters else (low, middle)
+    best = min((low, high), key=lambda n: abs(at(n) - parameters))
+    return first + (best - 1) * step
+
+
+def alternatives(
+    model: str,
+    method: str,
+    options: dict[str, Any],
+    *,
+    free: Literal["r", "num_experts"],
+    parameters: int,
+    task_names: Sequence[str] = (),
+) -> list[tuple[dict[str, Any], Count]]:
+    """Pairs of r and num_experts (two or more) near a budget, with their counts: at most three.
+
+    The option that `solve` keeps is varied up to twice its value, and the free one solved for each. The pairs within
+    `NEAR` of the budget that change that option least come first; without any, there is the closest pair alone. Every
+    layer is counted by its shape, so that this takes seconds; the counts of the pairs returned are exact.
+    """
+    other = "r" if free == "num_experts" else "num_experts"
+    kept = getattr(build_config(method, options, tuple(task_names) or None), other, None)
+    if kept is None:
+        return []
+    by_shape = _CountByShape(model, method, options, task_names)
+    found = []
+    smallest = {"r": 1, "num_experts": 2}  # one expert is LoRA
+    for value in range(smallest[other], max(2 * kept, smallest[other]) + 1)[:_MOST_TRIED]:
+        tried = {**options, other: value}
+
+        def trainable(n: int, tried: dict[str, Any] = tried) -> int:
+            return by_shape({**tried, free: n})
+
+        try:
+            n = _nearest(trainable, method, tried, free, parameters, task_names)
+            if n >= smallest[free]:
+                found.append((abs(trainable(n) - parameters), abs(value - kept), {**tried, free: n}))
+        except ConfigError:  # a value that the config refuses, or too large at any value of the free one
+            continue
+    near = sorted((f for f in found if f[0] <= NEAR * parameters), key=lambda f: (f[1], f[0]))
+    chosen = near[:3] or sorted(found, key=lambda f: f[:2])[:1]
+    return [(pair, count(model, method, pair, task_names)) for _, _, pair in chosen]
+
+
+class _CountByShape:
+    """Trainable parameters of a method with other options on the same modules, one layer of each shape being built."""
+
+    def __init__(self, model: str, method: str, options: dict[str, Any], task_names: Sequence[str]) -> None:
+        self.method, self.task_names = method, task_names
+        adapted, _ = adapted_skeleton(model, method, options, task_names)
+        self.shapes: Counter[tuple[int, int]] = Counter()
+        for module in adapted.modules():
+            base = getattr(module, "base_layer", None)
+            if base is not None and hasattr(base, "in_features") and hasattr(base, "out_features"):
+                self.shapes[base.in_features, base.out_features] += 1
+        self.others = 0
+        self.others = sum(p.numel() for p in adapted.parameters() if p.requires_grad) - self(options)
+        """Parameters outside of linear layers; below 0 where layers share some."""
+
+    def __call__(self, options: dict[str, Any]) -> int:
+        mine = {key: value for key, value in options.items() if key not in WHERE}
+        config = build_config(self.method, {**mine, "target_modules": ["layer"]}, tuple(self.task_names) or None)
+        total = self.others
+        for (d, o), times in self.shapes.items():
+            with torch.device("meta"):
+                alone = get_peft_model(nn.ModuleDict({"layer": nn.Linear(d, o, bias=False)}), copy(config))
+            total += times * sum(p.numel() for p in alone.parameters() if p.requires_grad)
+        return total
 
 
 def _accepted(method: str, options: dict[str, Any], free: str, task_names: Sequence[str]) -> tuple[int, int]:
@@ -148,15 +246,15 @@ class _PaperLayer(nn.Module):
         self.o = nn.Linear(2048, 2048, bias=False)
 
 
-def _skeleton(model: str) -> nn.Module:
-    """The model on the meta device, built for each call because adapters are added to it in place."""
+def _skeleton(model: str, **how: Any) -> tuple[nn.Module, str]:
+    """(the model on the meta device, its kind), built for each call because adapters are added to it in place."""
     with torch.device("meta"):
         if model == PAPER_GEMMA_2B:
-            return nn.ModuleList(_PaperLayer() for _ in range(_PAPER_LAYERS))
+            return nn.ModuleList(_PaperLayer() for _ in range(_PAPER_LAYERS)), "paper"
         config = _config(model)
         kind = kind_of(model, config)
-        skeleton: nn.Module = auto_class(kind).from_config(config)
-        return without_pooler(skeleton) if kind == "encoder" else skeleton
+        skeleton: nn.Module = auto_class(kind).from_config(config, **how)
+        return (without_pooler(skeleton) if kind == "encoder" else skeleton), kind
 
 
 @lru_cache(maxsize=4)
@@ -166,4 +264,4 @@ def _config(model: str) -> Any:
 
 @lru_cache(maxsize=4)
 def _base_size(model: str) -> int:
-    return sum(p.numel() for p in _skeleton(model).parameters())
+    return sum(p.numel() for p in _skeleton(model)[0].parameters())
