@@ -1,5 +1,5 @@
 # The two commands for a fresh machine with Python and git:
-#   make demo    train LoRA and MoDE on the starter suite and compare them
+#   make demo    train LoRA, MoDE and MTL-LoRA on the starter suite and compare them
 #   make test    the tests
 # and for those who change the code: make check, make test-all, make bench.
 PYTHON ?= python3
