@@ -150,6 +150,22 @@ def chat_options(tmp_path):
 
 
 @pytest.fixture
+def dataset_options(tmp_path):
+    """A folder that datasets saved, whose columns have other names."""
+    datasets = pytest.importorskip("datasets")
+    columns = {"question": ["France", "Chad"], "answers": [{"text": ["Paris", "paris"]}, {"text": ["N'Djamena"]}]}
+    splits = {split: datasets.Dataset.from_dict(columns) for split in ("train", "test")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "capital")
+    return {"path": str(tmp_path / "capital"), "columns": {"input": "question", "output": "answers.text"}}
+
+
+@pytest.fixture
+def reasoning_gym_options():
+    pytest.importorskip("reasoning_gym")
+    return {"names": ["chain_sum", "spell_backward"], "train_per_task": 3, "validation_per_task": 1, "test_per_task": 2}
+
+
+@pytest.fixture
 def sni_options(sni_folder):
     return {"path": sni_folder}
 

@@ -30,7 +30,8 @@ def check(name, tasks):
             "prompt": e.prompt,
             "references": list(e.references),
             "shorter": list(e.shorter),
-            **{key: list(value) for key in ("segments", "choices", "messages") if (value := getattr(e, key))},
+            **{key: list(value) for key in ("segments", "choices") if (value := getattr(e, key))},
+            **({"messages": [list(message) for message in e.messages]} if e.messages else {}),
         }
         for t in tasks
         for e in t.test[:2]

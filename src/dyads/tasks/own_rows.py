@@ -32,7 +32,7 @@ from dyads.tasks.rows import Row, shortened
 from dyads.tasks.task import SPLITS, Example, Task
 from dyads.tasks.template import MESSAGES, Template, columns_of
 
-__all__ = ["ANY", "CHAT_COLUMNS", "OwnRow", "OwnRowsSpec"]
+__all__ = ["ANY", "CHAT_COLUMNS", "OwnRow", "OwnRowsSpec", "for_every_task"]
 
 ANY = "*"
 """Key of an option's value for every task."""
@@ -45,12 +45,13 @@ _TOO_LARGE = "it is nested too deeply, or has a number of thousands of digits"
 HELD_OUT = 0.10  # share of a task's rows for the test split, and the same for validation
 
 
-def _for_every_task(value: object) -> object:
+def for_every_task(value: object) -> object:
+    """An option by task as it is, and one value as that of every task."""
     return value if isinstance(value, Mapping) else {ANY: value}
 
 
 V = TypeVar("V")
-_ByTask = Annotated[dict[str, V], BeforeValidator(_for_every_task)]
+_ByTask = Annotated[dict[str, V], BeforeValidator(for_every_task)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ class OwnRow:
     """Used where the row has none; unique among the rows of the suite."""
     task: str = ""
     """Used where the row has none; empty: the column is required."""
+    split: str = ""
+    """The split that the row was found in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +225,12 @@ class OwnRowsSpec(FamilySpec):
         task = texts.pop("task") or own.task
         if not task:
             raise TaskError(f"{place}: '{self._name('task')}' is empty")
+        if own.split and texts["split"]:
+            raise TaskError(
+                f"{place}: the row has a split, '{texts['split']}', in split '{own.split}' of the data set; leave the "
+                "column out with `columns: {split: null}`"
+            )
+        texts["split"] = texts["split"] or own.split
         if texts["split"] and texts["split"] not in SPLITS:
             near = did_you_mean(texts["split"], SPLITS)
             raise TaskError(f"{place}: unknown split '{texts['split']}'{near}; use {', '.join(SPLITS)}")
