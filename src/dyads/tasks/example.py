@@ -29,6 +29,8 @@ class Example:
     """Candidate answers of this example, where they differ between examples; empty: the task's labels."""
     group: str = ""
     """Examples with the same group are parts of one question (MultiRC): `group_accuracy` needs all of them correct."""
+    details: str = ""
+    """What the task's own scorer needs besides the references (a `detail_metric`)."""
     messages: tuple[Message, ...] = ()
     """The turns before the answer, which a chat template renders; empty: the prompt is read as it is."""
 

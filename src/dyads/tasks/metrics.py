@@ -4,7 +4,8 @@
 An *instance metric* compares one prediction with its references (0..1); the score of a task is the mean, times 100. The
 other kinds take all predictions of a task and have no values of instances: the input of a *corpus metric* (Pearson, …)
 are texts, that of a *label metric* (Matthews, F1, …) class ids, that of a *group metric* whether each prediction is
-correct and the group of its example.
+correct and the group of its example. A *detail metric* is a task's own scorer: it compares predictions with the details
+of their examples, and has values of instances.
 
     rouge_l       max over references of F(P, R) = 2PR / (P + R),  P = lcs / |prediction|,  R = lcs / |reference|
     rouge_l_words the same over whitespace-separated words, for languages whose letters the English tokenizer drops
@@ -53,6 +54,7 @@ __all__ = [
     "accuracy_exact",
     "class_ids",
     "corpus_metric",
+    "detail_metric",
     "exact_match",
     "f1",
     "group_accuracy",
@@ -82,17 +84,19 @@ InstanceMetric = Callable[[str, Sequence[str]], float]
 CorpusMetric = Callable[[Sequence[str], Sequence[Sequence[str]]], float]
 LabelMetric = Callable[[Sequence[int], Sequence[int]], float]
 GroupMetric = Callable[[Sequence[bool], Sequence[str]], float]
+DetailMetric = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A registered metric. Exactly one of the four functions is set."""
+    """A registered metric. Exactly one of the five functions is set."""
 
     name: str
     per_instance: InstanceMetric | None = None
     over_corpus: CorpusMetric | None = None
     over_labels: LabelMetric | None = None
     over_groups: GroupMetric | None = None
+    over_details: DetailMetric | None = None
     higher_is_better: bool = True
     unread: Callable[[str], str] | None = None
     """The part of a reference that the metric cannot compare, empty where it can; None: it compares every text."""
@@ -104,11 +108,16 @@ class Metric:
         *,
         labels: Sequence[str] = (),
         groups: Sequence[str] = (),
+        details: Sequence[str] = (),
     ) -> tuple[float, tuple[float, ...]]:
-        """(score, values of the instances), times 100; the values are empty unless this is an instance metric.
+        """(score, values of the instances), times 100; the values are empty for corpus, label and group metrics.
 
-        A label metric needs the task's labels in the order of their class ids, a group metric one group per prediction.
+        A label metric needs the task's labels in the order of their class ids, a group or detail metric one group, or
+        details, per prediction.
         """
+        if self.over_details is not None:
+            values = tuple(100.0 * value for value in self.over_details(predictions, details))
+            return sum(values) / len(values), values
         if self.per_instance is not None:
             values = tuple(100.0 * self.per_instance(p, r) for p, r in zip(predictions, references, strict=True))
             return sum(values) / len(values), values
@@ -189,6 +198,16 @@ def group_metric(name: str, *, higher_is_better: bool = True) -> Callable[[Group
 
     def register(function: GroupMetric) -> GroupMetric:
         _add(Metric(name, over_groups=function, higher_is_better=higher_is_better))
+        return function
+
+    return register
+
+
+def detail_metric(name: str, *, higher_is_better: bool = True) -> Callable[[DetailMetric], DetailMetric]:
+    """Register a function (predictions, details of each) -> 0..1 of each under `name`."""
+
+    def register(function: DetailMetric) -> DetailMetric:
+        _add(Metric(name, over_details=function, higher_is_better=higher_is_better))
         return function
 
     return register

@@ -105,6 +105,11 @@ class Task:
                 )
             if how.over_groups is not None and (alone := next((e.id for e in self._all() if not e.group), None)):
                 raise TaskError(f"task '{self.name}': metric '{name}' needs groups, but example '{alone}' has none")
+            if how.over_details is not None and (bare := next((e.id for e in self._all() if not e.details), None)):
+                raise TaskError(
+                    f"task '{self.name}': metric '{name}' is a family's own scorer, but example '{bare}' has no "
+                    "details for it; choose another metric"
+                )
 
     def _all(self) -> Iterator[Example]:
         return (example for split in SPLITS for example in self.split(split))
@@ -178,10 +183,11 @@ class Task:
         if not examples:
             raise TaskError(f"task '{self.name}': there are no examples to score")
         references, groups = [e.references for e in examples], [e.group for e in examples]
+        details = [e.details for e in examples]
         scores = []
         for name in self.metrics:
             how = metric_named(name)
-            value, values = how.measure(predictions, references, labels=self.labels, groups=groups)
+            value, values = how.measure(predictions, references, labels=self.labels, groups=groups, details=details)
             scores.append(Score(self.name, self.version, name, value, len(examples), how.higher_is_better, values))
         return scores
 

@@ -114,6 +114,7 @@ class Template(BaseModel):
         references: Sequence[str] = ("",),
         choices: Sequence[str] = (),
         group: str = "",
+        details: str = "",
         place: str = "the row",
     ) -> Example:
         """The example for a row; without references it is a question that is not scored."""
@@ -147,6 +148,7 @@ class Template(BaseModel):
             segments=segments,
             choices=tuple(choices),
             group=group,
+            details=details,
             messages=turns,
         )
 
