@@ -312,7 +312,8 @@ def result(place: Path) -> dict[str, str]:
             lines = RunFolder(path.parent).log()
             for event in ("trained", "validated"):
                 last = [line for line in lines if line.get("event") == event][-1:]
-                found[f"{name}: {event}"] = str([{k: v for k, v in line.items() if k != "seconds"} for line in last])
+                kept = [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory")} for line in last]
+                found[f"{name}: {event}"] = str(kept)
     return found
 
 

@@ -119,3 +119,56 @@ def test_a_run_that_trains_nothing_or_did_not_end_is_refused(tmp_path: Path) -> 
         result = inspect(tmp_path / method)
         assert result.exit_code == 2
         assert result.output.startswith(f"Error: '{tmp_path / method}' {message}")
+
+
+# --- questions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["routing", "tasks", "ranks", "redundancy", "cost"])
+def test_every_question_has_a_table_json_and_csv(what: str, run: Path) -> None:
+    text = inspect(run, "--what", what)
+    assert text.exit_code == 0, text.output
+    lines = text.output.splitlines()
+    assert lines[0].startswith(f"{what} of ")
+    assert max(len(line) for line in lines if "/" not in line) <= 80
+    content = json.loads(inspect(run, "--what", what, "--format", "json").output)
+    assert (content["schema"], content["what"]) == (1, what)
+    rows = list(csv.DictReader(io.StringIO(inspect(run, "--what", what, "--format", "csv").output)))
+    for name, array in content["arrays"].items():
+        axes, values = array["axes"], array["values"]
+        own = [row for row in rows if row["array"] == name]
+        sizes = [len(places) for places in axes.values()]
+        assert len(own) == torch.Size(sizes).numel()
+        for row in (own[0], own[-1]):
+            number = values
+            for axis, places in axes.items():
+                number = number[places.index(row[axis])]
+            assert row["value"] == ("" if number is None else f"{number:.6g}")
+
+
+def test_the_tokens_of_an_instance_are_shown(trained: Any) -> None:
+    folder = trained("mode").path
+    text = inspect(folder, "--what", "tokens", "--task", "count_words")
+    assert text.exit_code == 0, text.output
+    assert "Most used expert by token: count_words" in " ".join(text.output.split())
+    content = json.loads(inspect(folder, "--what", "tokens", "--task", "count_words", "--format", "json").output)
+    assert content["task"] == "count_words"
+    assert len(content["texts"]) == len(content["arrays"]["weights"]["values"])
+
+
+def test_options_of_another_question_are_refused(run: Path) -> None:
+    for arguments, message in [
+        (("--task", "a"), "--task and --instance are for --what tokens"),
+        (("--what", "cost", "--instances", "2"), "--instances is for --what routing, tasks or ranks"),
+        (("--what", "routing", "--layers"), "--layers is for the summary"),
+        (("--what", "rooting"), "'rooting' is not one of"),
+    ]:
+        result = inspect(run, *arguments)
+        assert result.exit_code == 2
+        assert message in result.output
+    result = inspect(run, "--what", "tokens")
+    assert "all tokens use the same experts" in result.output
+
+
+def test_the_summary_is_what_there_was_without_a_question(run: Path) -> None:
+    assert inspect(run, "--what", "summary", "--layers").output == inspect(run, "--layers").output

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from safetensors.torch import save_file
 
-from dyads.analysis import inspect
+from dyads.analysis.inspection import inspect
 from dyads.comparing.comparison import compare
 from dyads.comparing.tables import FORMATS
 from dyads.export import export

@@ -547,16 +547,16 @@ def test_validation_during_training_changes_no_weight_and_resumes(
 def test_a_validation_at_the_last_step_is_not_repeated_and_its_time_is_not_training(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = Training.validation_loss
+    losses = Training.validation_losses
     clock = 0.0
     real = time.perf_counter
 
-    def slow(*args: Any) -> float:
+    def slow(*args: Any) -> dict[str, float]:
         nonlocal clock
         clock += 1000.0
-        return loss(*args)
+        return losses(*args)
 
-    monkeypatch.setattr(Training, "validation_loss", slow)
+    monkeypatch.setattr(Training, "validation_losses", slow)
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: real() + clock)
     spec = {"steps": 4, "validation_limit": 2, "validation_steps": 2}
     folder = train(tiny("lora", train=spec), tmp_path / "a", evaluate=False)

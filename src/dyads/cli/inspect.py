@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dyads inspect`: sizes and modules of an adapter, and the ranks that its tasks chose."""
+"""`dyads inspect`: sizes and modules of an adapter, and analyses of what it learned."""
 
 from __future__ import annotations
 
@@ -10,41 +10,85 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dyads.errors import visible, visible_in
 
 if TYPE_CHECKING:
-    from dyads.analysis import Inspection
+    from dyads.analysis.inspection import Inspection
+    from dyads.analysis.named_array import Table
+
+_QUESTIONS = ("routing", "tasks", "ranks", "redundancy", "tokens", "cost")
 
 
 @click.command(
-    short_help="Show an adapter: sizes, and its tasks' ranks.",
+    short_help="Show an adapter: sizes, ranks, and what it learned.",
     epilog="""\b
 Examples:
   dyads inspect runs/more
   dyads inspect runs/more --layers
+  dyads inspect runs/mode --what routing
+  dyads inspect runs/mode --what tokens --task sort_words
   dyads inspect runs/more/adapter --format csv > ranks.csv""",
 )
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--layers", is_flag=True, help="Also show the rank of every task in every layer.")
+@click.option(
+    "--what",
+    type=click.Choice(["summary", *_QUESTIONS]),
+    default="summary",
+    show_default=True,
+    help="The question; see above.",
+)
+@click.option("--layers", is_flag=True, help="In the summary, also the rank of every task in every layer.")
 @click.option(
     "--format",
     "form",
     type=click.Choice(["text", "json", "csv"]),
     default="text",
     show_default=True,
-    help="json has all details.",
+    help="json has all details, csv one line a number.",
 )
-def command(run: Path, layers: bool, form: str) -> None:
-    """Show the method, config, sizes and modules of the adapter in RUN, the folder of a run or of an adapter.
+@click.option("--instances", type=click.IntRange(min=1), help="Instances of each task that are read. Default: 4.")
+@click.option("--task", help="For tokens: the task. Default: the first.")
+@click.option("--instance", metavar="ID", help="For tokens: the instance. Default: the first that is scored.")
+def command(
+    run: Path,
+    what: str,
+    layers: bool,
+    form: str,
+    instances: int | None,
+    task: str | None,
+    instance: str | None,
+) -> None:
+    """Show what the adapter in RUN, the folder of a run or of an adapter, is and learned.
 
-    Where tasks choose ranks (MoRE), also which: their mean and range by kind of module, the share of all ranks that
-    a task uses, and which tasks choose alike. No model is loaded.
+    \b
+    summary     method, config, sizes and modules; where tasks choose ranks (MoRE), which
+    routing     the weight of every expert by task and layer; entropies, dead and dominant experts
+    tasks       similarity of the tasks, from gates, embeddings and updates
+    ranks       ranks that tasks chose, and the effective rank of each task's update
+    redundancy  overlap of the projections of experts, and of tasks
+    tokens      the experts that each token of one instance used
+    cost        parameters, multiplications, memory and time
+
+    A model is loaded only where gates look at the layer's input (MoDE and others): for routing, tasks and ranks over a
+    few instances of each task, and for tokens.
     """
-    from dyads.analysis import inspect
+    width = min(120, shutil.get_terminal_size((80, 24)).columns)
+    if (task is not None or instance is not None) and what != "tokens":
+        raise click.UsageError("--task and --instance are for --what tokens")
+    if instances is not None and what not in ("routing", "tasks", "ranks"):
+        raise click.UsageError("--instances is for --what routing, tasks or ranks")
+    if what != "summary":
+        if layers:
+            raise click.UsageError("--layers is for the summary; --format csv has every layer")
+        result = visible_in(_analysis(run, what, instances, task, instance))
+        text = {"json": _result_json, "csv": _result_csv}[form](what, result) if form != "text" else ""
+        click.echo(text or _result_text(what, run, result, width), nl=False)
+        return
+    from dyads.analysis.inspection import inspect
     from dyads.runs.saved import SavedAdapter
 
     inspection = inspect(SavedAdapter.read(run))
@@ -53,8 +97,65 @@ def command(run: Path, layers: bool, form: str) -> None:
     elif form == "csv":
         text = _csv(visible_in(inspection))
     else:
-        text = _text(visible_in(inspection), layers, min(120, shutil.get_terminal_size((80, 24)).columns))
+        text = _text(visible_in(inspection), layers, width)
     click.echo(text, nl=False)
+
+
+def _analysis(run: Path, what: str, instances: int | None, task: str | None, instance: str | None) -> Any:
+    """The result of one question."""
+    from dyads.analysis import cost, gates, ranks, redundancy, routing, tasks, tokens
+
+    count = instances or gates.INSTANCES
+    if what == "routing":
+        return routing.routing(run, count)
+    if what == "tasks":
+        return tasks.task_similarity(run, count)
+    if what == "ranks":
+        return ranks.ranks(run, count)
+    if what == "redundancy":
+        return redundancy.redundancy(run)
+    if what == "tokens":
+        return tokens.token_experts(run, task, instance)
+    return cost.cost(run)
+
+
+def _result_json(what: str, result: Any) -> str:
+    from dyads.analysis.named_array import arrays_of
+
+    arrays = {name: array.as_json() for name, array in arrays_of(result).items()}
+    facts = {name: getattr(result, name) for name in ("task", "instance", "texts") if hasattr(result, name)}
+    content = {"schema": 1, "what": what, **facts, "arrays": arrays, "notes": result.notes}
+    return visible(json.dumps(content, ensure_ascii=False, allow_nan=False), keep="\n") + "\n"
+
+
+def _result_csv(what: str, result: Any) -> str:
+    """One line for every number of every array; an axis that an array lacks is empty."""
+    from dyads.analysis.named_array import arrays_of
+
+    arrays = arrays_of(result)
+    names = list(dict.fromkeys(name for array in arrays.values() for name in array.names))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["array", *names, "value"])
+    for title, array in arrays.items():
+        for labels, value in array.rows():
+            by_axis = dict(zip(array.names, labels, strict=True))
+            number = f"{value:.6g}" if value == value else ""  # nan: there is none
+            writer.writerow([title, *(by_axis.get(name, "") for name in names), number])
+    return stream.getvalue()
+
+
+def _result_text(what: str, run: Path, result: Any, width: int) -> str:
+    out = [_wrapped(visible(f"{what} of {run}"), width, bold=True)]
+    for table in result.tables:
+        out += _result_table(table, width)
+    return "\n".join([*out, "", *(_wrapped(f"· {note}", width, indent="  ") for note in result.notes)]).rstrip() + "\n"
+
+
+def _result_table(table: Table, width: int) -> list[str]:
+    rows = [[text if len(text) <= 30 else f"{text[:17]}…{text[-12:]}" for text in row] for row in table.rows]
+    first, *others = table.header
+    return _table(table.title, [first], others, rows, width)
 
 
 def _json(inspection: Inspection) -> str:

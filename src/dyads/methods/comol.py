@@ -88,3 +88,10 @@ class CoMoL(Core):
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return torch.einsum("...jk,...k->...j", g.reshape(*g.shape[:-1], self.p, self.p), h)
+
+    def choices(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
+        scores = self.score(h, x)
+        return h.new_ones(1, 1) if scores is None else select_softmax(scores).unsqueeze(-2)
+
+    def gates_of_expert(self, expert: int, like: Tensor) -> Tensor:
+        return self.cores[expert].reshape(-1).to(like).expand(like.shape)

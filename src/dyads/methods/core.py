@@ -170,6 +170,23 @@ class Core(nn.Module):
         g = self.route(A.new_zeros(1, self.p, dtype=wide), A.new_zeros(1, A.shape[1], dtype=wide), task)
         return self.matrix(g.to(wide)).reshape(self.q, self.p)
 
+    def choices(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
+        """Weights of the experts (… K n): K choices, each among n experts, or among n ranks. The arguments are those
+        of `route`; by default the gates, whose last axis is that of the experts."""
+        g = self.route(h, x, task)
+        return g if self.gate_axes == 2 else g.unsqueeze(-2)
+
+    def gates_of_expert(self, expert: int, like: Tensor) -> Tensor:
+        """Gates of the shape of `like` that use one expert alone, with the weight 1 in every choice."""
+        alone = torch.zeros_like(like)
+        alone[..., expert] = 1
+        return alone
+
+    def task_embeddings(self) -> Tensor | None:
+        """Learned embeddings of the tasks (T …), also where they are another layer's; None for a core without any."""
+        owner: Core = self.__dict__.get("_first", self)
+        return owner._parameters.get("embedding")
+
     def matrix(self, g: Tensor) -> Tensor:
         """G = mix(I; g), shape (… q p): the method written out for these gates, since mix is linear in h."""
         identity = torch.eye(self.p, dtype=g.dtype, device=g.device)

@@ -84,3 +84,12 @@ class MTLLoRA(Core):
         # Not as a product of matrices: that would copy Λ for every token.
         h = torch.einsum("...jk,...k->...j", L.reshape(*L.shape[:-1], self.p, self.p), h)
         return combine_groups(h, shares.unsqueeze(-2))
+
+    def choices(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
+        return self.route(h, x, task)[..., None, -self.num_experts :]
+
+    def gates_of_expert(self, expert: int, like: Tensor) -> Tensor:
+        alone = super().gates_of_expert(expert - self.num_experts, like)
+        unchanged = torch.ones(self.p) if self.diagonal else torch.eye(self.p).flatten()
+        alone[..., : -self.num_experts] = unchanged.to(alone)  # Λ = I
+        return alone

@@ -23,7 +23,7 @@ from dyads.runs.folder import RunFolder
 from dyads.runs.weights import CONFIG, WEIGHTS, method_of, read_config, read_weights
 from dyads.tuner.model import current_names
 
-__all__ = ["SavedAdapter", "SavedLayer"]
+__all__ = ["SavedAdapter", "SavedLayer", "sort_key"]
 
 _PEFT_PREFIX = "base_model.model."
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[A-Za-z_]+)(\.(?P<inner>.+))?")
@@ -31,7 +31,7 @@ _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[A-Za-z_]+)(\.(?P<inner>.+))?
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """An adapted layer. A layer of PEFT's LoRA has no A, B and core here, and one that is not linear no features."""
+    """An adapted layer. A layer of PEFT's LoRA has no core, and one that is not linear neither features nor A and B."""
 
     module: str
     """The layer's path in the base model."""
@@ -79,7 +79,7 @@ class SavedAdapter:
                 parts.setdefault(module, {}).setdefault(match["part"], {})[match["inner"] or ""] = value
         if not parts:
             raise RunError(f"'{folder / WEIGHTS}' holds no adapted layer; train the adapter again")
-        modules = sorted(parts, key=_sort_key)
+        modules = sorted(parts, key=sort_key)
         if isinstance(config, DyadsConfig):
             layers = tuple(_layers(folder, config, {name: parts[name] for name in modules}))
         else:
@@ -167,8 +167,9 @@ def _lora_layer(name: str, parts: dict[str, dict[str, Tensor]]) -> SavedLayer:
     A, B = parts.get("lora_A", {}).get("weight"), parts.get("lora_B", {}).get("weight")
     if A is None or B is None or A.ndim != 2 or B.ndim != 2:
         return SavedLayer(name, None, None, trained)
-    return SavedLayer(name, A.shape[1], B.shape[0], trained)
+    return SavedLayer(name, A.shape[1], B.shape[0], trained, A, B)
 
 
-def _sort_key(path: str) -> list[tuple[int, str]]:
+def sort_key(path: str) -> list[tuple[int, str]]:
+    """Key that sorts modules by path, with layer numbers compared as numbers."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]

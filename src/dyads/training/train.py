@@ -49,8 +49,9 @@ from dyads.training.adapt import (
     source_facts,
     source_run,
 )
-from dyads.training.progress import ProgressCallback, show_summary
-from dyads.training.trainer import LogCallback, StopAtSigterm, TaskTrainer, ValidationCallback, seconds_until
+from dyads.training.collapse import CollapseCallback
+from dyads.training.progress import ProgressCallback, memory_of, show_summary
+from dyads.training.trainer import LogCallback, StopAtSigterm, TaskTrainer, ValidationCallback, seconds_until, validated
 from dyads.tuner.routing import find_routing
 
 __all__ = ["Training", "train"]
@@ -350,7 +351,9 @@ class Training:
         log = LogCallback(folder, offset=seconds_until(checkpoint, folder))
         trainer.add_callback(log)
         spec = self.recipe.train
-        validation = ValidationCallback(log, spec, lambda limit: self.validation_loss(trainer, limit))
+        mixed = self.recipe.mixture.batches == "mixed" or len(self.task_names) == 1
+        trainer.add_callback(CollapseCallback(folder, spec.steps, mixed=mixed))
+        validation = ValidationCallback(log, spec, lambda limit: self.validation_losses(trainer, limit))
         trainer.add_callback(validation)
         if self.extended is not None:
             trainer.add_callback(RestoreFrozenRows(self.extended))
@@ -366,6 +369,7 @@ class Training:
                 "step": trainer.state.global_step,
                 "seconds": log.seconds,
                 "parameters": self.parameters,
+                "peak_memory": memory_of(trainer.args.device),
                 **({"head_parameters": self.head_parameters} if self.heads else {}),
             }
         )
@@ -380,12 +384,12 @@ class Training:
     def validate(self, folder: RunFolder) -> None:
         """Log the validation loss of the trained adapter, where the recipe wants it and the log lacks it."""
         if not _is_validated(self.recipe, folder):
-            loss = self.validation_loss(self.trainer(folder), cast(int, self.recipe.train.validation_limit))
-            folder.append_log({"event": "validated", "step": self.recipe.train.steps, "validation_loss": loss})
+            losses = self.validation_losses(self.trainer(folder), cast(int, self.recipe.train.validation_limit))
+            folder.append_log(validated(self.recipe.train.steps, losses))
 
     @torch.no_grad()
-    def validation_loss(self, trainer: TaskTrainer, limit: int) -> float:
-        """Mean over tasks of the loss per label, on the first `limit` validation instances of each.
+    def validation_losses(self, trainer: TaskTrainer, limit: int) -> dict[str, float]:
+        """By task, the loss per label on its first `limit` validation instances.
 
         A label is a token, or with heads an instance.
         """
@@ -393,7 +397,7 @@ class Training:
         self.model.eval()
         dataset = TaskDataset(self.suite.tasks, self.prompt_tokenizer, split="validation", places=self.dataset.places)
         size = trainer.args.per_device_train_batch_size
-        losses = []
+        losses: dict[str, float] = {}
         for number, task in enumerate(self.suite.tasks):
             examples = [dataset[number, i] for i in range(min(limit, len(task.validation)))]
             total, labels = 0.0, 0
@@ -401,9 +405,9 @@ class Training:
                 batch = cast(Any, trainer.data_collator)(examples[start : start + size])
                 loss, count = trainer.label_loss(self.model, {k: v.to(trainer.args.device) for k, v in batch.items()})
                 total, labels = total + float(loss), labels + int(count)
-            losses.append(total / labels)
+            losses[task.name] = total / labels
         self.model.train(training)
-        return sum(losses) / len(losses)
+        return losses
 
     def arguments(self, folder: RunFolder) -> TrainingArguments:
         """Arguments for transformers' Trainer; ConfigError where it refuses them."""

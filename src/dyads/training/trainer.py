@@ -29,7 +29,15 @@ from dyads.runs.signals import Sigterm, TerminatedError
 from dyads.tuner.parameter_groups import parameter_groups
 from dyads.tuner.routing import auxiliary_loss, find_routing
 
-__all__ = ["LogCallback", "StopAtSigterm", "TaskTrainer", "ValidationCallback", "label_loss", "seconds_until"]
+__all__ = [
+    "LogCallback",
+    "StopAtSigterm",
+    "TaskTrainer",
+    "ValidationCallback",
+    "label_loss",
+    "seconds_until",
+    "validated",
+]
 
 
 class TaskTrainer(Trainer):  # type: ignore[misc]
@@ -244,8 +252,8 @@ class ValidationCallback(TrainerCallback):  # type: ignore[misc]
     A resumed training logs the steps after its checkpoint again, with the same losses.
     """
 
-    def __init__(self, log: LogCallback, spec: TrainSpec, loss: Callable[[int], float]) -> None:
-        self.log, self.spec, self.loss = log, spec, loss
+    def __init__(self, log: LogCallback, spec: TrainSpec, losses: Callable[[int], dict[str, float]]) -> None:
+        self.log, self.spec, self.losses = log, spec, losses
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         every = self.spec.validation_steps
@@ -253,12 +261,18 @@ class ValidationCallback(TrainerCallback):  # type: ignore[misc]
             self.validate(state.global_step)
 
     def validate(self, step: int) -> None:
-        """Log the loss of the validation instances at this step."""
+        """Log the losses of the validation instances at this step."""
         start = time.perf_counter()
         with torch.random.fork_rng():
-            loss = self.loss(cast(int, self.spec.validation_limit))
-        self.log.folder.append_log({"event": "validated", "step": step, "validation_loss": loss})
+            losses = self.losses(cast(int, self.spec.validation_limit))
+        self.log.folder.append_log(validated(step, losses))
         self.log.start += time.perf_counter() - start
+
+
+def validated(step: int, losses: Mapping[str, float]) -> dict[str, Any]:
+    """The line of the log with the validation losses of all tasks, and their mean."""
+    mean = sum(losses.values()) / len(losses)
+    return {"event": "validated", "step": step, "validation_loss": mean, "tasks": dict(losses)}
 
 
 class StopAtSigterm(TrainerCallback):  # type: ignore[misc]

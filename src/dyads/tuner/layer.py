@@ -9,12 +9,13 @@ Adapts nn.Linear and GPT-2's Conv1D. Private names of PEFT relied on here (check
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -235,13 +236,33 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     @torch.no_grad()
     def gates_of_tasks(self, adapter: str) -> Tensor | None:
         """The gates of every task (T …), in the order of their ids; None where gates do not look at the task alone."""
+        return self._of_tasks(adapter, self.core(adapter).route)
+
+    @torch.no_grad()
+    def choices_of_tasks(self, adapter: str) -> Tensor | None:
+        """The weights of the experts for every task (T K n); None where gates do not look at the task alone."""
+        return self._of_tasks(adapter, self.core(adapter).choices)
+
+    def _of_tasks(self, adapter: str, compute: Callable[..., Tensor]) -> Tensor | None:
         core = self.core(adapter)
         if core.looks_at != {"task"}:
             return None
         A = self.lora_A[adapter]()
         x = A.new_zeros(len(self.routing.names[adapter]), self.in_features)
-        g: Tensor = core(core.route, A.new_zeros(len(x), core.p), x, torch.arange(len(x), device=A.device))
-        return g
+        found: Tensor = core(compute, A.new_zeros(len(x), core.p), x, torch.arange(len(x), device=A.device))
+        return found
+
+    @torch.no_grad()
+    def routes(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(weights of the experts (… K n), gates) for an input of this layer, as in evaluation; no state changes."""
+        core, A = self.core(adapter), self.factors(adapter)[0]
+        task, training = self._task(adapter, core, x), core.training
+        core.eval()  # a core may count its choices in training
+        try:
+            h = F.linear(x, A.to(x.dtype))
+            return core(core.choices, h, x, task), core(core.route, h, x, task)
+        finally:
+            core.train(training)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """W += ΔW for every adapter named (default: the active ones). safe_merge refuses what is not finite."""

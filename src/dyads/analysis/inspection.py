@@ -9,6 +9,7 @@ is the rank that its gate chose, or, with its soft selector, which gives no gate
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from dyads.runs.saved import SavedAdapter
 
-__all__ = ["Agreement", "Inspection", "Module", "inspect"]
+__all__ = ["Agreement", "Inspection", "Module", "inspect", "kinds_of"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def inspect(adapter: SavedAdapter) -> Inspection:
             used = []
         else:
             ranks = [tuple(int(mask.sum()) for mask in masks) for masks in used]
-    kinds, places = _kinds([layer.module for layer in adapter.layers])
+    kinds, places = kinds_of([layer.module for layer in adapter.layers])
     modules = tuple(
         Module(
             layer.module,
@@ -174,10 +175,10 @@ def _config(config: Any) -> dict[str, Any]:
     return shown
 
 
-def _kinds(names: list[str]) -> tuple[list[str], list[str]]:
+def kinds_of(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """The kind and the place of each module: the words and the numbers in its name that not all modules share.
 
-    >>> _kinds(["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.mlp.c_proj"])
+    >>> kinds_of(["h.0.attn.c_proj", "h.0.mlp.c_proj", "h.1.mlp.c_proj"])
     (['attn.c_proj', 'mlp.c_proj', 'mlp.c_proj'], ['0', '0', '1'])
     """
     paths = [name.split(".") for name in names]

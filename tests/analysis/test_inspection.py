@@ -13,7 +13,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from dyads.analysis import Inspection, inspect
+from dyads.analysis.inspection import Inspection, inspect
 from dyads.errors import RunError
 from dyads.methods.more import MoRE
 from dyads.runs.saved import SavedAdapter

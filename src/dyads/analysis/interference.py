@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interference and forgetting: the scores of each task alone, in the mixture, and after an adaptation.
+
+Every difference has its interval over the instances (and over seeds, where several runs are given), paired by instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dyads.analysis.named_array import NamedArray, Table
+from dyads.comparing.intervals import Sample
+from dyads.comparing.scored_runs import ScoredRun, read
+from dyads.errors import RunError
+from dyads.runs.folder import RunFolder
+
+__all__ = ["Interference", "interference"]
+
+Runs = Sequence[str | Path | RunFolder]
+BOUNDS = ("value", "low", "high")
+
+
+@dataclass(frozen=True)
+class Interference:
+    """Scores of tasks in several settings, and their differences from the mixture."""
+
+    scores: NamedArray
+    """(setting task): headline scores, means over runs; nan where a setting does not have the task."""
+    differences: NamedArray
+    """(setting task bound): a setting minus the mixture, with its 95 % interval."""
+    notes: tuple[str, ...]
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """Scores, and differences with their intervals."""
+        settings, tasks = self.scores.axes["setting"], self.scores.axes["task"]
+        rows = []
+        for j, task in enumerate(tasks):
+            cells = []
+            for i, setting in enumerate(settings):
+                value = self.scores.values[i, j]
+                cells.append("–" if np.isnan(value) else f"{value:.1f}")
+                if setting in self.differences.axes["setting"]:
+                    gap, low, high = self.differences.at(setting=setting, task=task).values
+                    cells.append("–" if np.isnan(gap) else f"{gap:+.1f} ({low:.1f} to {high:.1f})")
+            rows.append((task, *cells))
+        header = ["task"]
+        for setting in settings:
+            header += [setting] + (["minus mixture"] if setting in self.differences.axes["setting"] else [])
+        return (Table("Scores by setting", tuple(header), tuple(rows)),)
+
+
+def interference(mixture: Runs, alone: Mapping[str, Runs] | Runs = (), adapted: Runs = ()) -> Interference:
+    """Compare the scores of runs that learned all tasks with those of single tasks, and of adapted runs.
+
+    `alone` are runs of a single task each, `adapted` are runs of the mixture's tasks after `dyads adapt` learned
+    further ones. Runs of a setting with the same task are seeds. RunError where instances differ.
+    """
+    given = [run for runs in alone.values() for run in runs] if isinstance(alone, Mapping) else list(alone)
+    groups = {"mixture": _by_task(mixture), "alone": _by_task(given), "adapted": _by_task(adapted)}
+    groups = {name: found for name, found in groups.items() if found}
+    if "mixture" not in groups or len(groups) < 2:
+        raise RunError("interference compares a mixture with tasks alone, or after an adaptation: give scored runs")
+    tasks = list(groups["mixture"])
+    others = [name for name in groups if name != "mixture"]
+    scores = np.full((len(groups), len(tasks)), np.nan)
+    differences = np.full((len(others), len(tasks), 3), np.nan)
+    samples: dict[tuple[str, str], Sample] = {}
+    for i, (setting, by_task) in enumerate(groups.items()):
+        for j, task in enumerate(tasks):
+            if task in by_task:
+                _refuse_unlike(groups["mixture"][task][0], by_task[task], task)
+                samples[setting, task] = _sample(by_task[task], task, list(groups["mixture"][task][0].values[task]))
+                scores[i, j] = samples[setting, task].scores.mean()
+    for i, setting in enumerate(others):
+        for j, task in enumerate(tasks):
+            if task in groups[setting]:
+                seeds = [[run.seed for run in groups[name][task]] for name in (setting, "mixture")]
+                gap = samples[setting, task].minus(samples["mixture", task], paired=seeds[0] == seeds[1])
+                interval = gap.interval(np.ones(1))
+                differences[i, j] = interval.value, interval.low, interval.high
+    if not np.isfinite(differences[..., 0]).any():
+        raise RunError("the runs have no task in common")
+    one_seed = any(len(runs) == 1 for by_task in groups.values() for runs in by_task.values())
+    notes = ("one seed: intervals are about the instances alone, not about another training",) if one_seed else ()
+    return Interference(
+        NamedArray.of(scores, setting=list(groups), task=tasks),
+        NamedArray.of(differences, setting=others, task=tasks, bound=BOUNDS),
+        notes,
+    )
+
+
+def _by_task(runs: Runs) -> dict[str, list[ScoredRun]]:
+    """Scored runs by task, in the order of their seeds."""
+    found: dict[str, list[ScoredRun]] = {}
+    scored = [read(run if isinstance(run, RunFolder) else RunFolder.open(run)) for run in runs]
+    for run in sorted(scored, key=lambda run: run.seed):
+        for task in run.headline:
+            found.setdefault(task, []).append(run)
+    return found
+
+
+def _refuse_unlike(first: ScoredRun, runs: Sequence[ScoredRun], task: str) -> None:
+    for run in runs:
+        one: Mapping[str, object] = first.headline[task]
+        other: Mapping[str, object] = run.headline[task]
+        unlike = next((key for key in ("version", "metric", "fingerprint") if one[key] != other[key]), None)
+        if unlike or first.values[task].keys() != run.values[task].keys():
+            raise RunError(
+                f"task '{task}' was scored otherwise in '{first.path}' and '{run.path}'"
+                f" ({unlike or 'instances'} differ):"
+                " score both with the same tasks, split and evaluate.limit"
+            )
+
+
+def _sample(runs: Sequence[ScoredRun], task: str, ids: Sequence[str]) -> Sample:
+    scores = np.array([[run.headline[task]["value"]] for run in runs], dtype=np.float64)
+    return Sample(scores, [np.array([[run.values[task][i] for i in ids] for run in runs])])
