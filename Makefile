@@ -1,13 +1,13 @@
 # The two commands for a fresh machine with Python and git:
 #   make demo    train LoRA, MoDE and MTL-LoRA on the starter suite and compare them
 #   make test    the tests
-# and for those who change the code: make check, make test-all, make bench.
+# and for those who change the code: make check, make test-all, make bench, make wheel.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-all check format bench clean
+.PHONY: demo test test-all check format bench wheel clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,14 @@ format: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-compile 'trl>=1.16,<2'
 	PYTHONPATH=src $(BIN)/python -m benchmarks --resume --write-docs $(BENCH)
+
+# sdist and wheel in dist/; then the wheel in an environment of its own, without the tools of dev. Minutes: torch is installed.
+wheel: $(VENV)/installed
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --no-isolation
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --no-compile -c constraints.txt dist/*.whl
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 build/wheel/bin/python -I .ci/smoke.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -16,6 +16,7 @@ from dyads.methods import methods
 SOURCE = Path(dyads.__file__).parent
 ORDER = {  # what a room may import, beside itself and `errors`: the rooms that come before it
     "errors": set(),
+    "versions": set(),
     "console": set(),
     "reading": set(),
     "ops": set(),

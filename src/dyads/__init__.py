@@ -51,6 +51,10 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *configs})
 
 
+def _check_versions() -> None:
+    importlib.import_module("dyads.versions").check_versions()
+
+
 class _RegisterWithPeft(importlib.abc.MetaPathFinder):
     """Registers our methods right after someone imports PEFT, without importing it for those who never do."""
 
@@ -68,6 +72,7 @@ class _RegisterWithPeft(importlib.abc.MetaPathFinder):
         def exec_module(module: Any) -> None:
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
+            _check_versions()
             inner(module)
             importlib.import_module("dyads.tuner")
 
@@ -76,6 +81,7 @@ class _RegisterWithPeft(importlib.abc.MetaPathFinder):
 
 
 if "peft" in sys.modules:
+    _check_versions()
     importlib.import_module("dyads.tuner")
 else:
     sys.meta_path.insert(0, _RegisterWithPeft())

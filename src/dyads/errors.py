@@ -6,7 +6,8 @@ DyadsError
 ├── TaskError     a task, its data or its name
 ├── RunError      a run folder, a checkpoint, a training that cannot continue
 ├── RoutingError  a task that is missing, unknown or does not match the batch   (also a ValueError)
-└── MergeError    a merge that would not be exact   (also a ValueError)
+├── MergeError    a merge that would not be exact   (also a ValueError)
+└── VersionError  a PEFT or transformers that is not supported   (also an ImportError)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = [
     "RoutingError",
     "RunError",
     "TaskError",
+    "VersionError",
     "did_you_mean",
     "listed",
     "notice",
@@ -135,6 +137,10 @@ class RoutingError(DyadsError, ValueError):
 
 class MergeError(DyadsError, ValueError):
     """A merge that would not be exact."""
+
+
+class VersionError(DyadsError, ImportError):
+    """An installed version of PEFT or transformers outside the supported range."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
