@@ -11,7 +11,6 @@ multiplied into lora_B, so that lora_alpha = r.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import dataclass
@@ -31,8 +30,10 @@ import dyads
 from dyads.errors import DyadsError, MergeError, RoutingError, RunError, did_you_mean
 from dyads.models.heads import MODULE as HEADS
 from dyads.models.load import model_config
+from dyads.models.packaged import hub_id
 from dyads.recipe.file_names import file_name
 from dyads.runs.adapter import sort_sets
+from dyads.runs.card import CARD, base_model, front_matter, table
 from dyads.runs.manifest import seal, unfinished, writing
 from dyads.runs.saved import SavedAdapter
 from dyads.runs.weights import WEIGHTS
@@ -147,7 +148,7 @@ def _write(adapter: SavedAdapter, folder: Path, out: Path, task: str | None, tri
         modules_to_save=[m for m in source.modules_to_save or () if m != HEADS] or None,
         task_type=source.task_type,
         auto_mapping=source.auto_mapping,
-        base_model_name_or_path=source.base_model_name_or_path,
+        base_model_name_or_path=_known_elsewhere(source.base_model_name_or_path),
         revision=source.revision,
         inference_mode=True,
         fan_in_fan_out=_stored_in_by_out(source.base_model_name_or_path, source.revision, tuple(ranks)),
@@ -172,7 +173,7 @@ def _write(adapter: SavedAdapter, folder: Path, out: Path, task: str | None, tri
                 str(folder / f"{HEADS}.safetensors"),
             )
             shutil.copyfile(adapter.path / "heads.json", folder / f"{HEADS}.json")
-        (folder / "README.md").write_text(_card(adapter, task, ranks, trim, bool(heads)), encoding="utf-8")
+        (folder / CARD).write_text(_card(adapter, task, ranks, trim, bool(heads)), encoding="utf-8")
         seal(folder)
     return Exported(out, task, largest, ranks)
 
@@ -202,23 +203,29 @@ _HEADS_NOTE = (
 )
 
 
+def _known_elsewhere(base: str | None) -> str | None:
+    """The id on the hub of a base model, else its name or folder."""
+    return (hub_id(base) or base) if base is not None else None
+
+
 def _card(adapter: SavedAdapter, task: str | None, ranks: dict[str, int], trim: bool, heads: bool) -> str:
-    base = adapter.config.base_model_name_or_path
+    base, revision = adapter.config.base_model_name_or_path, adapter.config.revision
     low, high = min(ranks.values()), max(ranks.values())
     rank = f"{high}" if low == high else f"{low} to {high}, " + ("each layer its own" if trim else "padded with zeros")
     of_task = "" if task is None else f" for task `{task}`"
-    head = [
-        "---",
-        *([f"base_model: {json.dumps(base)}"] if base else []),
-        "library_name: peft",
-        "tags:",
-        "- lora",
-        "---",
-    ]
     weights = adapter.path / WEIGHTS
+    rows = [
+        ["base model", base_model(base, revision)],
+        ["adapter", str(adapter.path)],
+        ["its weights, SHA-256", f"`{sha256(weights.read_bytes()).hexdigest()}`"],
+        ["method", f"{adapter.method}, r = {adapter.config.r}"],
+        *([["task", task]] if task is not None else []),
+        ["rank", rank],
+        ["written by", f"`dyads export`, dyads {dyads.__version__}"],
+    ]
     return "\n".join(
         [
-            *head,
+            front_matter(base, ["lora"]),
             f"# LoRA of a {adapter.method} adapter{of_task}",
             "",
             f"An ordinary LoRA that equals a `{adapter.method}` adapter of dyads{of_task}, up to rounding.",
@@ -231,15 +238,7 @@ def _card(adapter: SavedAdapter, task: str | None, ranks: dict[str, int], trim: 
             "```",
             "",
             *([_HEADS_NOTE, ""] if heads else []),
-            "| | |",
-            "|---|---|",
-            f"| base model | {base or 'not named by the adapter'} |",
-            f"| adapter | {adapter.path} |",
-            f"| its weights, SHA-256 | `{sha256(weights.read_bytes()).hexdigest()}` |",
-            f"| method | {adapter.method}, r = {adapter.config.r} |",
-            *([f"| task | {task.replace('|', chr(92) + '|')} |"] if task is not None else []),
-            f"| rank | {rank} |",
-            f"| written by | `dyads export`, dyads {dyads.__version__} |",
+            *table(rows),
             "",
         ]
     )

@@ -12,15 +12,16 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from filelock import FileLock
 
 from dyads.errors import ConfigError, RunError, did_you_mean
 
-__all__ = ["PACKAGED", "PREFIX", "Packaged", "cache_folder", "resolve", "same_model", "whereabouts"]
+__all__ = ["PACKAGED", "PREFIX", "Packaged", "cache_folder", "hub_id", "key_of", "resolve", "same_model", "whereabouts"]
 
 PREFIX = "packaged:"
 
@@ -98,11 +99,38 @@ def same_model(loaded: str, name: str) -> bool:
     The cache or the packages may have moved since, so a packaged model is recognised by the end of its path: a
     converted one by its folder's name, which holds the version, another one by its path in the package.
     """
+    if loaded == name:
+        return True
     now = resolve(name)
     if name.startswith(PREFIX):
         parts = 1 if PACKAGED[name.removeprefix(PREFIX)].is_gguf else 2
         return Path(loaded).parts[-parts:] == Path(now).parts[-parts:]
     return loaded == now or (Path(loaded).exists() and Path(now).exists() and Path(loaded).samefile(now))
+
+
+def key_of(name: str) -> str | None:
+    """The key of a packaged model, from `packaged:KEY` or its folder on any machine; None for another model."""
+    path = PurePath(name)
+    for key, packaged in PACKAGED.items():
+        if packaged.is_gguf:
+            found = re.fullmatch(re.escape(key) + r"-\d+(\.\d+)+", path.name) is not None
+        else:
+            found = path.parts[-2:] == (packaged.module, packaged.place)
+        if found or name == PREFIX + key:
+            return key
+    return None
+
+
+def hub_id(name: str) -> str | None:
+    """The id on the hub of a base model by its name or folder; None for a folder that is not the hub's.
+
+    A packaged model has the id of the model that it was made from.
+    """
+    if (key := key_of(name)) is not None:
+        return PACKAGED[key].hub_id
+    if in_cache := re.search(r"[/\\]models--([^/\\]+)[/\\]snapshots[/\\]", name):
+        return in_cache[1].replace("--", "/", 1)
+    return name if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not Path(name).exists() else None
 
 
 def whereabouts(key: str) -> tuple[Path | None, bool]:

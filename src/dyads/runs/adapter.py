@@ -15,7 +15,8 @@ from torch import nn
 
 from dyads.errors import RunError, shortened
 from dyads.models.heads import Head, write_heads
-from dyads.models.packaged import same_model
+from dyads.models.packaged import resolve, same_model
+from dyads.runs.card import write_card
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import Manifest, seal
 from dyads.runs.weights import CONFIG, WEIGHTS, method_of, read_config, read_weights, refuse_not_finite
@@ -26,24 +27,32 @@ __all__ = ["check_adapter", "check_files", "fingerprint", "load_adapter", "save_
 def save_adapter(model: PeftModel, folder: RunFolder, heads: Sequence[Head] = ()) -> None:
     """Save the adapter, and an encoder's heads, as those of the run; RunError for weights that are not finite.
 
+    Its config names the base model as the recipe does: a packaged model's folder is another one on every machine.
+
     Two processes that trained the same write the same bytes.
     """
     refuse_not_finite(get_peft_model_state_dict(model, save_embedding_layers=False), "the trained adapter")
     shutil.rmtree(folder.adapter, ignore_errors=True)  # incomplete, since a run with an adapter is not trained again
     model.save_pretrained(str(folder.adapter))
-    sort_sets(folder.adapter, model.peft_config["default"])
+    sort_sets(folder.adapter, model.peft_config["default"], base=folder.recipe().model.name)
     if heads:
         write_heads(folder.heads, heads)
+    write_card(folder)
     seal(folder.adapter)
 
 
-def sort_sets(adapter: Path, config: Any) -> None:
-    """Sort the lists in adapter_config.json that are sets in the config: their order differs between processes."""
+def sort_sets(adapter: Path, config: Any, base: str | None = None) -> None:
+    """Sort the lists in adapter_config.json that are sets in the config: their order differs between processes.
+
+    `base` is the base model's name in that file; None leaves it.
+    """
     path = adapter / CONFIG
     content = json.loads(path.read_text(encoding="utf-8"))
     for key, value in vars(config).items():
         if isinstance(value, set) and isinstance(content.get(key), list):
             content[key] = sorted(content[key])
+    if base is not None:
+        content["base_model_name_or_path"] = base
     path.write_text(json.dumps(content, indent=2, sort_keys=True), encoding="utf-8")  # PEFT's own format
 
 
@@ -125,6 +134,7 @@ def load_adapter(base: nn.Module, folder: RunFolder, *, trains: bool = False) ->
             " revision in adapter/adapter_config.json as well, and accept both files with"
             f" `python -m dyads.runs.accept {folder.path}`"
         )
+    model.peft_config["default"].base_model_name_or_path = resolve(spec.name)  # PEFT reads its config when saving
     model.eval()
     return model
 

@@ -381,6 +381,10 @@ class RunFolder:
         if template is not None:
             self._write_listed(_CHAT_TEMPLATE, template)
 
+    def forms(self) -> list[Path]:
+        """The files with the form of prompts: templates and chat template, those that the run has."""
+        return [path for name in (_TEMPLATES, _CHAT_TEMPLATE) if (path := self.path / name).is_file()]
+
     def chat_template(self) -> str | None:
         """The chat template of the run; None where it reads prompts as they are."""
         path = self.path / _CHAT_TEMPLATE

@@ -21,6 +21,7 @@ from dyads.errors import ConfigError, RunError, TaskError, did_you_mean
 from dyads.models.heads import heads_of
 from dyads.models.load import kind_of, model_config
 from dyads.recipe.spec import EvaluateSpec, Recipe
+from dyads.runs.card import write_card
 from dyads.runs.folder import SCHEMA, Prediction, RunFolder, ScoreRow, Scores
 from dyads.runs.signals import on_sigterm
 from dyads.scoring.answerer import NO_HEAD, Answerer, Majority
@@ -128,6 +129,8 @@ def _evaluate(
         given_task=recipe.method.reads_task,
     )
     target.write_results(predictions, result)
+    if target.has_adapter:
+        write_card(target)
     return result
 
 
