@@ -13,14 +13,16 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dyads.cli import main
+from dyads.recipe.spec import Recipe
 from dyads.runs.folder import RunFolder
 from dyads.tasks import load_suite
+from dyads.training.train import train
 
 Trained = Callable[..., RunFolder]
 
 
 def generate(run: RunFolder, *arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, ["generate", str(run.path), "--max-new-tokens", "4", *map(str, arguments)])
+    return CliRunner().invoke(main, ["generate", str(run.path), *map(str, arguments)])
 
 
 def rows_of(run: RunFolder) -> list[dict[str, Any]]:
@@ -33,6 +35,16 @@ def rows_of(run: RunFolder) -> list[dict[str, Any]]:
                 {"task": task.name, "input": words, "output": example.references[0], "was": scored["prediction"]}
             )
     return rows
+
+
+def test_answers_are_as_long_as_those_of_the_evaluation(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    run = train(tiny("zero-shot", evaluate={"max_new_tokens": None}), tmp_path / "run")
+    row = next(row for row in rows_of(run) if len(row["was"].split()) > 5)
+    arguments = ("--task", row["task"], "--input", row["input"])
+    assert generate(run, *arguments).stdout == row["was"] + "\n"
+    assert generate(run, *arguments, "--max-new-tokens", "4").stdout.split() == row["was"].split()[:4]
+    kept = json.loads((run.path / "templates.json").read_text())
+    assert kept[row["task"]].pop("max_new_tokens") == load_suite(run.recipe().tasks).tasks[0].max_new_tokens
 
 
 @pytest.mark.parametrize("method", ["lora", "more"])
@@ -83,6 +95,23 @@ def test_a_raw_prompt_without_the_tasks_form_is_said_and_read_as_it_is(trained: 
     rows = [{"task": "first_word", "prompt": text} for text in ("fox", whole, "lake")]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     assert "rows.jsonl, line 1 and 1 more: not in the form" in " ".join(generate(run, "--file", file).stderr.split())
+
+
+def test_a_raw_prompt_of_a_chat_run_is_said_to_lack_its_form(trained: Trained, tmp_path: Path) -> None:
+    """A text is never in the form of a chat template, whose special tokens are text in it."""
+    run = trained("lora")
+    run.write_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    templates = json.loads((run.path / "templates.json").read_text())
+    whole = "Words: fox lake\nWhich word comes first?\nAnswer:"
+    assert generate(run, "--task", "first_word", "--prompt", whole).stderr == "", "a task that no chat template renders"
+    templates["first_word"]["chat"] = True
+    (run.path / "templates.json").write_text(json.dumps(templates))
+    run.accept()
+    said = generate(run, "--task", "first_word", "--prompt", whole).stderr
+    assert "not in the form of task 'first_word'" in " ".join(said.split())
+    assert "The form is, as a user's message of the chat template:\n  | Words: {input}\n" in said
+    assert generate(run, "--prompt", whole).stderr != ""
+    assert generate(run, "--task", "first_word", "--input", "fox lake").stderr == ""
 
 
 @pytest.mark.parametrize(

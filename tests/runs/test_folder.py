@@ -59,7 +59,8 @@ def test_templates_are_read_back_and_those_of_an_adapted_run_come_first(tmp_path
     first, last = load({"family": "starter", "names": ["first_word", "last_word"], "train_per_task": 1})
     old.write_templates([last])
     new.write_templates([first], old)
-    assert list(new.templates().items()) == [("last_word", last.template), ("first_word", first.template)]
+    kept = [task.template.model_copy(update={"max_new_tokens": task.max_new_tokens}) for task in (last, first)]
+    assert list(new.templates().items()) == [("last_word", kept[0]), ("first_word", kept[1])]
     assert new.templates()["first_word"].prompt({"input": "fox lake"}) == first.prompt_of({"input": "fox lake"})
 
 

@@ -57,7 +57,7 @@ Examples:
 @click.option("--unseen", type=click.Choice(["error", "nearest", "mean"]), default="error", show_default=True)
 @click.option("--description", metavar="TEXT", help="Describes the unseen task; for --unseen nearest.")
 @click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write JSONL to this file.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Limit of an answer. Default: as in the evaluation.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True)
 def command(
     run: Path,
@@ -69,7 +69,7 @@ def command(
     unseen: str,
     description: str | None,
     out: Path | None,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     batch_size: int,
 ) -> None:
     """Answer with the adapter in the folder RUN."""
@@ -142,7 +142,7 @@ class _Forms:
     def __init__(self, folder: RunFolder) -> None:
         self.templates, self.names = folder.templates(), folder.task_names()
         self.path = folder.path
-        self.has_heads = folder.heads.is_file()
+        self.has_heads, self.has_chat = folder.heads.is_file(), folder.chat_template() is not None
         self._raw: dict[str | None, list[str]] = {}
 
     def of_only_task(self, question: _Question) -> _Question:
@@ -207,8 +207,12 @@ class _Forms:
         if self.has_heads or not isinstance(question.row["prompt"], str):
             return
         known = [self.templates[name]] if name in self.templates else [] if name else list(self.templates.values())
-        if known and not any(template.fits(question.row["prompt"]) for template in known):
+        if known and not any(self._fits(template, question.row["prompt"]) for template in known):
             self._raw.setdefault(name, []).append(question.where)
+
+    def _fits(self, template: Template, prompt: str) -> bool:
+        """Whether a raw prompt has the form of training; a text is never in the form of a chat template."""
+        return not (self.has_chat and template.chat) and template.fits(prompt)
 
     @property
     def warnings(self) -> list[str]:
@@ -220,7 +224,8 @@ class _Forms:
             what = f"Warning: {many}: not in the form {of}, in which the adapter was trained; read as it is."
             lines = [click.wrap_text(what, width=80)]
             if name:
-                lines += ["The form is:", *(f"  | {line}" for line in self.templates[name].form.split("\n"))]
+                chat = ", as a user's message of the chat template" * (self.has_chat and self.templates[name].chat)
+                lines += [f"The form is{chat}:", *(f"  | {line}" for line in self.templates[name].form.split("\n"))]
             given = (
                 "--task NAME --input TEXT puts"
                 if places[0].startswith("--")

@@ -3,7 +3,7 @@
 
     config.yaml              the resolved recipe
     env.json                 versions, git hash, device, threads, command, date, tasks (again for every resumption)
-    templates.json           the form of each task's prompts, by task
+    templates.json           the form of each task's prompts and the limit of its answers, by task
     chat_template.jinja      the chat template, where tasks are read with one
     log.jsonl                one line per logged step
     adapter/                 the trained adapter, in PEFT's format, with a manifest
@@ -358,9 +358,11 @@ class RunFolder:
         return tuple(names)
 
     def write_templates(self, tasks: Iterable[Task], source: RunFolder | None = None) -> None:
-        """Write the templates of the tasks, after those of the run that this one adapts (`source`)."""
+        """Write the tasks' templates and limits of answers, after those of the run that this one adapts (`source`)."""
         templates = source.templates() if source is not None else {}
-        templates.update({task.name: task.template for task in tasks if task.template is not None})
+        for task in tasks:
+            if task.template is not None:
+                templates[task.name] = task.template.model_copy(update={"max_new_tokens": task.max_new_tokens})
         self._write_listed(_TEMPLATES, _json({name: template.model_dump() for name, template in templates.items()}))
 
     def templates(self) -> dict[str, Template]:

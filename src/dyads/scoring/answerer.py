@@ -41,6 +41,8 @@ from dyads.tuner.routing import find_routing
 __all__ = ["NO_HEAD", "Answerer", "Majority"]
 
 _RAW = Example("", "", ("",))
+_LIMIT = 128
+"""Tokens of an answer at most, in a run that keeps no limits."""
 NO_HEAD = "; a head cannot stand in for another, but `dyads adapt` learns a new one from a few examples"
 
 
@@ -211,7 +213,7 @@ class Answerer:
         examples: Sequence[Example],
         tasks: Sequence[str | int | None],
         spec: EvaluateSpec,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         max_prompt_tokens: int | None,
         reporter: Reporter = SILENT,
     ) -> list[str]:
@@ -227,7 +229,7 @@ class Answerer:
             prompt = self.prompt_tokenizer.prompt(example, max_prompt_tokens)
             template = self._template(task)
             strip = template is None or template.strips_answers
-            most = self.prompt_tokenizer.answer_limit(prompt, max_new_tokens)
+            most = self.prompt_tokenizer.answer_limit(prompt, max_new_tokens or self._answer_limit(template))
             questions.append(Question(prompt, most, task, example, strip))
         return self._write(questions, spec, reporter)
 
@@ -235,6 +237,11 @@ class Answerer:
         """The template of a task of the run; None for another task."""
         name = self.run_tasks[task] if isinstance(task, int) and task < len(self.run_tasks) else task
         return self.templates.get(name) if isinstance(name, str) else None
+
+    def _answer_limit(self, template: Template | None) -> int:
+        """Tokens of an answer at most, as in the run's evaluation; without a template the most of any task."""
+        limits = [t.max_new_tokens for t in ([template] if template is not None else self.templates.values())]
+        return self.recipe.evaluate.max_new_tokens or max((n for n in limits if n is not None), default=_LIMIT)
 
     @contextmanager
     def _progress(self, questions: Sequence[Any], reporter: Reporter) -> Iterator[Callable[[int], object]]:

@@ -236,7 +236,7 @@ def generate(
     prompts: Sequence[str | Sequence[str] | Example],
     tasks: Sequence[str | int | None],
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     batch_size: int = 16,
     unseen: str = "error",
     description: str | None = None,
@@ -249,6 +249,7 @@ def generate(
     training. The task may be None where neither gates nor heads depend on it. For an encoder with heads a prompt is a
     text or a pair of texts, or an Example. `unseen` is the policy for task names that the run does not know, as
     `evaluate.unseen`; the nearest task is found from the first prompts with that name, or from `description`.
+    `max_new_tokens` limits the answers; None: as in the run's evaluation.
     `on_stand_in` is called for every such name, and `reporter` shows the progress.
     """
     if description is not None and not description.strip():

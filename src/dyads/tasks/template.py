@@ -53,6 +53,8 @@ class Template(BaseModel):
     """Whether a row may have `messages` in place of the columns of the texts."""
     strips_answers: bool = True
     """Whether white space around an answer is removed."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Limit of a generated answer, in a run's templates; None elsewhere."""
 
     @field_validator("texts", "shorter", "segments")
     @classmethod
