@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+import dyads.cli
 from dyads.cli import main
 from dyads.recipe.spec import Recipe
 from dyads.runs.folder import RunFolder
@@ -142,3 +143,35 @@ def test_a_terminal_without_utf_8_shows_what_it_can(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, b"")
     assert "train, rows.jsonl:" in done.stdout.decode("cp1252")
     assert re.search(r"\\u4e2d\d\na -> b", done.stdout.decode("cp1252"))
+
+
+VERBS = """
+import json, sys, warnings
+# A file opened without an encoding has that of the system, which is cp1252 on many Windows machines.
+warnings.filterwarnings("error", category=EncodingWarning, module="dyads")
+from dyads.cli import main
+for arguments in json.loads(sys.argv[1]):
+    print("verb", *arguments[:1])
+    main(arguments, standalone_mode=False)
+"""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", pytest.param("cp437", marks=pytest.mark.slow)])
+def test_every_verb_prints_what_a_terminal_without_utf_8_can_show(encoding: str, run: Any, tmp_path: Path) -> None:
+    paths = [
+        run(name, {"naïve 中": [20.0, 100.0], "ß → ●": [i, 50.0]}) for i, name in enumerate(("first ─", "zweiter"))
+    ]
+    verbs = [module.stem for module in Path(dyads.cli.__file__).parent.glob("[a-z]*.py")]
+    given = [[verb, "--help"] for verb in verbs]
+    given += [["methods"], ["methods", "mode"], ["models"], ["train", "--keys"], ["tasks", "--family", "starter"]]
+    given += [["compare", *map(str, paths)], ["show", str(paths[0])], ["show", str(paths[0]), "--task", "naïve 中"]]
+    given += [["compare", *map(str, paths), "--out", str(tmp_path / f"table.{end}")] for end in ("md", "csv", "json")]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "COLUMNS": "80"}
+    command = [sys.executable, "-X", "warn_default_encoding", "-c", VERBS, json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr.decode(encoding, "replace")
+    shown = done.stdout.decode(encoding)
+    assert shown.count("\nverb ") + shown.startswith("verb ") == len(given)
+    assert "naïve" in shown
+    assert "\\u4e2d" in shown
+    assert "中" in (tmp_path / "table.md").read_text(encoding="utf-8")

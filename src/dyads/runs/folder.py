@@ -542,7 +542,7 @@ def _git_hash() -> str | None:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(source.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10, check=True).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", source.name)
