@@ -121,7 +121,7 @@ def _check(adapter: SavedAdapter, task: str | None) -> None:
 
 def _write(adapter: SavedAdapter, folder: Path, out: Path, task: str | None, trim: bool) -> Exported:
     number = adapter.task_names.index(task) if task is not None else None
-    scale, source = adapter.config.scaling, adapter.config
+    source = adapter.config
     downs: dict[str, Tensor] = {}
     ups: dict[str, Tensor] = {}
     for layer in adapter.layers:
@@ -130,7 +130,7 @@ def _write(adapter: SavedAdapter, folder: Path, out: Path, task: str | None, tri
         G = layer.matrix(number)
         U, V = factors(G)
         downs[layer.module] = V @ layer.A.to(G.dtype)
-        ups[layer.module] = scale * (layer.B.to(G.dtype) @ U)
+        ups[layer.module] = source.for_layer(layer.module).scaling * (layer.B.to(G.dtype) @ U)
     ranks = {module: max(1, len(down)) for module, down in downs.items()}  # PEFT has no LoRA of rank 0
     largest = max(ranks.values())
     # PEFT matches the keys as regular expressions at the end of a module's name; "^" makes them match whole names.

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dyads.methods import Core
+from dyads.methods.declarations import check_declarations
 from dyads.ops import CachedOperator, dyadic, dyadic_sum, fused
 from dyads.ops import cached as of_cached
 from tiny import TASKS, Variant, tiny_layer
@@ -168,7 +169,7 @@ def test_cached_operator_equals_dyadic_and_rows_do_not_depend_on_each_other(
 
 def test_declarations_hold_mix_is_linear_and_gates_depend_on_what_looks_at_names(any_variant: Variant) -> None:
     core, x, A, _, task = tiny_layer(any_variant, 3, 2, 4, 5)
-    core.float().check_declarations(4, len(TASKS))
+    check_declarations(core.float(), 4, len(TASKS))
     core = core.double()
 
     g = core.route(x @ A.T, x, task)

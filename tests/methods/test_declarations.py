@@ -18,6 +18,7 @@ from torch.testing import assert_close
 from dyads import MoDEConfig
 from dyads.errors import ConfigError
 from dyads.methods import Core, DyadsConfig, method, method_names, methods
+from dyads.methods.declarations import check_declarations
 from dyads.methods.mode import MoDE
 from dyads.ops import CachedOperator, dyadic, fused
 from dyads.ops import operator as of_operator
@@ -108,6 +109,29 @@ class BiasFromZero(Declared):
         return scores + self.bias.to(x.dtype)
 
 
+class LooksAway(Undeclared):
+    """Reads the token and declares nothing, by which it would be merged."""
+
+    looks_at = frozenset()
+
+
+class LooksAtH(Undeclared):
+    """Reads A x beside the token."""
+
+    def route(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
+        return super().route(h, x, task) * h.sigmoid()
+
+
+class ReadsInTraining(Declared):
+    def mix(self, h: Tensor, g: Tensor) -> Tensor:
+        return h * g * self.temperature.to(h.dtype) if self.training else h * g
+
+
+class OwnRouteOfTokens(Declared):
+    def route(self, h: Tensor, x: Tensor, task: Tensor | None) -> Tensor:
+        return super().route(h, x, task) * (2 if x.ndim > 2 else 1)
+
+
 class WrongGradient(ClosedForm):
     def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         dh, ds = super().gradients(h, g, du)
@@ -187,6 +211,10 @@ WRONG: dict[str, tuple[Callable[[int], Core], str]] = {
     "own route": (lambda d: OwnRoute(d, 4), f"OwnRoute {DIFFERS}"),
     "own score": (lambda d: OwnScore(d, 4), f"OwnScore {DIFFERS}"),
     "zero bias": (lambda d: BiasFromZero(d, 4), f"BiasFromZero {DIFFERS}"),
+    "looks away": (lambda d: LooksAway(d, 4), r"LooksAway declares looks_at = \[\], but its gates change with x"),
+    "looks at h": (lambda d: LooksAtH(d, 4), r"LooksAtH declares looks_at = \['x'\], but its gates change with h"),
+    "in training": (lambda d: ReadsInTraining(d, 4), f"ReadsInTraining {READS}"),
+    "of several tokens": (lambda d: OwnRouteOfTokens(d, 4), f"OwnRouteOfTokens {DIFFERS}"),
     "wrong gradient": (lambda d: WrongGradient(d, 4), f"WrongGradient {DERIVES}"),
     "select of mode": (mode_of(SharpMoDE), f"SharpMoDE {DERIVES}"),
     "mix of mode": (mode_of(DoubledMoDE), f"DoubledMoDE {DERIVES}"),
@@ -225,10 +253,10 @@ def test_wrong_declarations_are_refused(name: str, adapt: Adapt) -> None:
         adapt(core)
     if "reads a parameter" in message:  # which shows without values, as PEFT loads with low_cpu_mem_usage
         with torch.device("meta"), pytest.raises(ConfigError, match=message):
-            core(6).check_declarations(6, 0)
+            check_declarations(core(6), 6, 0)
     for d in (64, 4096):  # also where scores of a wide layer would saturate the gates, and for a frozen adapter
         with pytest.raises(ConfigError, match=message):
-            core(d).requires_grad_(False).check_declarations(d, 0)
+            check_declarations(core(d).requires_grad_(False), d, 0)
 
 
 def test_a_method_from_outside_is_known_while_it_is_registered(adapt: Adapt) -> None:
@@ -242,7 +270,7 @@ def test_a_check_leaves_the_core_and_the_random_numbers_as_they_were() -> None:
     core = Variant("smora").config().core(6).train()
     core.reset_parameters()
     before, state = {n: t.clone() for n, t in core.state_dict().items()}, torch.random.get_rng_state()
-    core.check_declarations(6, 0)
+    check_declarations(core, 6, 0)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert core.training
     assert all(torch.equal(t, before[n]) for n, t in core.state_dict().items())

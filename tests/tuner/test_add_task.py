@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import dyads
 from dyads import MoDEConfig, MoREConfig, TaskMoDEConfig, add_task
 from dyads.errors import ConfigError, RoutingError
+from dyads.methods.more import MoRE
 from dyads.tuner import similarity_to_tasks
 from tiny import TARGETS, TASKS, VARIANTS, Variant, batch, tiny_model
 
@@ -197,3 +198,11 @@ def test_refusals() -> None:
     more.base_model.merge_adapter(task="rte")
     with pytest.raises(ConfigError, match="is merged into the model: call unmerge_adapter"):
         add_task(more, "wic")
+
+
+def test_a_method_whose_declarations_do_not_hold_gets_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(tiny_model("llama"), MoREConfig(r=2, tasks=["a"], target_modules=["q_proj"]))
+    monkeypatch.setattr(MoRE, "looks_at", frozenset())
+    with pytest.raises(ConfigError, match=r"MoRE declares looks_at = \[\], but its gates change with task"):
+        add_task(model, "b")
+    assert model.base_model.routing.names == {"default": ("a",)}

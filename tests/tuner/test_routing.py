@@ -361,7 +361,7 @@ def test_checkpointing_by_hand_outside_the_models_call_is_refused_rather_than_wr
         def forward(self, x: Tensor) -> Tensor:
             return checkpoint(self.inner, x, use_reentrant=False)
 
-    config = MoREConfig(r=2, tasks=list(TASKS), target_modules=["lin0"], init_weights=False)
+    config = Variant("more").config(target_modules=["lin0"], init_weights=False)
     model = get_peft_model(Checkpointed(), config)
     out = model(torch.randn(3, 6, requires_grad=True), task=list(TASKS)).sum()
     with pytest.raises(RoutingError, match="use_task"):

@@ -53,12 +53,12 @@ def command(names: tuple[str, ...], form: str) -> None:
                 click.echo(f"| `{name}` | `{family[name].config.__name__}` | {family[name].summary} |")
         return
     hidden = {f.name for f in fields(PeftConfig)}
-    shared = [f for f in fields(DyadsConfig) if f.name not in hidden]
+    shared = [f for f in fields(DyadsConfig) if f.name not in hidden and "help" in f.metadata]
     width = max(map(len, known)) + 2
     for name in names or known:
         if name in family:
             method = family[name]
-            usual = {f.name for f in shared}
+            usual = {f.name for f in fields(DyadsConfig)}
             # Its own options are those that it declares, which may be shared ones with another default.
             declared = method.config.__annotations__
             own = [f for f in fields(method.config) if f.name in declared or f.name not in hidden | usual]

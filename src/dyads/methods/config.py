@@ -9,10 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from peft import PeftConfig
-
 from dyads.errors import ConfigError
 from dyads.methods.core import Core
+from dyads.methods.lora_words import LoraWords
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,7 +50,7 @@ model = PeftModel.from_pretrained(base_model, "path/to/this/folder")
 
 
 @dataclasses.dataclass
-class DyadsConfig(PeftConfig):  # type: ignore[misc]
+class DyadsConfig(LoraWords):
     """The fields every method has. Names are PEFT's wherever PEFT has one."""
 
     r: int = dataclasses.field(default=8, metadata={"help": "The rank."})
@@ -98,6 +97,7 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
             self.require(number or (value is None and name != "lora_dropout"), name, "must be a number")
         self.require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", "must be above 0 (None is scale 1)")
         self.require(0 <= self.lora_dropout < 1, "lora_dropout", "must be at least 0 and below 1")
+        self.check_words()
         self.require(
             self.init_std is None or self.init_std > 0, "init_std", "must be above 0 (leave it out for LoRA's)"
         )
@@ -144,7 +144,13 @@ class DyadsConfig(PeftConfig):  # type: ignore[misc]
     @property
     def scaling(self) -> float:
         """lora_alpha / r, or 1 where lora_alpha is None (the MoDE paper has no scale)."""
-        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.r
+        return self.scaling_for(self.r)
+
+    def scaling_for(self, rank: int) -> float:
+        """The scale of an update that passes through so many ranks."""
+        if self.lora_alpha is None:
+            return 1.0
+        return self.lora_alpha / (rank**0.5 if self.use_rslora else rank)
 
     @property
     def feature_blocks(self) -> int:

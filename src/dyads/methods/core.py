@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -31,7 +30,7 @@ class Core(nn.Module):
 
     Faster paths are opt-in: a core whose gates are `select(h, R x, task_scores(task))` writes these three parts instead
     of `route` and declares `linear_scores`; one with the derivative of its gates declares `closed_form`. Both
-    declarations are verified when an adapter is created (`check_declarations`).
+    declarations are verified when an adapter is created (declarations.py).
     """
 
     p: int
@@ -192,66 +191,3 @@ class Core(nn.Module):
         identity = torch.eye(self.p, dtype=g.dtype, device=g.device)
         rows = self.mix(identity, g.unsqueeze(-1 - self.gate_axes))
         return rows.transpose(-1, -2)
-
-    def check_declarations(self, d: int, num_tasks: int) -> None:
-        """ConfigError where `linear_scores` or `closed_form` is declared and does not hold, for a layer of d features.
-
-        A parameter that `select` or `mix` reads would silently not train; the wrong derivative would silently train
-        towards something else. Both are tried on two random samples, without changing the global random state.
-        """
-        if not self.linear_scores:
-            return
-        name, probe = type(self).__name__, copy.deepcopy(self).eval()
-        generator = torch.Generator().manual_seed(0)
-        h, x, du = (torch.randn(2, n, generator=generator, dtype=torch.float32) for n in (self.p, d, self.q))
-        device = next((t.device for t in (*self.parameters(), *self.buffers())), h.device)
-        if device.type == "meta":
-            probe = probe.to("meta")  # PEFT's low_cpu_mem_usage leaves buffers on the CPU
-        h, x, du = h.to(device), x.to(device), du.to(device)
-        task = torch.tensor([0, num_tasks - 1], device=device) if num_tasks else None
-        probe = probe.float().requires_grad_(True)  # an adapter that is not active is frozen
-        with torch.no_grad():
-            for parameter in probe.parameters():
-                # Matrices that give scores of unit variance, whatever the width; vectors and numbers, such as a bias
-                # that starts at zero or a temperature, between 0.5 and 1.
-                if parameter.ndim > 1:
-                    drawn = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
-                else:
-                    drawn = torch.rand(parameter.shape, generator=generator) * 0.5 + 0.5
-                parameter.copy_(drawn)
-            found = Core.score(probe, h, x), probe.task_scores(task)
-            scores, task_scores = (None if t is None else t.detach() for t in found)  # which may be a parameter itself
-        with torch.enable_grad():
-            g = probe.select(h, scores, task_scores)
-            u = probe.mix(h, g)
-        if u.requires_grad:
-            raise ConfigError(
-                f"{name} declares linear_scores, but its select or mix reads a parameter, which would get no gradient:"
-                " set linear_scores = False, or read the parameter in router_weight or task_scores"
-            )
-        if device.type == "meta":
-            return
-        with torch.no_grad():
-            if not torch.allclose(u, probe.mix(h, probe.route(h, x, task)), rtol=1e-4, atol=1e-5, equal_nan=True):
-                raise ConfigError(
-                    f"{name} declares linear_scores, but its route differs from select(h, R {self.router_input},"
-                    " task_scores(task)): set linear_scores = False"
-                )
-        if self.closed_form:
-            self._check_gradients(probe, h, scores, task_scores, du)
-
-    def _check_gradients(
-        self, probe: Core, h: Tensor, scores: Tensor | None, task_scores: Tensor | None, du: Tensor
-    ) -> None:
-        with torch.enable_grad():
-            leaves = [h.requires_grad_(), *(t.requires_grad_() for t in (scores, task_scores) if t is not None)]
-            g = probe.select(h, scores, task_scores)
-            wanted = torch.autograd.grad(probe.mix(h, g), leaves, du, allow_unused=True, materialize_grads=True)
-        with torch.no_grad():
-            dh, ds = probe.gradients(h, g.detach(), du)
-        found = [dh, *[ds.reshape(w.shape) for w in wanted[1:]]]
-        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(found, wanted, strict=True)):
-            raise ConfigError(
-                f"{type(self).__name__} declares closed_form, but its gradients are not the derivative of its select"
-                " and mix: set closed_form = False, or override gradients too"
-            )

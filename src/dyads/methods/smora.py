@@ -61,7 +61,7 @@ class SMoRAConfig(DyadsConfig):
     @property
     def scaling(self) -> float:
         """lora_alpha / top_k, or 1 where lora_alpha is not set."""
-        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.top_k
+        return self.scaling_for(self.top_k)
 
     def core(self, d: int) -> SMoRA:
         return SMoRA(d, self.r, self.top_k, self.bias_rate)

@@ -140,7 +140,7 @@ def _layers(folder: Path, config: DyadsConfig, parts: dict[str, dict[str, dict[s
                     raise ValueError(f"{side} is no matrix")
                 if not part[side]["weight"].is_floating_point():
                     raise ValueError(f"{side} has numbers of type {part[side]['weight'].dtype}")
-            cores[name] = config.core(part["lora_A"]["weight"].shape[1] * blocks).eval()
+            cores[name] = config.for_layer(name).core(part["lora_A"]["weight"].shape[1] * blocks).eval()
         # Parameters that layers share are saved with one of them only, which has all its keys.
         config.share(
             {n: cores[n] for n in sorted(cores, key=lambda n: states[n].keys() != cores[n].state_dict().keys())}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dyads.errors import ConfigError, RoutingError, did_you_mean
 from dyads.methods.config import DyadsConfig, TaskConditioned
 from dyads.methods.core import Core
+from dyads.methods.declarations import check_declarations
 from dyads.tuner.auxiliary import TrainingCall
 from dyads.tuner.batch_tasks import TaskLike
 from dyads.tuner.layer import DyadsLinear
@@ -59,7 +60,8 @@ def add_task(model: nn.Module, name: str, start: str | int = "mean", adapter: st
         start = known.index(start)
     larger = config.with_tasks((*known, name))
     paths = {module: path for path, module in model.named_modules()}
-    cores = {paths[layer]: larger.core(layer.in_features) for layer in layers}
+    cores = {paths[layer]: larger.for_layer(layer.key).core(layer.in_features) for layer in layers}
+    check_declarations(next(iter(cores.values())), layers[0].in_features, len(known) + 1)
     larger.share(cores)
     grown = [
         tensor

@@ -25,6 +25,7 @@ class TrainingCall:
         if len(args) > 1:
             kwargs = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
         self.losses: list[Tensor] = []
+        self._loss: Tensor | None = None
         self._model = model
         self._mask = _as_mask(kwargs.get("attention_mask"))
         self._labels = kwargs.get("labels")
@@ -51,9 +52,11 @@ class TrainingCall:
             mask = self._mask if self._mask is not None and self._mask.numel() == tokens else None
         return None if mask is None else mask.to(x.device, non_blocking=True)  # layers may be on several devices
 
-    def loss(self) -> Tensor:
-        """Mean over the layers."""
-        return torch.stack([loss.to(self.losses[0].device) for loss in self.losses]).mean()
+    def loss(self) -> Tensor | None:
+        """Mean over the layers; None where they have no losses."""
+        if self._loss is None and self.losses:
+            self._loss = torch.stack([loss.to(self.losses[0].device) for loss in self.losses]).mean()
+        return self._loss
 
     def share(self) -> Tensor | float:
         """The share of this call in a batch that is accumulated from several calls: 1, or its share of the labels.
@@ -74,19 +77,19 @@ class TrainingCall:
         share: Tensor = labels.ne(_IGNORED).sum() / self._items
         return share
 
-    def added_to(self, output: Any) -> Any:
-        """The model's output with the auxiliary loss in its loss; None where it has no loss."""
+    def added_to(self, output: Any, loss: Tensor) -> Any:
+        """The model's output with an auxiliary loss in its loss; None where it has no loss."""
         if isinstance(output, dict):
             if output.get("loss") is None:
                 return None
-            output["loss"] = self._sum(output["loss"])
+            output["loss"] = self._sum(output["loss"], loss)
             return output
         if isinstance(output, tuple) and self._labels is not None:
-            return (self._sum(output[0]), *output[1:])
+            return (self._sum(output[0], loss), *output[1:])
         return None
 
-    def _sum(self, loss: Tensor) -> Tensor:
-        return loss + (self.loss() * self.share()).to(loss)
+    def _sum(self, of_model: Tensor, loss: Tensor) -> Tensor:
+        return of_model + (loss * self.share()).to(of_model)
 
 
 def collect_loss(

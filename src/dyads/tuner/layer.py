@@ -24,9 +24,10 @@ from transformers.pytorch_utils import Conv1D
 from dyads.errors import ConfigError, MergeError
 from dyads.methods.config import DyadsConfig
 from dyads.methods.core import Core
-from dyads.ops import CachedOperator, Frozen, autocast_dtype, fused
+from dyads.ops import CachedOperator, Frozen, autocast_dtype, fused, in_backward
 from dyads.tuner.auxiliary import collect_loss
 from dyads.tuner.routing import Routing
+from dyads.tuner.watched_weight import WatchedWeight
 
 __all__ = ["DyadsLinear", "buffers_stay"]
 
@@ -62,6 +63,7 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_core")
     other_param_names = ("r", "scaling", "lora_dropout", "method_key")
+    cast_input_dtype_enabled = True  # read by peft.helpers.disable_input_dtype_casting; inputs are never cast here
 
     # Given by BaseTunerLayer, which carries no types.
     active_adapters: Any
@@ -69,8 +71,10 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     set_adapter: Any
     _move_adapter_to_device_of_base_layer: Any
 
-    def __init__(self, base_layer: nn.Module, routing: Routing) -> None:
+    def __init__(self, base_layer: nn.Module, routing: Routing, key: str = "") -> None:
+        """`key` is the layer's path in the model, for messages."""
         super().__init__()
+        self.key = key
         self.base_layer = base_layer
         self.routing = routing
         self.in_features, self.out_features, self.fan_in_fan_out = features(base_layer)
@@ -90,6 +94,7 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def update_layer(self, adapter_name: str, config: DyadsConfig) -> None:
         """Add an adapter to this layer, or replace the one of that name."""
         self.routing.forget_weights()
+        self.routing.checked = False
         core = config.core(self.in_features)
         self.r[adapter_name] = config.r
         self.scaling[adapter_name] = config.scaling
@@ -182,12 +187,19 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         core, dropout = self.core(adapter), self.lora_dropout[adapter]
         task = self._task(adapter, core, x)
         if core.has_auxiliary_loss and self.training:
-            collect_loss(self.routing.running().training, adapter, core, x, task, self.of_decoder)
+            running = self.routing.here.current
+            collect_loss(running.training if running else None, adapter, core, x, task, self.of_decoder)
+        A, B = self.factors(adapter)
+        if self.training:
+            running = self.routing.here.current
+            if running is not None and running.check is not None and not in_backward():
+                running.check.called(self.key, B)
         drops = dropout.training and not isinstance(dropout, nn.Identity)
         y: Tensor = core(
             partial(fused, core=core),
             x,
-            *self.factors(adapter),
+            A,
+            B,
             task=task,
             scale=self.scaling[adapter],
             out=out,
@@ -196,12 +208,36 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         )
         return y if out is None else y.to(out.dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's; while a model with this layer runs, one whose values nobody may read past the adapter."""
+        weight: Tensor = BaseTunerLayer.weight.fget(self)
+        idle = self.disable_adapters or self.merged or not any(name in self.scaling for name in self.active_adapters)
+        if idle or torch.compiler.is_compiling() or self.routing.here.current is None:
+            return weight
+        return WatchedWeight.of(weight, self.key) if type(weight) is nn.Parameter else weight
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's; other tuners and transformers call it for each layer."""
+        super().delete_adapter(adapter_name)
+        self.routing.names.pop(adapter_name, None)
+        self.routing.forget_weights()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """For PEFT's convert_to_lora: True where the adapter is one weight update; else MergeError with the reason."""
+        self.check_merge(adapter_name)
+        return True
+
     def check_merge(self, adapter: str) -> None:
         """MergeError where no weight update equals the adapter."""
-        if not self.get_base_layer().weight.dtype.is_floating_point:
+        base = self.get_base_layer()
+        if not is_plain(base):
+            weight = getattr(base, "weight", None)
+            kind = f"{type(weight).__name__}, {weight.dtype}" if isinstance(weight, Tensor) else "none"
             raise MergeError(
-                f"cannot merge adapter '{adapter}' into weights of type {self.get_base_layer().weight.dtype}: they are"
-                " codes of a quantised layer. Load the base model unquantised to merge."
+                f"cannot merge adapter '{adapter}' into a {type(base).__name__} (weight: {kind}): the layer is"
+                " quantised, or computes something else than a product with a floating-point weight. Load the base"
+                " model unquantised to merge"
             )
         sees = self.core(adapter).looks_at
         if sees & {"x", "h"}:
@@ -221,14 +257,19 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 tasks.ids(adapter, names, torch.device("cpu"))  # an unknown one is refused
 
     @torch.no_grad()
+    def product(self, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
+        """A (p d), G (q p) and B (o q), whose product over the scale is ΔW; MergeError where there is none."""
+        self.check_merge(adapter)
+        core, (A, B) = self.core(adapter), self.factors(adapter)
+        return A, core(core.matrix_of, A, self._task(adapter, core, A[:1])), B
+
+    @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW = scale · B G A in the layout of the base layer's weight, computed in fp32 or wider.
 
         Exact for adapters whose gates look at nothing, or at the one task that is in use (`use_task`).
         """
-        self.check_merge(adapter)
-        core, (A, B) = self.core(adapter), self.factors(adapter)
-        G = core(core.matrix_of, A, self._task(adapter, core, A[:1]))
+        A, G, B = self.product(adapter)
         delta = self.scaling[adapter] * (B.to(G.dtype) @ G @ A.to(G.dtype))
         oriented: Tensor = delta.T if self.fan_in_fan_out else delta
         return oriented
@@ -324,6 +365,22 @@ def _is_watched(module: nn.Linear) -> bool:
     return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
 
 
+def is_plain(base: nn.Module) -> bool:
+    """Whether the layer is a product with its floating-point weight, which a merge may add to."""
+    weight: Any = getattr(base, "weight", None)
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.dtype.is_floating_point:
+        return False  # codes, or a tensor subclass
+    if type(base).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if not isinstance(base, nn.Linear):
+        return False
+    # Another forward may round the weight or the input first, as a layer before the end of its quantisation does.
+    with torch.no_grad():
+        x = torch.randn(2, base.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
+        found = base(x)
+        return found.dtype == weight.dtype and torch.allclose(found, F.linear(x, weight, base.bias), rtol=1e-3)
+
+
 def features(base_layer: nn.Module) -> tuple[int, int, bool]:
     """(in, out, whether the weight is stored in × out) of a layer that can be adapted."""
     if isinstance(base_layer, NonDynamicallyQuantizableLinear):
@@ -338,7 +395,12 @@ def features(base_layer: nn.Module) -> tuple[int, int, bool]:
         return d_in, d_out, True
     if isinstance(base_layer, BaseTunerLayer):
         return features(base_layer.get_base_layer())
+    # Quantised layers of other libraries (GPTQ, AWQ, HQQ, …), some of which write the names without an underscore.
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        d_in, d_out = (getattr(base_layer, name, None) for name in names)
+        if isinstance(d_in, int) and isinstance(d_out, int):
+            return d_in, d_out, False
     raise ConfigError(
-        f"Target module {type(base_layer).__name__} is not supported: dyads adapts nn.Linear and transformers' Conv1D."
-        " Leave it out with exclude_modules, or name other target_modules."
+        f"Target module {type(base_layer).__name__} is not supported: dyads adapts nn.Linear, transformers' Conv1D, and"
+        " layers with in_features and out_features. Leave it out with exclude_modules, or name other target_modules."
     )

@@ -3,7 +3,8 @@
 
 Private names of PEFT relied on here (checked with PEFT 0.21): `_create_and_replace`, `_replace_module`,
 `_unload_and_optionally_merge`, `_get_adapter_state_dict`, `_remap_adapter_state_dict_for_load`,
-`_remove_adapter_name_from_key`, `_enable_peft_forward_hooks`.
+`_remove_adapter_name_from_key`, `_enable_peft_forward_hooks`, `_check_target_module_compatiblity`, and the function
+that this one calls for LoRA.
 """
 
 from __future__ import annotations
@@ -11,18 +12,25 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner
+import torch
+from peft import PeftType
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, _check_lora_target_modules_mamba
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from dyads.errors import ConfigError
+from dyads.errors import ConfigError, did_you_mean
 from dyads.methods.config import DyadsConfig
+from dyads.methods.declarations import check_declarations
 from dyads.tuner.batch_tasks import TaskLike
-from dyads.tuner.layer import DyadsLinear, buffers_stay
+from dyads.tuner.layer import DyadsLinear, LowRankFactor, buffers_stay
 from dyads.tuner.model_calls import attach, detach
+from dyads.tuner.packed_experts import check_packed
 from dyads.tuner.routing import Routing, find_routing
+from dyads.tuner.weighted_sum import factors_of_sum, sum_config
 
 __all__ = ["DyadsModel", "current_names"]
 
@@ -38,8 +46,11 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
     tuner_layer_cls = DyadsLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
     # Given by BaseTuner, which carries no types; routing is set before the first injection.
     active_adapters: Any
+    peft_config: Any
     routing: Routing
 
     def _pre_injection_hook(self, model: nn.Module, config: DyadsConfig, adapter_name: str) -> None:
@@ -50,13 +61,25 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         # In __dict__, since BaseTuner.__getattr__ looks a missing attribute up in the wrapped model.
         self.__dict__["routing"] = found
 
+    def _prepare_adapter_config(self, peft_config: DyadsConfig, model_config: dict[str, Any]) -> DyadsConfig:
+        prepared: DyadsConfig = super()._prepare_adapter_config(peft_config, model_config)
+        check_packed(prepared, self.model)
+        return prepared
+
+    @staticmethod
+    def _check_target_module_compatiblity(peft_config: DyadsConfig, model: nn.Module, target_name: str) -> None:
+        try:  # what PEFT refuses for LoRA, since another module reads the weight
+            _check_lora_target_modules_mamba(SimpleNamespace(peft_type=PeftType.LORA), model, target_name)
+        except ValueError as error:
+            raise ConfigError(f"{peft_config.key}, as LoRA: {error}") from error
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT's; then one core is verified, and all get what they share with others and their layer's depth."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = {n: m for n, m in model.named_modules() if isinstance(m, DyadsLinear) and adapter_name in m.lora_A}
         for layer in list(layers.values())[:1]:
             tasks = len(self.routing.names.get(adapter_name, ()))
-            layer.core(adapter_name).check_declarations(layer.in_features, tasks)
+            check_declarations(layer.core(adapter_name), layer.in_features, tasks)
         cores = {name: layer.core(adapter_name) for name, layer in layers.items()}
         self.peft_config[adapter_name].share(cores)
         for core, depth in zip(cores.values(), _depths(cores), strict=True):
@@ -72,10 +95,11 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        peft_config = peft_config.for_layer(current_key)
         if isinstance(target, DyadsLinear):
             target.update_layer(adapter_name, peft_config)
             return
-        layer = DyadsLinear(target, self.routing)
+        layer = DyadsLinear(target, self.routing, current_key)
         layer.of_decoder = "decoder" in current_key.split(".")
         layer.__dict__["_active_adapter"] = adapter_name
         layer.update_layer(adapter_name, peft_config)
@@ -85,17 +109,15 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
             # In evaluation its fast path reads the weights directly and skips the adapter, unless a module has a hook.
             layer.register_forward_pre_hook(_disable_fast_path)
         with buffers_stay(layer.core(adapter_name)):
-            self._replace_module(parent, target_name, layer, target)
+            if any(True for _ in target.parameters()):
+                self._replace_module(parent, target_name, layer, target)
+            else:
+                setattr(parent, target_name, layer)  # PEFT reads the device off a parameter
 
     def _layers(self) -> Iterator[DyadsLinear]:
         for module in self.model.modules():
             if isinstance(module, DyadsLinear):
                 yield module
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.routing.names.pop(adapter_name, None)
-        self.routing.forget_weights()
 
     def gates_of_tasks(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """By layer, the gates that every task has there (T …), in the order of the tasks' ids.
@@ -139,6 +161,42 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
         return merged
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        task: TaskLike | None = None,
+        **options: Any,
+    ) -> None:
+        """Add an adapter that is the weighted sum of others: exactly, as PEFT's combination_type "cat".
+
+        Adapters whose gates look at the task are summed for the one task named. The sum is a MoDEConfig with one
+        expert, that is a LoRA, which is not active yet.
+        """
+        if combination_type != "cat" or options:
+            what = next(iter(options), None) or f"combination_type '{combination_type}'"
+            raise ConfigError(f"{what} approximates the sum of adapters: use combination_type='cat', which is exact")
+        if adapter_name in self.peft_config:
+            raise ConfigError(f"there is an adapter '{adapter_name}' already: choose another name for the sum")
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ConfigError(f"there is no adapter '{name}'{did_you_mean(name, self.peft_config)}")
+            if self.peft_config[name].modules_to_save:
+                raise ConfigError(f"adapter '{name}' trains whole modules (modules_to_save), which have no sum")
+        if len(adapters) != len(weights) or not adapters:
+            raise ConfigError(f"there are {len(adapters)} adapters and {len(weights)} weights: give one for each")
+        layers = {layer.key: layer for layer in self._layers()}
+        with self._task_to_merge(task):
+            factors = factors_of_sum(list(layers.values()), adapters, weights)
+        self.peft_config[adapter_name] = sum_config(factors)
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for key, (A, B) in factors.items():
+                for factor, value in ((layers[key].lora_A, A), (layers[key].lora_B, B)):
+                    cast(LowRankFactor, factor[adapter_name]).weight.copy_(value)
 
     @contextmanager
     def _task_to_merge(self, task: TaskLike | None) -> Iterator[None]:

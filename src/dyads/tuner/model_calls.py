@@ -6,25 +6,38 @@ They are objects set on the model and not closures, so that a deep copy of it ha
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from dyads.errors import RoutingError
+from dyads.ops import in_backward
 from dyads.tuner.auxiliary import TrainingCall
 from dyads.tuner.batch_tasks import BatchTasks, TaskLike
 from dyads.tuner.routing import ForwardPass, Routing
 
 __all__ = ["attach", "detach"]
 
+_CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+"""Functions of transformers that join the tokens of many requests into one row (5.23)."""
+
 
 def attach(routing: Routing, model: nn.Module) -> None:
     """Make `model` accept `task=` in its call and in `generate`, and keep its tasks through checkpointing."""
-    enter = model.register_forward_pre_hook(_EnterForward(routing), with_kwargs=True, prepend=True)
+    enter = model.register_forward_pre_hook(
+        _EnterForward(routing, own_task=_takes_task(type(model).forward)), with_kwargs=True, prepend=True
+    )
     leave = model.register_forward_hook(_LeaveForward(routing), always_call=True, with_kwargs=True)
     routing.undo = [enter.remove, leave.remove]
-    for name, wrapper in (("generate", _Generate), ("_set_gradient_checkpointing", _SetCheckpointing)):
+    wrappers = (
+        ("generate", _Generate),
+        *((name, _ContinuousBatching) for name in _CONTINUOUS),
+        ("_set_gradient_checkpointing", _SetCheckpointing),
+    )
+    for name, wrapper in wrappers:
         inner: Any = getattr(model, name, None)
         if callable(inner):
             model.__dict__[name] = wrapper(inner, model, routing)
@@ -51,6 +64,11 @@ def _wrap_checkpointing(routing: Routing, model: nn.Module) -> None:
             module.__dict__["_gradient_checkpointing_func"] = _Checkpoint(func, routing)
 
 
+def _takes_task(function: Any) -> bool:
+    """Whether a model's function has a `task` of its own, as Whisper's generate ("transcribe" or "translate")."""
+    return "task" in inspect.signature(function).parameters
+
+
 class _Remove:
     """Undo an attribute that was set on an instance."""
 
@@ -64,17 +82,19 @@ class _Remove:
 class _EnterForward:
     """The start of a forward pass."""
 
-    def __init__(self, routing: Routing) -> None:
-        self.routing = routing
+    def __init__(self, routing: Routing, *, own_task: bool) -> None:
+        self.routing, self.own_task = routing, own_task
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         routing, here = self.routing, self.routing.here
         ambient = routing.ambient
         entered = here.current = ForwardPass(model, here.current)  # first: an error below must find it, to end it
         here.untaken = None
-        task = kwargs.pop("task", None)
+        task = None if self.own_task else kwargs.pop("task", None)
         if model.training and torch.is_grad_enabled():
             entered.training = TrainingCall(model, args, kwargs)
+            if entered.outer is None and not torch.compiler.is_compiling() and not in_backward():
+                entered.check = routing.next_check()
         if routing.names:
             tasks = ambient if task is None else BatchTasks(task)
             entered.tasks = None if tasks is None else tasks.for_call(args, kwargs)
@@ -94,17 +114,19 @@ class _LeaveForward:
             return None  # a hook before _EnterForward raised an error
         here.current = ended.outer
         call = ended.training
-        if call is None or not call.losses or output is None:  # None: an error ended it
+        if call is None or output is None:  # None: an error ended it
             return None
-        with_loss = call.added_to(output)
-        if with_loss is not None:
-            return with_loss
-        outer = None if ended.outer is None else ended.outer.training
-        if outer is None:
-            here.untaken = call.loss()
-        else:
-            outer.losses += call.losses  # a nested call: the outer one returns the loss
-        return None
+        loss = call.loss()
+        with_loss = None if loss is None else call.added_to(output, loss)
+        if with_loss is None and loss is not None:
+            outer = None if ended.outer is None else ended.outer.training
+            if outer is None:
+                here.untaken = loss
+            else:
+                outer.losses += call.losses  # a nested call: the outer one returns the loss
+        if ended.check is not None:
+            ended.check.returned(output if with_loss is None else with_loss, loss)
+        return with_loss
 
 
 class _Checkpoint:
@@ -140,16 +162,34 @@ class _SetCheckpointing:
 
 
 class _Generate:
-    """The model's own `generate`, with `task=`."""
+    """The model's own `generate`, with `task=`; where it has a `task` itself, ours comes from `use_task`."""
 
     def __init__(self, inner: Callable[..., Any], model: nn.Module, routing: Routing) -> None:
-        self.inner, self.routing = inner, routing
+        self.inner, self.routing, self.own_task = inner, routing, _takes_task(inner)
 
     def __call__(self, *args: Any, task: TaskLike | None = None, **kwargs: Any) -> Any:
         routing = self.routing
+        if self.own_task and task is not None:
+            kwargs["task"], task = task, None
         tasks = routing.ambient if task is None else BatchTasks(task)
         if tasks is None or not routing.names:
             with routing.unchanged_weights():
                 return self.inner(*args, **kwargs)
         with routing.using(tasks.for_generate(args, kwargs)), routing.unchanged_weights():
             return self.inner(*args, **kwargs)
+
+
+class _ContinuousBatching:
+    """The model's own continuous batching, refused where its requests would need tasks."""
+
+    def __init__(self, inner: Callable[..., Any], model: nn.Module, routing: Routing) -> None:
+        self.inner, self.routing = inner, routing
+
+    def __call__(self, *args: Any, task: TaskLike | None = None, **kwargs: Any) -> Any:
+        for adapter, names in self.routing.names.items():
+            if len(names) > 1:
+                raise RoutingError(
+                    f"adapter '{adapter}' needs a task for every request, and continuous batching joins the tokens of"
+                    " all requests into one row: use generate(…, task=…), or merge the adapter for one task"
+                )
+        return self.inner(*args, **kwargs)

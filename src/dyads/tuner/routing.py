@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dyads.errors import RoutingError, did_you_mean
 from dyads.ops import CachedOperator
 from dyads.tuner.auxiliary import TrainingCall
+from dyads.tuner.backward_check import BackwardCheck
 from dyads.tuner.batch_tasks import BatchTasks, TaskLike, can_be_read
 
 __all__ = ["ForwardPass", "OperatorCache", "Routing", "auxiliary_loss", "find_routing", "use_task"]
@@ -40,6 +41,7 @@ class ForwardPass:
     def __init__(self, model: nn.Module | None, outer: ForwardPass | None, tasks: BatchTasks | None = None) -> None:
         self.model, self.outer, self.tasks = model, outer, tasks
         self.training: TrainingCall | None = None
+        self.check: BackwardCheck | None = None
 
 
 class _Thread(threading.local):
@@ -49,6 +51,7 @@ class _Thread(threading.local):
     tasks: BatchTasks | None = None
     """Those of `use_task` again, for compiled code."""
     cache: OperatorCache | None = None
+    check: BackwardCheck | None = None
     untaken: Tensor | None = None
     """The auxiliary loss of the last call, where the model returned no loss to add it to."""
 
@@ -70,6 +73,8 @@ class Routing:
         """The task that an adapter is merged for, while it is."""
         self.undo: list[Any] = []
         """Callables that take our wrappers off the model (model_calls.py)."""
+        self.checked = False
+        """Whether a backward pass through all adapters was observed (backward_check.py)."""
         self.here = _Thread()
         self._caches: list[OperatorCache] = []
 
@@ -142,6 +147,16 @@ class Routing:
             torch._assert_async((ids == merged).all(), message)
         elif bool((ids != merged).any()):
             raise RoutingError(message)
+
+    def next_check(self) -> BackwardCheck | None:
+        """The check of a forward pass of training that starts; None after the first backward pass."""
+        if self.here.check is not None:
+            self.here.check.end()  # of a pass without a backward pass so far
+        self.here.check = None if self.checked else BackwardCheck(self._passed)
+        return self.here.check
+
+    def _passed(self) -> None:
+        self.checked = True
 
     # --- operators of weights that do not change ----------------------------------------------------------------------
 
