@@ -38,7 +38,6 @@ format: $(VENV)/installed
 
 # About 40 minutes on two quiet cores; `make bench BENCH=--plan` shows the plan, and a cut-off run goes on where it was.
 bench: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --no-compile 'trl>=1.16,<2'
 	PYTHONPATH=src $(BIN)/python -m benchmarks --resume --write-docs $(BENCH)
 
 # sdist and wheel in dist/; then the wheel in an environment of its own, without the tools of dev. Minutes: torch is installed.

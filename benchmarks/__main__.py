@@ -79,7 +79,7 @@ def main(
 
     Step time, forward time, greedy decoding, bytes kept for backward, peak memory and trainable parameters; whole
     training runs, scoring and start-up; and, counted instead of timed, the operations and bytes of one layer in bf16.
-    TRL is needed for the part `training` only (`pip install trl`).
+    TRL is needed for the part `training` only (`pip install 'dyads[trl]'`).
     """
     console = Console(width=None if os.isatty(1) else 100)
 

@@ -268,13 +268,13 @@ def calls_in(code: str) -> int:
     return len(_CALL.findall(code))
 
 
-def inputs_of(contender: Contender) -> dict[str, Tensor]:
+def inputs_of(contender: Contender, device: str = "meta") -> dict[str, Tensor]:
     """The tasks of a batch, in the keyword of the contender's library."""
     if contender.tasks == "none":
         return {}
     # PEFT's Poly reads the largest task id, so its ids are numbers, on the CPU.
     theirs = contender.builder == "peft-poly"
-    tasks = torch.arange(BATCH, device="cpu" if theirs else "meta") % TASKS
+    tasks = torch.arange(BATCH, device="cpu" if theirs else device) % TASKS
     return {"task_ids" if theirs else "task": tasks}
 
 

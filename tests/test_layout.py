@@ -127,7 +127,8 @@ def test_peft_knows_the_methods_in_whatever_order_things_are_imported(first: str
 
 
 def test_public_names() -> None:
-    assert set(dyads.__all__) == {"__version__", "add_task", "auxiliary_loss", "parameter_groups", "use_task"}
+    functions = {"add_task", "auxiliary_loss", "parameter_groups", "use_task", "with_tasks"}
+    assert set(dyads.__all__) == {"__version__", "TaskCollator"} | functions
     assert {name for name in dir(dyads) if name not in dyads.__all__} == {m.config.__name__ for m in methods()}
     for name in dir(dyads):
         assert getattr(dyads, name) is not None

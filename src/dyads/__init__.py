@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "add_task", "auxiliary_loss", "parameter_groups", "use_task"]
+__all__ = [
+    "TaskCollator",
+    "__version__",
+    "add_task",
+    "auxiliary_loss",
+    "parameter_groups",
+    "use_task",
+    "with_tasks",
+]
 """The public functions. The configs of all registered methods are public names too: `dyads.MoDEConfig` and so on."""
 
 if TYPE_CHECKING:
@@ -34,7 +42,7 @@ if TYPE_CHECKING:
     from dyads.methods import PolyConfig as PolyConfig
     from dyads.methods import SMoRAConfig as SMoRAConfig
     from dyads.methods import TaskMoDEConfig as TaskMoDEConfig
-    from dyads.tuner import add_task, auxiliary_loss, parameter_groups, use_task
+    from dyads.tuner import TaskCollator, add_task, auxiliary_loss, parameter_groups, use_task, with_tasks
 
 
 def __getattr__(name: str) -> Any:

@@ -16,6 +16,7 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.bars import BARS, Bar
 from benchmarks.contenders import SETTINGS, TINY
+from benchmarks.counted import COUNTED
 from benchmarks.environment import MEASURED, commit, cpu, environment
 from benchmarks.gate import OPERATORS, GateError, check
 from benchmarks.measure import Bench
@@ -23,7 +24,7 @@ from benchmarks.plan import Job, estimate, groups_with_bars, plan
 from benchmarks.rounds import ROOT, Worker, WorkerError, child_environment, measure_group, metrics_of, rotated
 from click.testing import CliRunner
 
-from benchmarks import page, profile, startup
+from benchmarks import on_gpu, page, profile, startup
 from dyads.methods import methods
 from dyads.tuner.layer import DyadsLinear
 
@@ -540,3 +541,10 @@ def test_startup_is_measured_in_fresh_processes() -> None:
     found = startup.measure(1)
     assert set(found["rounds"][0]["seconds"]) == {"help", "import"}
     assert found["facts"]["import"]["heavy"] == 0
+
+
+def test_the_layers_that_a_gpu_would_time_run_on_a_cpu() -> None:
+    result = CliRunner().invoke(on_gpu.main, ["--device=cpu", "--width=64", "--length=2", "--seconds=0.001"])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("| bf16 |") == result.output.count("| fp32 |") == len(COUNTED)
+    assert "| PEFT LoRA, equal parameters | fp32 |" in result.output

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ from doors.page import PAGE, write
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)  # some libraries write below the working directory
         cells = {
             (door.section, door.name): {
                 column: door.cell(column, Path(folder) / str(number) / str(place))

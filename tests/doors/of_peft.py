@@ -137,7 +137,7 @@ def weighted(case: Case) -> Cell | None:
 def converted(case: Case) -> Cell | None:
     model = case.model()
     if not case.merges:
-        with refuses(MergeError, "its gates look at the layer's input"):
+        with refuses(TypeError, "do not support LoRA conversion"):
             convert_to_lora(model, rank=16)
         return refused(INPUT)
     rank = max(layer.core("default").p for layer in adapted_layers(model))

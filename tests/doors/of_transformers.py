@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from doors import Case, Cell, door, refused, refuses
+from doors import Case, door, refuses
 from dyads import use_task
 from dyads.errors import RoutingError
 from tiny import TARGETS, TASKS, adapted_layers, task_of, tiny_model
@@ -126,21 +126,32 @@ def assisted(case: Case) -> None:
             assert torch.equal(expected, found)
 
 
-@door("transformers", "`generate_batch` (continuous batching)")
-def continuous(case: Case) -> Cell | None:
-    model = case.model()
-    if case.task:
-        with refuses(RoutingError, "needs a task for every request"):
-            model.generate_batch([[3, 4, 5]], task=["rte"])
-        return refused("continuous batching joins the tokens of all requests into one row, so they have no task")
-    prompts = [[3, 4, 5], [6, 7]]
+@door("transformers", "`generate_batch` (continuous batching), with a task for every request")
+def continuous(case: Case) -> None:
+    model, prompts = case.model(), [[3, 4, 5], [6, 7], [8, 9]]
     greedy = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=2, pad_token_id=0)
     small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
-    found = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=small)
-    for prompt, answer in zip(prompts, found.values(), strict=True):
-        alone = model.generate(input_ids=torch.tensor([prompt]), generation_config=greedy)
+    if case.task:
+        with refuses(RoutingError, "pass task=…, one name or id for every request"):
+            model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=small)
+        with refuses(RoutingError, "a manager of continuous batching joins the tokens of all requests"):
+            model.init_continuous_batching(generation_config=greedy)
+    given = {"task": ["cola", "rte", "cola"]} if case.task else {}
+    found = model.generate_batch(prompts, generation_config=greedy, continuous_batching_config=small, **given)
+    assert [answer.prompt_ids for answer in found.values()] == prompts
+    for number, (prompt, answer) in enumerate(zip(prompts, found.values(), strict=True)):
+        one = {"task": given["task"][number]} if given else {}
+        alone = model.generate(input_ids=torch.tensor([prompt]), generation_config=greedy, **one)
         assert answer.generated_tokens == alone[0, len(prompt) :].tolist()
-    return None
+
+
+@door("transformers", "packed sequences: `position_ids` that restart, a task for each")
+def packed(case: Case) -> None:
+    model, ids = case.model(), case.inputs["input_ids"]
+    positions = torch.arange(ids.shape[1]).repeat(len(ids))[None]
+    with torch.no_grad():
+        found = model(input_ids=ids.reshape(1, -1), position_ids=positions, use_cache=False, **case.task).logits
+    assert_close(found.view(*ids.shape, -1), case.logits(model), atol=1e-5, rtol=1e-5)
 
 
 class Rows(Dataset[dict[str, Any]]):

@@ -10,7 +10,7 @@ import pytest
 from doors import COLUMNS, Door, doors
 from doors.page import PAGE, read, write
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # other libraries explain what they do
+pytestmark = pytest.mark.filterwarnings("ignore")  # other libraries explain what they do
 HINT = "write the page anew: PYTHONPATH=src:tests python -m doors"
 
 

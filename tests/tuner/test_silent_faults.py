@@ -270,12 +270,71 @@ def test_only_a_floating_point_weight_is_merged_into(kind: str) -> None:
     x = torch.randn(3, 6)
     before = model(x) if kind != "int8" else None
     for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(MergeError, match=r"cannot merge adapter 'default' into a .*unquantised"):
+        with pytest.raises(MergeError, match=r"cannot merge adapter 'default' into a .*dequantize=True.*unquantised"):
             merge()
     if before is not None:
         assert torch.equal(model(x), before)  # the adapter is still there
         model.train()(x).square().sum().backward()
         assert adapted_layers(model)[0].lora_A["default"].weight.grad.abs().max() > 0
+
+
+class _Half(_Packed):
+    """A quantised layer with a bias, whose products are in bfloat16."""
+
+    def __init__(self, d: int, o: int) -> None:
+        super().__init__(d, o)
+        self.bias = nn.Parameter(torch.randn(o) * 10, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (super().forward(x.to(torch.bfloat16)) + self.bias.to(torch.bfloat16)).to(x.dtype)
+
+
+class _Dynamic(_Packed):
+    """Rounds its input too, as int8 layers with dynamic activations do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-9) / 3
+        return super().forward((x / scale).round() * scale)
+
+
+@pytest.mark.parametrize("make", [lambda: _Packed(6, 4), lambda: _Rounding(6, 4), lambda: _Half(6, 4)])
+@pytest.mark.parametrize("variant", [LORA, Variant("more")], ids=lambda v: v.id)
+def test_a_quantised_layer_merges_as_the_floating_point_layer_that_it_equals(make: Any, variant: Variant) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(make(), nn.Linear(4, 4))
+    model = get_peft_model(base, variant.config(target_modules=["0", "1"], init_weights=False)).eval()
+    x, task = torch.randn(5, 6), task_of(variant.config(), "cola")
+    expected = model(x, **task)
+    merged = model.merge_and_unload(dequantize=True, **task)
+    assert [type(layer) for layer in merged] == [nn.Linear, nn.Linear]
+    tolerance = 2e-2 if isinstance(make(), _Half) else 1e-5
+    assert_close(merged(x), expected, atol=tolerance * float(expected.detach().abs().max()), rtol=0)
+
+
+def test_a_quantised_layer_that_rounds_its_input_does_not_merge() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(_Packed(6, 6), _Dynamic(6, 4))
+    model = get_peft_model(base, LORA.config(target_modules=["0", "1"], init_weights=False)).eval()
+    x = torch.randn(3, 6)
+    before = model(x)
+    with pytest.raises(MergeError, match=r"'1' \(_Dynamic\) rounds its input as well as its weight"):
+        model.merge_and_unload(dequantize=True)
+    assert torch.equal(model(x), before)
+    other = get_peft_model(nn.Sequential(_Packed(6, 6)), MoDEConfig(r=2, target_modules=["0"]))
+    with pytest.raises(MergeError, match="its gates look at the layer's input"):
+        other.merge_and_unload(dequantize=True)
+
+
+def test_what_needs_no_weight_works_over_quantised_layers() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(_Packed(6, 4)), LORA.config(target_modules=["0"], init_weights=False)).eval()
+    delta = adapted_layers(model)[0].get_delta_weight("default")
+    x = torch.randn(3, 6)
+    with model.disable_adapter():
+        base = model(x)
+    assert_close(model(x), base + x @ delta.T)
+    model.add_weighted_adapter(["default"], [2.0], "twice")
+    assert_close(adapted_layers(model)[0].get_delta_weight("twice"), 2 * delta)
 
 
 def test_a_layer_with_a_harmless_forward_of_its_own_merges() -> None:
@@ -329,10 +388,15 @@ def test_whispers_own_task_reaches_whisper() -> None:
         routed.generate(input_features=features, **options, task="translate")
 
 
-def test_continuous_batching_refuses_adapters_that_need_tasks() -> None:
+def test_continuous_batching_refuses_requests_without_a_task() -> None:
     model = get_peft_model(tiny_model("llama"), MoREConfig(r=2, tasks=list(TASKS), target_modules=["q_proj"]))
-    for given in ({}, {"task": ["rte"]}):
-        with pytest.raises(RoutingError, match=r"needs a task for every request.*generate\(…, task=…\)"):
+    for given, message in (
+        ({}, "generate_batch needs a task: pass task=…"),
+        ({"task": ["rte", "rte"]}, "task has 2 entries for 1 requests"),
+        ({"task": ["rtee"]}, "does not know task 'rtee'"),
+        ({"task": "rte", "persistent_manager": True}, "persistent_manager=True .*leave it out"),
+    ):
+        with pytest.raises(RoutingError, match=message):
             model.generate_batch([[3, 4, 5]], **given)
     with pytest.raises(RoutingError, match="needs a task for every request"):
         model.init_continuous_batching()

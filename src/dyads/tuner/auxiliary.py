@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dyads.errors import RoutingError
 from dyads.methods.core import Core
 from dyads.ops import in_backward
+from dyads.tuner.batch_tasks import BatchTasks
 
 __all__ = ["TrainingCall", "collect_loss"]
 
@@ -25,6 +26,7 @@ class TrainingCall:
         if len(args) > 1:
             kwargs = {**dict(zip(inspect.signature(model.forward).parameters, args, strict=False)), **kwargs}
         self.losses: list[Tensor] = []
+        self.tasks: BatchTasks | None = None
         self._loss: Tensor | None = None
         self._model = model
         self._mask = _as_mask(kwargs.get("attention_mask"))
@@ -113,7 +115,10 @@ def collect_loss(
         return
     if x.numel() == 0:
         return
-    loss = core(core.auxiliary_loss, x, task, None if call is None else call.mask(x, of_decoder))
+    mask = None if call is None else call.mask(x, of_decoder)
+    if call is not None and call.tasks is not None and task is not None:
+        x, task, mask = call.tasks.samples(adapter, x, task, mask, needed=core.compares_samples)
+    loss = core(core.auxiliary_loss, x, task, mask)
     if loss is not None and call is not None and not again:
         call.losses.append(loss)
 

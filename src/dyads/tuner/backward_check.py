@@ -79,8 +79,9 @@ class BackwardCheck:
         if self._losses and not self._loss_came:
             warnings.warn(
                 "the adapter has an auxiliary loss (contrastive, load_balance), and the loss of the first training step"
-                " does not contain it: the trainer builds its loss from the model's outputs. Add"
-                " dyads.auxiliary_loss(model) to that loss, or set the weight of the auxiliary loss to 0",
+                " does not contain it: the trainer builds its own from the model's outputs. Train with"
+                " dyads.with_tasks(TrainerClass), add dyads.auxiliary_loss(model) to it, or set the weight of the"
+                " auxiliary loss to 0",
                 stacklevel=2,
             )
 

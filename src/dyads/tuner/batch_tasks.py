@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks of a batch: one for every sample, as the ids of each adapter.
 
-Samples are not always rows. Beam search repeats every sample k times in a row, and some layers see the tokens of all
-samples as rows; which row belongs to which sample is derived from the sizes of the call, or refused.
+Samples are not always rows. Beam search repeats every sample k times in a row, some layers see the tokens of all
+samples as rows, and packing joins several samples in one row; which row or token belongs to which sample is derived
+from the arguments of the call, or refused.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from dyads.errors import RoutingError, did_you_mean
+from dyads.tuner.packing import Packing, can_be_read
 
-__all__ = ["BatchTasks", "TaskLike", "can_be_read"]
+__all__ = ["BatchTasks", "TaskLike"]
 
 TaskLike = Tensor | Sequence[int | str] | int | str
 """A task for every sample: a LongTensor (b), or a list of ids and names. A single name, id or tensor without axes
-applies to the whole batch."""
+applies to the whole batch. A LongTensor (b t) has one for every token."""
 
 _BATCHED = ("input_ids", "inputs", "inputs_embeds", "decoder_input_ids", "pixel_values", "input_features", "x")
 """Arguments of transformers' models whose first axis is the batch."""
@@ -31,17 +33,23 @@ class BatchTasks:
     """The tasks of one batch, turned into ids once per adapter and device.
 
     `repeats` says how often the forward pass repeats every sample (beams), `widths` how many tokens a sample may have:
-    a layer that sees tokens flattened into rows has one of them per sample.
+    a layer that sees tokens flattened into rows has one of them per sample. `tokens` is the shape (b t) of a batch
+    whose tokens have tasks of their own.
     """
 
     def __init__(self, task: TaskLike) -> None:
         self.for_all = isinstance(task, (int, str)) or (isinstance(task, Tensor) and task.ndim == 0)
         """Whether one task applies to the whole batch, however many rows it has."""
+        self.tokens: tuple[int, ...] | None = None
+        self.packing: Packing | None = None
         if isinstance(task, Tensor):
-            if task.dtype.is_floating_point or task.dtype == torch.bool or task.ndim > 1:
+            if task.dtype.is_floating_point or task.dtype == torch.bool or task.ndim > 2:
                 raise RoutingError(
-                    f"task must be whole numbers of shape (batch,), got {task.dtype} {tuple(task.shape)}"
+                    "task must be whole numbers of shape (batch,), or (batch, tokens) where sequences are packed, got"
+                    f" {task.dtype} {tuple(task.shape)}"
                 )
+            if task.ndim == 2:
+                self.tokens = tuple(task.shape)
             self.task: Tensor | list[int | str] = task.reshape(-1)
         else:
             self.task = [task] if isinstance(task, (int, str)) else list(task)
@@ -60,20 +68,33 @@ class BatchTasks:
         return len(self.task)
 
     def for_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchTasks:
-        """These tasks for one call of the model, from the sizes of what it is called with.
+        """These tasks for one call of the model, from the arguments that it is called with.
 
-        RoutingError unless one task applies to all rows, or every row has its own (or, `repeated`, every sample).
+        RoutingError unless one task applies to all rows, or every row, packed sequence or token has its own (or,
+        `repeated`, every sample).
         """
-        rows = _rows(args, kwargs)
-        given = len(self)
-        if rows is None or self.for_all:
+        first = _first_batched(args, kwargs)
+        if first is None or self.for_all:
             return self
-        if rows != given and not (self.repeated and rows % given == 0):
-            raise RoutingError(
-                f"task has {given} entries for a batch of {rows}: give one for every row, or a single name or id for"
-                " the whole batch"
-            )
+        rows, given = first.shape[0] if first.ndim > 1 else 1, len(self)
+        if self.tokens is not None:
+            if self.tokens != first.shape[:2]:
+                raise RoutingError(
+                    f"task has shape {self.tokens} for a batch of shape {tuple(first.shape[:2])}: give one task for"
+                    " every token, or one for every row"
+                )
+            return self
         tasks = copy.copy(self)  # shares the ids that are resolved already
+        if rows != given and not (self.repeated and rows % given == 0):
+            if first.ndim > 1:
+                tasks.packing = Packing.of_call(kwargs, rows, first.shape[1], given)
+            if tasks.packing is None:
+                raise RoutingError(
+                    f"task has {given} entries for a batch of {rows}: give one for every row (or for every packed"
+                    " sequence, with position_ids or cu_seq_lens_q), or a single name or id for the whole batch"
+                )
+            tasks.tokens = tuple(first.shape[:2])
+            return tasks
         tasks.repeats = rows // given
         tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         tasks.widths = tuple({v.shape[1] for v in tensors if v.ndim > 1 and v.shape[0] == rows})
@@ -82,8 +103,19 @@ class BatchTasks:
     def for_generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchTasks:
         """These tasks for the calls of a model inside `generate`, which is called with these arguments."""
         tasks = copy.copy(self.for_call(args, kwargs))
+        if tasks.tokens is not None:
+            raise RoutingError("generate needs one task for every row, and not for every token or packed sequence")
         tasks.repeated = True
         return tasks
+
+    def flattened(self, x: Tensor) -> Tensor:
+        """A layer's input (b t d) with the tokens as rows (n d), where tokens have tasks of their own."""
+        if x.shape[:-1] != self.tokens:
+            raise RoutingError(
+                f"a layer sees an input of shape {tuple(x.shape)} in a batch of {self.tokens} tokens with a task for"
+                " each, so which token is which is unknown. Leave such layers out (exclude_modules), or do not pack"
+            )
+        return x.flatten(0, -2)
 
     def of_rows(self, adapter: str, names: tuple[str, ...], x: Tensor) -> Tensor:
         """The id of every row (first axis) of a layer's input, on its device; a single one for a vector.
@@ -95,7 +127,9 @@ class BatchTasks:
         rows = x.shape[0] if x.ndim > 1 else 1
         if self.for_all:
             return ids.expand(rows)
-        samples = len(self) * self.repeats
+        if self.packing is not None:
+            ids = ids[self.packing.sequence.to(x.device)]
+        samples = len(ids) * self.repeats
         repeats = self.repeats
         if rows != samples:
             if x.ndim != 2 or rows % samples or rows // samples not in self.widths:
@@ -106,6 +140,23 @@ class BatchTasks:
                 )
             repeats *= rows // samples
         return ids if repeats == 1 else ids.repeat_interleave(repeats)
+
+    def samples(
+        self, adapter: str, x: Tensor, task: Tensor, mask: Tensor | None, *, needed: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(x, task, mask) of a layer's tokens (n d) as samples (b t d), for losses on samples, where they are packed.
+
+        A task for every token does not say where samples begin: RoutingError where that is `needed`.
+        """
+        if self.packing is not None:
+            real = x.new_ones(len(x)) if mask is None else mask.reshape(-1).to(x.dtype)
+            return self.packing.unpacked(x), self.packing.unpacked(task)[:, 0], self.packing.unpacked(real)
+        if needed and self.tokens is not None:
+            raise RoutingError(
+                f"adapter '{adapter}' compares samples with their tasks, and a task for every token does not say where"
+                " samples begin: give one for every packed sequence, with position_ids or cu_seq_lens_q"
+            )
+        return x, task, mask
 
     def ids(self, adapter: str, names: tuple[str, ...], device: torch.device) -> Tensor:
         """The tasks as ids of that adapter, (len(self)) on the device; RoutingError for one it does not know."""
@@ -148,19 +199,14 @@ def _outside_inference_mode() -> AbstractContextManager[Any]:
     return nullcontext() if torch.compiler.is_compiling() else torch.inference_mode(False)
 
 
-def can_be_read(tensor: Tensor) -> bool:
-    """Whether reading a value does not synchronise with an accelerator or break a compiled graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _unknown_id(adapter: str, task: Any, names: tuple[str, ...]) -> str:
     shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:8])) + (", …" if len(names) > 8 else "")
     return f"adapter '{adapter}' does not know task {task}: its ids go from 0 to {len(names) - 1} ({shown})"
 
 
-def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The batch size of a call, from the first tensor that has one."""
+def _first_batched(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """The first argument of a call that has the batch as its first axis."""
     for value in (*args[:1], *(kwargs.get(name) for name in _BATCHED), *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim > 0:
-            return value.shape[0] if value.ndim > 1 else 1
+            return value
     return None

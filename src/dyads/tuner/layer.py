@@ -18,14 +18,13 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
 
-from dyads.errors import ConfigError, MergeError
+from dyads.errors import MergeError
 from dyads.methods.config import DyadsConfig
 from dyads.methods.core import Core
 from dyads.ops import CachedOperator, Frozen, autocast_dtype, fused, in_backward
 from dyads.tuner.auxiliary import collect_loss
+from dyads.tuner.base_layer import features, is_plain
 from dyads.tuner.routing import Routing
 from dyads.tuner.watched_weight import WatchedWeight
 
@@ -167,6 +166,10 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             self.routing.check_merged(adapter)
         idle = self.disable_adapters or self.merged
         adapters = [] if idle else [name for name in self.active_adapters if name in self.scaling]
+        flattens = self.routing.flattens(x) if adapters else None
+        if flattens is not None:
+            rows = self.forward(flattens.flattened(x), *args, **kwargs)
+            return rows.view(*x.shape[:-1], rows.shape[-1])
         frozen = self._frozen() if adapters and not args and not kwargs else None
         # Either the operator computes the frozen layer, or it adds to `out`, the frozen layer's output.
         out: Tensor | None = self.base_layer(x, *args, **kwargs) if frozen is None else None
@@ -224,21 +227,11 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         self.routing.forget_weights()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """For PEFT's convert_to_lora: True where the adapter is one weight update; else MergeError with the reason."""
-        self.check_merge(adapter_name)
-        return True
+        """For PEFT's convert_to_lora: whether the adapter is one weight update, for a task at most."""
+        return adapter_name in self.lora_A and not self.core(adapter_name).looks_at & {"x", "h"}
 
-    def check_merge(self, adapter: str) -> None:
-        """MergeError where no weight update equals the adapter."""
-        base = self.get_base_layer()
-        if not is_plain(base):
-            weight = getattr(base, "weight", None)
-            kind = f"{type(weight).__name__}, {weight.dtype}" if isinstance(weight, Tensor) else "none"
-            raise MergeError(
-                f"cannot merge adapter '{adapter}' into a {type(base).__name__} (weight: {kind}): the layer is"
-                " quantised, or computes something else than a product with a floating-point weight. Load the base"
-                " model unquantised to merge"
-            )
+    def check_update(self, adapter: str) -> None:
+        """MergeError where the adapter is not one weight update."""
         sees = self.core(adapter).looks_at
         if sees & {"x", "h"}:
             raise MergeError(
@@ -256,10 +249,24 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if tasks is not None:
                 tasks.ids(adapter, names, torch.device("cpu"))  # an unknown one is refused
 
+    def check_merge(self, adapter: str) -> None:
+        """MergeError where the adapter is not one weight update, or the base layer has no weight to add it to."""
+        self.check_update(adapter)
+        base = self.get_base_layer()
+        if not is_plain(base):
+            weight = getattr(base, "weight", None)
+            kind = f"{type(weight).__name__}, {weight.dtype}" if isinstance(weight, Tensor) else "none"
+            raise MergeError(
+                f"cannot merge adapter '{adapter}' into a {type(base).__name__} (weight: {kind}): the layer is"
+                " quantised, or computes something else than a product with a floating-point weight. Call"
+                " merge_and_unload(dequantize=True), which puts a floating-point layer in its place, or load the base"
+                " model unquantised"
+            )
+
     @torch.no_grad()
     def product(self, adapter: str) -> tuple[Tensor, Tensor, Tensor]:
         """A (p d), G (q p) and B (o q), whose product over the scale is ΔW; MergeError where there is none."""
-        self.check_merge(adapter)
+        self.check_update(adapter)
         core, (A, B) = self.core(adapter), self.factors(adapter)
         return A, core(core.matrix_of, A, self._task(adapter, core, A[:1])), B
 
@@ -363,44 +370,3 @@ def _is_watched(module: nn.Linear) -> bool:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return True
     return bool(torch.nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]
-
-
-def is_plain(base: nn.Module) -> bool:
-    """Whether the layer is a product with its floating-point weight, which a merge may add to."""
-    weight: Any = getattr(base, "weight", None)
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.dtype.is_floating_point:
-        return False  # codes, or a tensor subclass
-    if type(base).forward in (nn.Linear.forward, Conv1D.forward):
-        return True
-    if not isinstance(base, nn.Linear):
-        return False
-    # Another forward may round the weight or the input first, as a layer before the end of its quantisation does.
-    with torch.no_grad():
-        x = torch.randn(2, base.in_features, generator=torch.Generator().manual_seed(0)).to(weight)
-        found = base(x)
-        return found.dtype == weight.dtype and torch.allclose(found, F.linear(x, weight, base.bias), rtol=1e-3)
-
-
-def features(base_layer: nn.Module) -> tuple[int, int, bool]:
-    """(in, out, whether the weight is stored in × out) of a layer that can be adapted."""
-    if isinstance(base_layer, NonDynamicallyQuantizableLinear):
-        raise ConfigError(
-            "nn.MultiheadAttention reads the weight of its out_proj itself, so an adapter there would have no effect:"
-            " leave it out with exclude_modules"
-        )
-    if isinstance(base_layer, nn.Linear):
-        return base_layer.in_features, base_layer.out_features, False
-    if isinstance(base_layer, Conv1D):
-        d_in, d_out = base_layer.weight.shape
-        return d_in, d_out, True
-    if isinstance(base_layer, BaseTunerLayer):
-        return features(base_layer.get_base_layer())
-    # Quantised layers of other libraries (GPTQ, AWQ, HQQ, …), some of which write the names without an underscore.
-    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
-        d_in, d_out = (getattr(base_layer, name, None) for name in names)
-        if isinstance(d_in, int) and isinstance(d_out, int):
-            return d_in, d_out, False
-    raise ConfigError(
-        f"Target module {type(base_layer).__name__} is not supported: dyads adapts nn.Linear, transformers' Conv1D, and"
-        " layers with in_features and out_features. Leave it out with exclude_modules, or name other target_modules."
-    )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dyads.errors import ConfigError, did_you_mean
 from dyads.methods.config import DyadsConfig
 from dyads.methods.declarations import check_declarations
+from dyads.tuner.base_layer import dequantized, is_plain
 from dyads.tuner.batch_tasks import TaskLike
 from dyads.tuner.layer import DyadsLinear, LowRankFactor, buffers_stay
 from dyads.tuner.model_calls import attach, detach
@@ -154,13 +155,32 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
         task: TaskLike | None = None,
+        dequantize: bool = False,
     ) -> nn.Module:
-        """As PEFT's. An adapter whose gates look at the task is merged for the one task named."""
+        """As PEFT's. An adapter whose gates look at the task is merged for the one task named.
+
+        With `dequantize`, adapted layers whose weight is quantised become floating-point layers of the model's dtype
+        first; other layers stay as they are.
+        """
         with self._task_to_merge(task):
+            if dequantize:
+                self._dequantize(adapter_names)
             merged: nn.Module = super().merge_and_unload(
                 progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
             )
         return merged
+
+    def _dequantize(self, adapter_names: list[str] | None) -> None:
+        found = []
+        for layer in self._layers():
+            merging = [name for name in adapter_names or layer.active_adapters if name in layer.lora_A]
+            for name in merging:
+                layer.check_update(name)
+            if merging and layer.base_layer is layer.get_base_layer() and not is_plain(layer.base_layer):
+                dequantized(layer.base_layer, layer.key)  # a refusal must not leave half a model changed
+                found.append(layer)
+        for layer in found:
+            layer.base_layer = dequantized(layer.base_layer, layer.key, getattr(self.model, "dtype", None))
 
     def add_weighted_adapter(
         self,

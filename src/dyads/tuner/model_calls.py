@@ -7,6 +7,7 @@ They are objects set on the model and not closures, so that a deep copy of it ha
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,10 @@ from dyads.tuner.routing import ForwardPass, Routing
 
 __all__ = ["attach", "detach"]
 
-_CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
-"""Functions of transformers that join the tokens of many requests into one row (5.23)."""
+_CONTINUOUS = ("init_continuous_batching", "continuous_batching_context_manager")
+"""Functions of transformers that make a manager of continuous batching (5.23)."""
+_REQUEST = re.compile(r"^req_(\d+)")
+"""The start of a request's name: its number in the batch."""
 
 
 def attach(routing: Routing, model: nn.Module) -> None:
@@ -34,6 +37,7 @@ def attach(routing: Routing, model: nn.Module) -> None:
     routing.undo = [enter.remove, leave.remove]
     wrappers = (
         ("generate", _Generate),
+        ("generate_batch", _GenerateBatch),
         *((name, _ContinuousBatching) for name in _CONTINUOUS),
         ("_set_gradient_checkpointing", _SetCheckpointing),
     )
@@ -97,7 +101,11 @@ class _EnterForward:
                 entered.check = routing.next_check()
         if routing.names:
             tasks = ambient if task is None else BatchTasks(task)
+            if tasks is None and "read_index" in kwargs:  # paged attention, in the thread of continuous batching
+                tasks = routing.requests
             entered.tasks = None if tasks is None else tasks.for_call(args, kwargs)
+            if entered.training is not None:
+                entered.training.tasks = entered.tasks
         return args, kwargs
 
 
@@ -117,13 +125,15 @@ class _LeaveForward:
         if call is None or output is None:  # None: an error ended it
             return None
         loss = call.loss()
-        with_loss = None if loss is None else call.added_to(output, loss)
+        with_loss = None if loss is None or here.kept is not None else call.added_to(output, loss)
         if with_loss is None and loss is not None:
             outer = None if ended.outer is None else ended.outer.training
-            if outer is None:
-                here.untaken = loss
-            else:
+            if outer is not None:
                 outer.losses += call.losses  # a nested call: the outer one returns the loss
+            elif here.kept is not None:
+                here.kept.append(loss)
+            else:
+                here.untaken = loss
         if ended.check is not None:
             ended.check.returned(output if with_loss is None else with_loss, loss)
         return with_loss
@@ -179,17 +189,58 @@ class _Generate:
             return self.inner(*args, **kwargs)
 
 
-class _ContinuousBatching:
-    """The model's own continuous batching, refused where its requests would need tasks."""
+class _GenerateBatch:
+    """The model's own `generate_batch` (continuous batching), once for every task of its requests.
+
+    It joins the tokens of all requests into one row and computes in a thread of its own, where they have no tasks.
+    """
 
     def __init__(self, inner: Callable[..., Any], model: nn.Module, routing: Routing) -> None:
         self.inner, self.routing = inner, routing
 
-    def __call__(self, *args: Any, task: TaskLike | None = None, **kwargs: Any) -> Any:
-        for adapter, names in self.routing.names.items():
-            if len(names) > 1:
-                raise RoutingError(
-                    f"adapter '{adapter}' needs a task for every request, and continuous batching joins the tokens of"
-                    " all requests into one row: use generate(…, task=…), or merge the adapter for one task"
-                )
+    def __call__(self, inputs: list[list[int]], *args: Any, task: TaskLike | None = None, **kwargs: Any) -> Any:
+        routing = self.routing
+        if not routing.need_tasks():
+            return self.inner(inputs, *args, **kwargs)
+        tasks = routing.ambient if task is None else BatchTasks(task)
+        if tasks is None:
+            raise RoutingError("generate_batch needs a task: pass task=…, one name or id for every request or for all")
+        if not tasks.for_all and len(tasks) != len(inputs):
+            raise RoutingError(f"task has {len(tasks)} entries for {len(inputs)} requests: give one for every request")
+        if kwargs.get("persistent_manager"):
+            raise RoutingError(
+                "persistent_manager=True may keep the computations of one task for another: leave it out"
+            )
+        for adapter in routing.need_tasks():
+            tasks.ids(adapter, routing.names[adapter], torch.device("cpu"))  # here: the thread only logs its errors
+        given = tasks.task.tolist() if isinstance(tasks.task, torch.Tensor) else tasks.task
+        places: dict[int | str, list[int]] = {}
+        for place in range(len(inputs)):
+            places.setdefault(given[0] if tasks.for_all else given[place], []).append(place)
+        answers: list[tuple[int, str, Any]] = []
+        for one, own in places.items():
+            with routing.requests_of(BatchTasks(one)):
+                found = self.inner([inputs[place] for place in own], *args, **kwargs)
+            for key, answer in found.items():
+                number = int(_REQUEST.match(key)[1])  # type: ignore[index]
+                answers.append((own[number], _REQUEST.sub(f"req_{own[number]}", key), answer))
+        answers.sort(key=lambda answer: answer[0])
+        for _, key, answer in answers:
+            answer.request_id = key
+        return {key: answer for _, key, answer in answers}
+
+
+class _ContinuousBatching:
+    """The model's own managers of continuous batching, whose requests have no tasks outside `generate_batch`."""
+
+    def __init__(self, inner: Callable[..., Any], model: nn.Module, routing: Routing) -> None:
+        self.inner, self.routing = inner, routing
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.routing.requests is None and self.routing.need_tasks():
+            raise RoutingError(
+                f"adapter '{self.routing.need_tasks()[0]}' needs a task for every request, and a manager of continuous"
+                " batching joins the tokens of all requests into one row: use generate_batch(…, task=…), or merge the"
+                " adapter for one task"
+            )
         return self.inner(*args, **kwargs)

@@ -27,7 +27,8 @@ from dyads.errors import RoutingError, did_you_mean
 from dyads.ops import CachedOperator
 from dyads.tuner.auxiliary import TrainingCall
 from dyads.tuner.backward_check import BackwardCheck
-from dyads.tuner.batch_tasks import BatchTasks, TaskLike, can_be_read
+from dyads.tuner.batch_tasks import BatchTasks, TaskLike
+from dyads.tuner.packing import can_be_read
 
 __all__ = ["ForwardPass", "OperatorCache", "Routing", "auxiliary_loss", "find_routing", "use_task"]
 
@@ -52,12 +53,16 @@ class _Thread(threading.local):
     """Those of `use_task` again, for compiled code."""
     cache: OperatorCache | None = None
     check: BackwardCheck | None = None
+    kept: list[Tensor] | None = None
+    """The auxiliary losses of `keeping_losses`."""
     untaken: Tensor | None = None
     """The auxiliary loss of the last call, where the model returned no loss to add it to."""
 
 
 _TASKS: ContextVar[Mapping[Any, BatchTasks]] = ContextVar("dyads_tasks", default=MappingProxyType({}))
 """By Routing: the tasks of forward passes without `task=`."""
+
+_ONE_BATCH = threading.Lock()
 
 _ONLY = BatchTasks(0)
 """The tasks of any batch, for an adapter that knows one task."""
@@ -69,6 +74,8 @@ class Routing:
     def __init__(self) -> None:
         self.names: dict[str, tuple[str, ...]] = {}
         """Task names of the adapters that look at a task."""
+        self.requests: BatchTasks | None = None
+        """The task of requests of continuous batching, while they are answered."""
         self.merged: dict[str, int] = {}
         """The task that an adapter is merged for, while it is."""
         self.undo: list[Any] = []
@@ -116,6 +123,11 @@ class Routing:
         current = self.here.current
         return self.ambient if current is None else current.tasks
 
+    def flattens(self, x: Tensor) -> BatchTasks | None:
+        """The running tasks where they belong to tokens, and x (b t d) has its tokens on two axes."""
+        tasks = self.tasks() if self.names else None
+        return tasks if tasks is not None and tasks.tokens is not None and x.ndim > 2 else None
+
     def ids(self, adapter: str, x: Tensor) -> Tensor:
         """The task of every row (first axis) of a layer's input, on its device; a single row for a vector."""
         names = self.names[adapter]
@@ -125,11 +137,25 @@ class Routing:
         if tasks is None:
             raise RoutingError(
                 f"adapter '{adapter}' needs a task: pass task=… to the model's call or to generate, one name or id for"
-                f" every sample{did_you_mean('', names)}. A Trainer passes a column `task` on with"
-                " remove_unused_columns=False and a collator that keeps it. Around code that calls parts of the model"
-                " itself, use `with dyads.use_task(model, …)`."
+                f" every sample{did_you_mean('', names)}. dyads.with_tasks(Trainer), also of TRL's trainers, passes the"
+                " column `task` of the dataset on. Around code that cannot pass it, use"
+                " `with dyads.use_task(model, …)`."
             )
         return tasks.of_rows(adapter, names, x)
+
+    def need_tasks(self) -> list[str]:
+        """The adapters whose gates look at a task, and that know more than one."""
+        return [adapter for adapter, names in self.names.items() if len(names) > 1]
+
+    @contextmanager
+    def requests_of(self, tasks: BatchTasks) -> Iterator[None]:
+        """Within this context requests of continuous batching, in any thread, have this task; one context at a time."""
+        with _ONE_BATCH:
+            self.requests = tasks
+            try:
+                yield
+            finally:
+                self.requests = None
 
     def check_merged(self, adapter: str) -> None:
         """RoutingError where a forward pass has another task than the one that the adapter is merged for."""
@@ -147,6 +173,15 @@ class Routing:
             torch._assert_async((ids == merged).all(), message)
         elif bool((ids != merged).any()):
             raise RoutingError(message)
+
+    @contextmanager
+    def keeping_losses(self, losses: list[Tensor]) -> Iterator[None]:
+        """Within this context auxiliary losses of forward passes go to the list, and not into the model's own loss."""
+        before, self.here.kept = self.here.kept, losses
+        try:
+            yield
+        finally:
+            self.here.kept = before
 
     def next_check(self) -> BackwardCheck | None:
         """The check of a forward pass of training that starts; None after the first backward pass."""
