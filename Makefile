@@ -1,13 +1,13 @@
 # The two commands for a fresh machine with Python and git:
 #   make demo    train LoRA, MoDE and MTL-LoRA on the starter suite and compare them
 #   make test    the tests
-# and for those who change the code: make check, make test-all, make bench, make wheel.
+# and for those who change the code: make check, make test-all, make bench, make docs, make wheel.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-all check format bench wheel clean
+.PHONY: demo test test-all check format bench docs wheel clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ format: $(VENV)/installed
 # About 40 minutes on two quiet cores; `make bench BENCH=--plan` shows the plan, and a cut-off run goes on where it was.
 bench: $(VENV)/installed
 	PYTHONPATH=src $(BIN)/python -m benchmarks --resume --write-docs $(BENCH)
+
+# The site in build/site: warnings, dead links and missing anchors are errors. Nothing is read from another server.
+docs: $(VENV)/installed
+	PYTHONPATH=src HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 # sdist and wheel in dist/; then the wheel in an environment of its own, without the tools of dev. Minutes: torch is installed.
 wheel: $(VENV)/installed
