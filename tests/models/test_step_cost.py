@@ -224,3 +224,39 @@ def test_estimates_beside_measured_steps(run: str) -> None:
     estimate = f"estimated {cost.memory / 1e6:,.0f} MB, {cost.flops / 1e9:,.0f} GFLOP"
     print(f"{run}: {estimate}; measured {forward / 1e6:,.0f} MB, {peak / 1e6:,.0f} MB at the peak, {seconds:.2f} s")
     assert cost.memory == pytest.approx(forward, rel=0.2)
+
+
+# --- the table of three sizes, in docs/step-cost.md and in the README ------------------------------------------------
+
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 28}
+SHAPES: dict[str, dict[str, Any]] = {
+    "1.5B": {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2,
+        "vocab_size": 151936, "tie_word_embeddings": True,
+    },
+    "7B": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "vocab_size": 152064, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_table_of_three_sizes_is_what_budget_estimates(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent.parent
+    pages = [(root / page).read_text(encoding="utf-8") for page in ("README.md", "docs/step-cost.md")]
+    for size, shape in SHAPES.items():
+        model = tmp_path / size
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps({**QWEN, **shape}))
+        cells = []
+        for method, options, checkpointing in (
+            ("lora", {"r": 66}, False),
+            ("mode", {"r": 4, "num_experts": 16}, False),
+            ("mode", {"r": 4, "num_experts": 16}, True),
+        ):
+            cost = step_cost(str(model), method, options, checkpointing=checkpointing)
+            seconds = cost.seconds(GPUS["a100-80"])
+            cells.append(f"{(cost.memory + OWN_MEMORY) / 1e9:.1f} GB, {1000 * seconds:,.0f} ms")
+        row = f"| shape of Qwen2.5-{size} | {' | '.join(cells)} |"
+        assert [row in page for page in pages] == [True, True], row

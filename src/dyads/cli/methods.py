@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`dyads methods`: list of the methods with their options, also as the README's table."""
+"""`dyads methods`: list of the methods with their options, also as a table."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Examples:
     type=click.Choice(["terminal", "markdown"]),
     default="terminal",
     show_default=True,
-    help="markdown: one table row for each method that is trained, without options (the README's table).",
+    help="markdown: one table row for each method that is trained, without options.",
 )
 def command(names: tuple[str, ...], form: str) -> None:
     """List the methods with their own options and defaults; with NAME also the options that all methods share."""

@@ -7,7 +7,7 @@
         ...
 
 No other source file changes: the package's public names, PEFT, recipes, the command line and the tests of the contract
-read the registry. Tests ask for a line in the README's table (`dyads methods --format markdown`), an entry in
+read the registry. Tests ask for a line in docs/formula.md's table (`dyads methods --format markdown`), an entry in
 docs/papers.md and a contender in benchmarks/contenders.py. The `TYPE_CHECKING` lists are for editors only.
 """
 
