@@ -302,3 +302,10 @@ def test_a_core_of_the_library_is_its_papers_closed_form_only_for_softmax_of_a_r
             assert core.linear_scores == (score != "cosine")
             assert core.router_input == ("h" if "h" in score.split("+") else "x")
     assert MoDEConfig(r=2, num_experts=1).core(6).closed_form is False
+
+
+def test_a_core_without_parameters_is_verified_whatever_the_default_device() -> None:
+    core = Variant("mode", (("num_experts", 1),)).config().core(6)
+    assert not list(core.parameters())
+    with torch.device("meta"):
+        check_declarations(core, 6, 0)

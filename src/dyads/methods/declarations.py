@@ -37,14 +37,14 @@ def check_declarations(core: Core, d: int, num_tasks: int) -> None:
             # Matrices that give scores of unit variance, whatever the width; vectors and numbers, such as a bias that
             # starts at zero or a temperature, between 0.5 and 1.
             if parameter.ndim > 1:
-                drawn = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+                drawn = torch.randn(parameter.shape, generator=generator, device="cpu") * parameter.shape[-1] ** -0.5
             else:
-                drawn = torch.rand(parameter.shape, generator=generator) * 0.5 + 0.5
+                drawn = torch.rand(parameter.shape, generator=generator, device="cpu") * 0.5 + 0.5
             parameter.copy_(drawn)
     task = torch.tensor([0, num_tasks - 1], device=device) if num_tasks else None
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float32).to(device)
+        return torch.randn(*shape, generator=generator, device="cpu", dtype=torch.float32).to(device)
 
     for training in (False, True):
         probe.train(training)
