@@ -1,13 +1,14 @@
 # The two commands for a fresh machine with Python and git:
 #   make demo    train LoRA, MoDE and MTL-LoRA on the starter suite and compare them
 #   make test    the tests
-# and for those who change the code: make check, make test-all, make bench, make docs, make wheel.
+# and for those who change the code: make check, make test-all, make bench, make docs, make wheel, make attack.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+KILLS ?= 2000
 
-.PHONY: demo test test-all check format bench docs wheel clean
+.PHONY: demo test test-all check format bench docs wheel attack clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +52,12 @@ wheel: $(VENV)/installed
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet --no-compile -c constraints.txt dist/*.whl
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 build/wheel/bin/python -I .ci/smoke.py
+
+# Kills and hostile files, about an hour on one core (docs/reliability.md); a cut-off run goes on. Results: build/attack.
+attack: $(VENV)/installed
+	PYTHONPATH=src:tests $(BIN)/python tests/kills.py --count $(KILLS) --results build/attack/kills.jsonl
+	PYTHONPATH=src:tests $(BIN)/python tests/kills.py --fault full --fault denied --spread 200 --results build/attack/faults.jsonl
+	FUZZ_RESULTS=build/attack/fuzz.jsonl HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/fuzz --hypothesis-profile full
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -7,11 +7,14 @@ import copy
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from click.testing import CliRunner
 from hypothesis import strategies as st
 
+from dyads.cli import main
 from dyads.errors import DyadsError
 
 LONGEST = 2.0
@@ -23,6 +26,8 @@ VALUES = [
     -1,
     0,
     10**30,
+    10**400,
+    10**9,
     1.5,
     float("inf"),
     float("nan"),
@@ -53,6 +58,23 @@ TOKENS = [
 """Texts that are put into a file."""
 
 
+HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that no message and no screen shows as they are."""
+
+
+@dataclass
+class Tally:
+    """The inputs that were tried."""
+
+    accepted: int = 0
+    refused: int = 0
+    slowest: float = 0.0
+    """Seconds of computing."""
+
+
+TALLY = Tally()
+
+
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The paths of all values inside a document."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -67,7 +89,7 @@ def changed(draw: st.DrawFn, document: Any) -> Any:
     document = copy.deepcopy(document)
     for _ in range(draw(st.integers(0, 3))):
         where = draw(st.sampled_from([(), *places(document)]))
-        value = draw(st.sampled_from(VALUES) | st.text(max_size=20) | st.integers() | st.floats())
+        value = copy.deepcopy(draw(st.sampled_from(VALUES) | st.text(max_size=20) | st.integers() | st.floats()))
         if not where:
             if draw(st.integers(0, 9)) == 0:
                 document = value
@@ -116,14 +138,25 @@ def accepted_or_refused(work: Callable[[], object], content: bytes = b"") -> Non
     start = time.process_time()
     try:
         work()
+        TALLY.accepted += 1
     except DyadsError as error:
+        TALLY.refused += 1
         message = str(error)
         assert message
         assert not re.search(r"\S{210}", message), message[:500]
-        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", message), ascii(
-            message
-        )
+        assert not HIDDEN.search(message), ascii(message)
         assert len(message) < 10_000, len(message)
         text = content.decode("utf-8", "replace")
         assert not any(message[i : i + 201] in text for i in range(len(message) - 200)), message
-    assert time.process_time() - start < LONGEST, "it takes too long"
+    seconds = time.process_time() - start
+    TALLY.slowest = max(TALLY.slowest, seconds)
+    assert seconds < LONGEST, "it takes too long"
+
+
+def shown(*arguments: object, exit_codes: Sequence[int] = (0, 2)) -> None:
+    """A command ends with its result or with an error of ours, and its screen has nothing hidden."""
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code in exit_codes
+    assert not HIDDEN.search(result.output), ascii(result.output)

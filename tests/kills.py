@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: E402 – libraries read the environment when they are imported
-"""Kill harness: a run is killed at the n-th call that changes files in its folder, repeated, and compared.
+"""Kill harness: a command is killed at the n-th call that changes files in its folder, repeated, and compared.
 
-    python tests/kills.py                      # every call of every scenario, with SIGKILL and with a full disk
-    python tests/kills.py --spread 20          # twenty kills, spread over the scenarios
-    python tests/kills.py train --at 17        # one
+    python tests/kills.py                         # every call of every scenario
+    python tests/kills.py --count 2000            # the same, and kills at random times until there are 2,000
+    python tests/kills.py --fault full --spread 20      # a full disk from a call on, at 20 calls over all scenarios
+    python tests/kills.py train --at 17           # one
 
-Every trial runs in a fork of a process that has imported everything, with a shim around Python's file functions: it
-counts the calls that create, write, rename or remove files below the folder, and at the n-th ends the process with
-SIGKILL, after half of the data where the call writes. With `--fault full`, that call and all later ones that need
-space fail with ENOSPC instead. safetensors and torch.save write outside Python; they are stopped at their Python
-function, with half of the file written. Then the same command is given again, and files and results must equal those of
-a run that was not disturbed. The last line is a JSON object with the counts.
+Scenarios run in forks of a process that has imported everything, with a shim around Python's file functions that
+counts the calls which create, write, rename or remove files below the folder. The faults:
+
+    kill    the folder as SIGKILL leaves it at the n-th call, with half of the data where the call writes. All these
+            states are copied in a single run; with --real each is made by a process that ends with SIGKILL at the call
+    time    SIGKILL at a random time
+    full    the n-th call and all later ones that need space fail with ENOSPC
+    denied  the n-th call and all later ones fail with EACCES
+
+safetensors and torch.save write outside Python; they are stopped at their Python function. Then the same command is
+given again, and files and results must equal those of a run that was not disturbed. With --results, a line a trial is
+appended to a file, and trials that passed before are not repeated. The last line is a JSON object with the counts.
 """
 
 from __future__ import annotations
@@ -29,14 +36,16 @@ import random
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +64,7 @@ from dyads.cli import main as main_command
 from dyads.errors import RunError
 from dyads.export import export, export_all
 from dyads.recipe.yaml_source import to_yaml
+from dyads.runs import folder as folder_module
 from dyads.runs.folder import RunFolder
 from dyads.runs.saved import SavedAdapter
 from dyads.scoring.evaluate import evaluate
@@ -66,16 +76,29 @@ from made_studies import LORA, InProcess, content_of
 
 HANG = 60.0
 """Seconds after which a command counts as hanging; a tiny run takes about one."""
+FAULTS = ("kill", "time", "full", "denied")
+ERRORS = {"full": errno.ENOSPC, "denied": errno.EACCES}
 
 
 # --- shim -------------------------------------------------------------------------------------------------------------
 
 
 class Shim:
-    """Counts the calls that change files below `root`, and stops the process at one of them."""
+    """Counts the calls that change files below `root`; stops the process at one of them, or keeps what each leaves.
 
-    def __init__(self, root: Path, stop: int | None = None, fault: str = "kill") -> None:
+    `keep` is a folder for copies of `root`, named by the numbers of the calls, and `kept` are the calls to copy at.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        stop: int | None = None,
+        fault: str = "kill",
+        keep: Path | None = None,
+        kept: frozenset[int] = frozenset(),
+    ) -> None:
         self.root, self.stop, self.fault = str(root), stop, fault
+        self.keep, self.kept = keep, kept
         self.calls: list[str] = []
         self.inside = False  # a call of the shim's own
 
@@ -85,24 +108,37 @@ class Shim:
                 path = os.readlink(f"/proc/self/fd/{path}")
             elif isinstance(folder, int) and folder >= 0:
                 path = os.path.join(os.readlink(f"/proc/self/fd/{folder}"), os.fspath(path))
-            return os.path.abspath(os.fsdecode(path)).startswith(self.root)
+            return os.path.abspath(os.fsdecode(path)).startswith(self.root + os.sep)
         except (OSError, TypeError, ValueError):
             return False
 
-    def call(self, kind: str, path: Any, half: Callable[[], object] | None = None, needs_space: bool = True) -> None:
-        """Count a call; at the one to stop at, write half of its data and end the process, or let it fail."""
+    def call(self, kind: str, path: Any, half: Callable[[str], object] | None = None, needs_space: bool = True) -> None:
+        """Count a call. At the one to stop at, write half of its data and end the process, or let it fail.
+
+        `half` writes half of the data to a path: that of the call, or its copy.
+        """
         self.calls.append(f"{kind} {path}")
         number = len(self.calls)
+        if self.keep is not None and number in self.kept:
+            self._copy(self.keep / str(number), path, half)
         if self.stop is None or number < self.stop:
             return
         if self.fault == "kill":
             if half is not None:
-                half()
+                half(str(path))
             os.kill(os.getpid(), signal.SIGKILL)
-        if needs_space:
+        if needs_space or self.fault == "denied":
             if half is not None and number == self.stop:
-                half()
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                half(str(path))
+            raise OSError(ERRORS[self.fault], os.strerror(ERRORS[self.fault]), str(path))
+
+    def _copy(self, place: Path, path: Any, half: Callable[[str], object] | None) -> None:
+        """Copy the root as it is now, with half of the data of the call."""
+        self.inside = True
+        shutil.copytree(self.root, place, symlinks=True)
+        if half is not None:
+            half(os.path.join(place, os.path.relpath(path, self.root)))
+        self.inside = False
 
     def install(self) -> None:
         sys.addaudithook(self.audit)
@@ -111,8 +147,8 @@ class Shim:
         sync = os.fsync
         os.fsync = lambda handle: (self.counts(handle) and self.call("fsync", handle), sync(handle))[1]  # type: ignore[assignment,func-returns-value]
         save, serialize = torch.save, safetensors.torch.serialize_file
-        torch.save = self.writer("torch.save", save, 1, RuntimeError)  # type: ignore[assignment]
-        safetensors.torch.serialize_file = self.writer("safetensors", serialize, 1, safetensors.SafetensorError)
+        torch.save = self.writer("torch.save", save, RuntimeError)  # type: ignore[assignment]
+        safetensors.torch.serialize_file = self.writer("safetensors", serialize, safetensors.SafetensorError)
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.inside:
@@ -120,7 +156,8 @@ class Shim:
         if event == "open":
             path, _, flags = arguments
             changes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if changes and not isinstance(path, int) and self.counts(path):
+            new = self.calls[-1:] != [f"open {path}"]  # an opener causes the event twice
+            if changes and new and not isinstance(path, int) and self.counts(path):
                 self.call("open", path)
         elif event == "os.rename" and self.counts(arguments[1], arguments[3]):
             self.call("rename", arguments[1], needs_space=False)
@@ -132,21 +169,20 @@ class Shim:
     def opener(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def opened(file: Any, *arguments: Any, **options: Any) -> Any:
             stream = original(file, *arguments, **options)
-            return Watched(stream, file, self) if stream.writable() and self.counts(file) else stream
+            counted = not self.inside and stream.writable() and self.counts(file)
+            return Watched(stream, file, self) if counted else stream
 
         return opened
 
-    def writer(self, kind: str, original: Callable[..., Any], place: int, error: type[Exception]) -> Callable[..., Any]:
-        """A function that writes a file outside Python, at argument `place`."""
+    def writer(self, kind: str, original: Callable[..., Any], error: type[Exception]) -> Callable[..., Any]:
+        """A function that writes a file outside Python, at its second argument."""
 
-        def write(*arguments: Any, **options: Any) -> Any:
-            path = arguments[place]
-
-            def half() -> None:
-                self.inside = True
-                original(*arguments, **options)
-                os.truncate(path, os.path.getsize(path) // 2)
-                self.inside = False
+        def write(data: Any, path: Any, *arguments: Any, **options: Any) -> Any:
+            def half(target: str) -> None:
+                inside, self.inside = self.inside, True
+                original(data, target, *arguments, **options)
+                os.truncate(target, os.path.getsize(target) // 2)
+                self.inside = inside
 
             if self.counts(path):
                 try:
@@ -155,7 +191,7 @@ class Shim:
                     raise error(f"I/O error: {full.strerror} (os error {full.errno})") from full
             self.inside = True
             try:
-                return original(*arguments, **options)
+                return original(data, path, *arguments, **options)
             finally:
                 self.inside = False
 
@@ -169,8 +205,17 @@ class Watched:
         self.stream, self.path, self.shim = stream, path, shim
 
     def write(self, data: Any) -> Any:
-        self.shim.call("write", self.path, lambda: (self.stream.write(data[: len(data) // 2]), self.stream.flush()))
+        self.stream.flush()
+        self.shim.call("write", self.path, lambda target: self._half(data, target))
         return self.stream.write(data)
+
+    def _half(self, data: Any, target: str) -> None:
+        part = data[: len(data) // 2]
+        inside, self.shim.inside = self.shim.inside, True
+        handle = os.open(target, os.O_WRONLY | os.O_APPEND)
+        os.write(handle, part.encode(self.stream.encoding) if isinstance(part, str) else bytes(part))
+        os.close(handle)
+        self.shim.inside = inside
 
     def writelines(self, lines: Any) -> None:
         for line in lines:
@@ -256,18 +301,15 @@ def _evaluate(made: Made, place: Path) -> None:
 
 
 def _evaluate_into(made: Made, place: Path) -> None:
-    if not RunFolder(place / "out").is_run or not RunFolder(place / "out").is_scored:
-        evaluate(made.runs["more"], into=place / "out")
+    evaluate(made.runs["more"], into=place / "out")
 
 
 def _export(made: Made, place: Path) -> None:
-    if not (place / "out").exists():
-        export(SavedAdapter.read(made.runs["more"].path), place / "out", task="has_animal")
+    export(SavedAdapter.read(made.runs["more"].path), place / "out", task="has_animal")
 
 
 def _export_all(made: Made, place: Path) -> None:
-    if not (place / "out").exists():
-        export_all(SavedAdapter.read(made.runs["more"].path), place / "out", trim=True)
+    export_all(SavedAdapter.read(made.runs["more"].path), place / "out", trim=True)
 
 
 def _study(made: Made, place: Path) -> None:
@@ -287,12 +329,6 @@ SCENARIOS: dict[str, Command] = {
     "export-all": _export_all,
     "study": _study,
 }
-
-
-def prepare(name: str, made: Made, place: Path) -> None:
-    place.mkdir()
-    if name == "evaluate":
-        shutil.copytree(made.runs["more"].path, place / "run")
 
 
 def result(place: Path) -> dict[str, str]:
@@ -338,25 +374,29 @@ def forked(work: Callable[[], dict[str, Any]], kill_after: float | None = None) 
         try:
             said = work()
         except BaseException as error:
-            said = {"error": type(error).__name__, "module": type(error).__module__, "text": str(error)}
+            ours = isinstance(error, OSError) or type(error).__module__.startswith("dyads")
+            said = {"error": type(error).__name__, "ours": ours, "text": str(error)}
             said["traceback"] = traceback.format_exc()
         with os.fdopen(writer, "w") as stream:
             json.dump(said, stream)
         os._exit(0)
     os.close(writer)
-    parts, end = [], time.monotonic() + (HANG if kill_after is None else kill_after)
-    while select.select([reader], [], [], max(0.0, end - time.monotonic()))[0]:
-        part = os.read(reader, 2**16)
-        if not part:
+    parts, left = [], HANG if kill_after is None else kill_after
+    while left > 0:
+        pause = min(left, 1.0)  # in short pauses: a machine that was suspended is no command that hangs
+        if not select.select([reader], [], [], pause)[0]:
+            left -= pause
+        elif part := os.read(reader, 2**16):
+            parts.append(part)
+        else:
             break
-        parts.append(part)
     else:
         os.kill(child, signal.SIGKILL)
     os.close(reader)
     _, status = os.waitpid(child, 0)
     text = b"".join(parts)
-    hung = os.WIFSIGNALED(status) and time.monotonic() >= end and kill_after is None
-    return End(None if hung else status, json.loads(text) if text else {})
+    hung = left <= 0 and kill_after is None
+    return End(None if hung else status, json.loads(text) if text and left > 0 else {})
 
 
 def silent(place: Path) -> None:
@@ -367,13 +407,12 @@ def silent(place: Path) -> None:
     logging.basicConfig(stream=sys.stderr, force=True)
 
 
-def run(command: Command, made: Made, place: Path, stop: int | None, fault: str) -> dict[str, Any]:
+def run(command: Command, made: Made, place: Path, shim: Shim | None) -> dict[str, Any]:
     silent(place)
-    shim = Shim(place, stop, fault)
-    if fault != "time":
+    if shim is not None:
         shim.install()
     command(made, place)
-    return {"calls": shim.calls}
+    return {"calls": shim.calls if shim is not None else []}
 
 
 def again(command: Command, made: Made, place: Path) -> dict[str, Any]:
@@ -382,53 +421,95 @@ def again(command: Command, made: Made, place: Path) -> dict[str, Any]:
     return {"result": result(place)}
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One disturbed run; `number` is that of the call, or of the random time."""
+
+    scenario: str
+    fault: str
+    number: int
+
+
 @dataclass
-class Counts:
-    """What the trials of a scenario found."""
+class Outcome:
+    """What went wrong in a trial, by kind; empty: the repetition gave the same."""
 
-    calls: int = 0
-    kills: int = 0
-    full: int = 0
-    not_resumable: int = 0
-    different: int = 0
-    foreign: int = 0
-    hangs: int = 0
-    failures: list[str] = field(default_factory=list)
+    found: dict[str, str] = field(default_factory=dict)
 
 
-def trial(name: str, made: Made, counts: Counts, expected: dict[str, str], stop: int, fault: str, after: float) -> None:
-    """One disturbed run and its repetition."""
-    command = SCENARIOS[name]
+KINDS = ("not_resumable", "different", "foreign", "hangs", "lost")
 
-    def fail(what: str, why: object) -> None:
-        setattr(counts, what, getattr(counts, what) + 1)
-        counts.failures.append(f"{name} {fault} {stop or round(after, 3)}: {what}: {why}")
 
-    with tempfile.TemporaryDirectory(dir=made.path) as folder:
-        place = Path(folder) / "place"
-        prepare(name, made, place)
-        end = forked(lambda: run(command, made, place, stop, fault), after if fault == "time" else None)
+class Scenario:
+    """A command in a folder, what an undisturbed run of it writes, and the folders that kills leave."""
+
+    def __init__(self, name: str, made: Made) -> None:
+        self.name, self.made, self.command = name, made, SCENARIOS[name]
+        self.folder = made.path / f"of-{name}"
+        self.folder.mkdir()
+        self.place, self.keep = self.folder / "place", self.folder / "kept"
+        self.calls: list[str] = []
+        self.expected: dict[str, str] = {}
+        self.seconds = 0.0
+
+    def reference(self, kept: frozenset[int] = frozenset()) -> None:
+        """Run the command undisturbed, with copies of what kills at some calls would leave."""
+        self.keep.mkdir(exist_ok=True)
+        self.prepare()
+        start = time.monotonic()
+        shim = Shim(self.place, keep=self.keep, kept=kept)
+        end = forked(lambda: run(self.command, self.made, self.place, shim))
+        self.seconds = self.seconds or time.monotonic() - start
+        if "calls" not in end.said:
+            raise SystemExit(f"{self.name}: the undisturbed run failed:\n{end.said.get('traceback')}")
+        self.calls, self.expected = end.said["calls"], result(self.place)
+
+    def prepare(self) -> None:
+        """The folder as it is before the command."""
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir()
+        if self.name == "evaluate":
+            shutil.copytree(self.made.runs["more"].path, self.place / "run")
+
+    def disturb(self, trial: Trial, real: bool) -> Outcome:
+        """The disturbed run and its repetition."""
+        outcome = Outcome()
+        kept = self.keep / str(trial.number)
+        if trial.fault == "kill" and not real and kept.is_dir():
+            shutil.rmtree(self.place, ignore_errors=True)
+            kept.rename(self.place)
+        else:
+            self.prepare()
+            shim = None if trial.fault == "time" else Shim(self.place, trial.number, trial.fault)
+            share = random.Random(f"{trial.scenario}/{trial.number}").random()
+            after = share * self.seconds if trial.fault == "time" else None
+            end = forked(lambda: run(self.command, self.made, self.place, shim), after)
+            if end.status is None:
+                outcome.found["hangs"] = "the disturbed run"
+                return outcome
+            if not end.said.get("ours", True):
+                outcome.found["foreign"] = end.said["traceback"]
+            if trial.fault in ERRORS and self.name == "evaluate":
+                end = forked(lambda: {"scores": len(RunFolder(self.place / "run").scores()["scores"])})
+                if "scores" not in end.said:
+                    outcome.found["lost"] = end.said.get("text", "the earlier scores")
+        end = forked(lambda: again(self.command, self.made, self.place))
         if end.status is None:
-            return fail("hangs", "the disturbed run")
-        counts.full += fault == "full"
-        counts.kills += fault != "full"
-        if "error" in end.said and not (end.said["module"].startswith("dyads") or end.said["error"] == "OSError"):
-            fail("foreign", end.said["traceback"])
-        end = forked(lambda: again(command, made, place))
-        if end.status is None:
-            return fail("hangs", "its repetition")
-        if "result" not in end.said:
-            return fail("not_resumable", end.said.get("traceback", f"status {end.status}"))
-        found = end.said["result"]
-        if unlike := {
-            k: (expected.get(k), found.get(k)) for k in {*expected, *found} if expected.get(k) != found.get(k)
+            outcome.found["hangs"] = "its repetition"
+        elif "result" not in end.said:
+            outcome.found["not_resumable"] = end.said.get("traceback", f"status {end.status}")
+        elif unlike := {
+            key: (self.expected.get(key), end.said["result"].get(key))
+            for key in {*self.expected, *end.said["result"]}
+            if self.expected.get(key) != end.said["result"].get(key)
         }:
-            fail("different", unlike)
-    return None
+            outcome.found["different"] = str(unlike)
+        return outcome
 
 
 @contextmanager
 def prepared() -> Iterator[Made]:
+    folder_module._git_hash = lambda: None  # type: ignore[attr-defined,assignment]  # three processes a run
     with tempfile.TemporaryDirectory(prefix="kills-") as folder:
         made = Made.make(Path(folder).resolve())
         gc.collect()
@@ -436,55 +517,102 @@ def prepared() -> Iterator[Made]:
         yield made
 
 
-def reference(name: str, made: Made) -> tuple[list[str], dict[str, str], float]:
-    """The calls of an undisturbed run, its result, and its seconds."""
-    with tempfile.TemporaryDirectory(dir=made.path) as folder:
-        place = Path(folder) / "place"
-        prepare(name, made, place)
-        start = time.monotonic()
-        end = forked(lambda: run(SCENARIOS[name], made, place, None, "kill"))
-        seconds = time.monotonic() - start
-        if "calls" not in end.said:
-            raise SystemExit(f"{name}: the undisturbed run failed:\n{end.said.get('traceback')}")
-        return end.said["calls"], result(place), seconds
+def spread(trials: Sequence[Trial], count: int) -> list[Trial]:
+    """As many trials, at equal distances."""
+    return [trials[(2 * i + 1) * len(trials) // (2 * count)] for i in range(min(count, len(trials)))]
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Counts]:
+class Results:
+    """The trials so far, a JSON object a line; those that passed are not repeated."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.found: dict[Trial, dict[str, str]] = {}
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        for line in lines:
+            content = json.loads(line)
+            self.found[Trial(*(content[key] for key in ("scenario", "fault", "number")))] = content["found"]
+
+    def lacks(self, trial: Trial) -> bool:
+        return self.found.get(trial) != {}
+
+    def add(self, trial: Trial, outcome: Outcome, commit: str) -> None:
+        self.found[trial] = outcome.found
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps({**asdict(trial), "found": outcome.found, "commit": commit}) + "\n")
+
+    def counts(self, trials: Sequence[Trial]) -> dict[str, int]:
+        """The numbers of trials by fault, and of those that failed by kind."""
+        done = [trial for trial in trials if trial in self.found]
+        faults = Counter(trial.fault for trial in done)
+        kinds = Counter(kind for trial in done for kind in self.found[trial])
+        kills = {"kills": faults["kill"] + faults["time"]}
+        return {**kills, **{fault: faults[fault] for fault in FAULTS}, **{kind: kinds[kind] for kind in KINDS}}
+
+
+def main(arguments: list[str] | None = None) -> dict[str, int]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=f"default: all of {', '.join(SCENARIOS)}")
-    parser.add_argument("--fault", choices=["kill", "full", "time"], action="append", help="default: kill and full")
-    parser.add_argument("--spread", type=int, help="this many trials, spread over scenarios and calls")
-    parser.add_argument("--random", type=int, default=100, help="kills at random times, with --fault time")
+    parser.add_argument("--fault", choices=FAULTS, action="append", help="default: kill")
+    parser.add_argument("--count", type=int, help="kills in all: at every call, and at random times for the rest")
+    parser.add_argument("--spread", type=int, help="this many trials of every fault, spread over scenarios and calls")
     parser.add_argument("--at", type=int, help="one call only")
+    parser.add_argument("--real", action="store_true", help="a process ends with SIGKILL at each call")
+    parser.add_argument("--results", type=Path, help="file of results, to which trials are appended")
     parser.add_argument("--list", action="store_true", help="print the calls of the undisturbed runs")
     given = parser.parse_args(arguments)
-    names, faults = given.scenarios or list(SCENARIOS), given.fault or ["kill", "full"]
-    found: dict[str, Counts] = {}
-    generator = random.Random(0)
+    names, faults = given.scenarios or list(SCENARIOS), given.fault or ["kill"]
+    results, commit = Results(given.results), _commit()
     with prepared() as made:
-        for place, name in enumerate(names):
-            calls, expected, seconds = reference(name, made)
-            counts = found[name] = Counts(calls=len(calls))
-            if given.list:
-                print(*(f"{name} {n} {call}" for n, call in enumerate(calls, start=1)), sep="\n")
-                continue
-            for fault in faults:
-                stops = list(range(1, len(calls) + 1))
-                if given.spread is not None:
-                    share = given.spread * (place + 1) // len(names) - given.spread * place // len(names)
-                    stops = sorted({1 + (2 * i + 1) * len(calls) // (2 * share) for i in range(share)}) if share else []
-                if given.at is not None:
-                    stops = [given.at]
-                times = [generator.uniform(0, seconds) for _ in range(given.random)] if fault == "time" else []
-                for stop, after in [(0, t) for t in times] if fault == "time" else [(n, 0.0) for n in stops]:
-                    trial(name, made, counts, expected, stop, fault, after)
-            print(name, json.dumps({**vars(counts), "failures": len(counts.failures)}), flush=True)
-            for failure in counts.failures:
-                print(failure, flush=True)
-    total = {key: sum(getattr(c, key) for c in found.values()) for key in vars(Counts()) if key != "failures"}
-    print(json.dumps(total))
-    return found
+        scenarios = {name: Scenario(name, made) for name in names}
+        for scenario in scenarios.values():
+            scenario.reference()
+        at_calls = {
+            fault: [Trial(s.name, fault, n) for s in scenarios.values() for n in range(1, len(s.calls) + 1)]
+            for fault in (*faults, "kill")
+        }
+        if given.list:
+            for scenario in scenarios.values():
+                print(*(f"{scenario.name} {n} {call}" for n, call in enumerate(scenario.calls, start=1)), sep="\n")
+        calls = at_calls["kill"]
+        if given.count is not None and "kill" in faults:
+            at_calls["kill"] = spread(calls, given.count)
+        kills = max(0, (given.count or 0) - len(calls)) if "time" not in faults else given.count or 100
+        times = [Trial(names[i % len(names)], "time", i) for i in range(kills)]
+        trials = [t for fault in faults if fault != "time" for t in _chosen(at_calls[fault], given.spread, given.at)]
+        trials = sorted([*trials, *times], key=lambda t: (names.index(t.scenario), FAULTS.index(t.fault), t.number))
+        left = [trial for trial in trials if results.lacks(trial)] if not given.list else []
+        for name, scenario in scenarios.items():
+            own = [trial for trial in left if trial.scenario == name]
+            kept = frozenset(t.number for t in own if t.fault == "kill" and not given.real)
+            if kept:
+                scenario.reference(kept)
+            for trial in own:
+                outcome = scenario.disturb(trial, given.real)
+                results.add(trial, outcome, commit)
+                for kind, why in outcome.found.items():
+                    print(f"{trial}: {kind}: {why}", flush=True)
+            shutil.rmtree(scenario.folder)
+            if own:
+                print(f"{name}: {len(scenario.calls)} calls, {len(own)} trials", flush=True)
+    counts = results.counts(trials)
+    print(json.dumps(counts))
+    return counts
+
+
+def _chosen(trials: list[Trial], count: int | None, at: int | None) -> list[Trial]:
+    if at is not None:
+        return [trial for trial in trials if trial.number == at]
+    return trials if count is None else spread(trials, count)
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":
-    sys.exit(any(counts.failures for counts in main().values()))
+    found = main()
+    sys.exit(any(found[kind] for kind in KINDS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +17,7 @@ from rich.console import Console
 from dyads.console import (
     SILENT,
     JsonReporter,
+    Styled,
     TextReporter,
     Tracker,
     duration,
@@ -241,3 +243,20 @@ def test_control_characters_are_made_visible() -> None:
         "a\tb\nc \\u001b[31mred\\u0007 \\u202egnp.exe\\u000d \\u009b \\ud800"
     )
     assert printable("naïve 中 👩\u200d🔬 می\u200cخواهم") == "naïve 中 👩\u200d🔬 می\u200cخواهم"
+
+
+def test_logs_and_warnings_of_libraries_are_printable() -> None:
+    code = (
+        "import logging, warnings; from dyads.console import escape_logs; escape_logs(); escape_logs();"
+        "logging.getLogger('transformers').warning('type %s', '\\x1b[2J'); warnings.warn('\\u202ea\\nb')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "type \\u001b[2J" in done.stderr
+    assert "UserWarning: \\u202ea\nb" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+def test_a_result_with_colours_keeps_them_and_no_other_escapes(capsys: pytest.CaptureFixture[str]) -> None:
+    TextReporter().result("studied", Styled("\x1b[1mbold\x1b[0m"))
+    TextReporter().result("scored", "\x1b[1mhostile")
+    assert capsys.readouterr().out == "\x1b[1mbold\x1b[0m\n\\u001b[1mhostile\n"

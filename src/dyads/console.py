@@ -18,6 +18,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -32,9 +33,11 @@ __all__ = [
     "SILENT",
     "JsonReporter",
     "Reporter",
+    "Styled",
     "TextReporter",
     "Tracker",
     "duration",
+    "escape_logs",
     "json_line",
     "print_to",
     "printable",
@@ -148,6 +151,10 @@ class Reporter:
 SILENT = Reporter()
 
 
+class Styled(str):
+    """A result with colours, whose texts from data were made printable before they were coloured."""
+
+
 @contextmanager
 def _just(tracker: Tracker) -> Iterator[Tracker]:
     yield tracker
@@ -177,7 +184,7 @@ class TextReporter(Reporter):
         print_to(self._console, printable(text))
 
     def result(self, event: str, text: str, **data: Any) -> None:
-        print(printable(text), flush=True)
+        print(text if isinstance(text, Styled) else printable(text), flush=True)
 
     @contextmanager
     def track(self, what: str, total: int, *, speed: str) -> Iterator[Tracker]:
@@ -358,6 +365,24 @@ def tolerate_encodings() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "backslashreplace", "surrogateescape"):
             stream.reconfigure(errors="dyads.substitute")
+
+
+class _Record(logging.LogRecord):
+    def getMessage(self) -> str:  # noqa: N802 – the name of logging
+        return printable(super().getMessage())
+
+
+def _warning(*arguments: Any, **options: Any) -> str:
+    return printable(_format_warning(*arguments, **options))
+
+
+_format_warning = warnings.formatwarning
+
+
+def escape_logs() -> None:
+    """Let log messages and warnings of every library be printable: they quote the files that a library reads."""
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = _warning
 
 
 def printable(text: str) -> str:

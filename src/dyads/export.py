@@ -27,14 +27,14 @@ from transformers import AutoModel
 from transformers.pytorch_utils import Conv1D
 
 import dyads
-from dyads.errors import DyadsError, MergeError, RoutingError, RunError, did_you_mean
+from dyads.errors import MergeError, RoutingError, RunError, did_you_mean, visible
 from dyads.models.heads import MODULE as HEADS
 from dyads.models.load import model_config
 from dyads.models.packaged import hub_id
 from dyads.recipe.file_names import file_name
 from dyads.runs.adapter import sort_sets
 from dyads.runs.card import CARD, base_model, front_matter, table
-from dyads.runs.manifest import seal, unfinished, writing
+from dyads.runs.manifest import MANIFEST, seal, unfinished, writing
 from dyads.runs.saved import SavedAdapter
 from dyads.runs.weights import WEIGHTS
 
@@ -58,7 +58,8 @@ def export(adapter: SavedAdapter, out: Path, *, task: str | None = None, trim: b
 
     All layers get the largest rank that one of them needs, padded with zeros, as serving engines require; with `trim`
     each has its own (`rank_pattern`). MergeError where the gates look at the layer's input; RoutingError where the task
-    is missing or unknown, or given although the gates do not look at it; RunError where the folder is not empty.
+    is missing or unknown, or given although the gates do not look at it; RunError where the folder is not empty, unless
+    it holds this export already.
     """
     _check(adapter, task)
     _refuse_full(out)
@@ -173,7 +174,7 @@ def _write(adapter: SavedAdapter, folder: Path, out: Path, task: str | None, tri
                 str(folder / f"{HEADS}.safetensors"),
             )
             shutil.copyfile(adapter.path / "heads.json", folder / f"{HEADS}.json")
-        (folder / CARD).write_text(_card(adapter, task, ranks, trim, bool(heads)), encoding="utf-8")
+        (folder / CARD).write_text(visible(_card(adapter, task, ranks, trim, bool(heads)), "\n"), "utf-8")
         seal(folder)
     return Exported(out, task, largest, ranks)
 
@@ -189,8 +190,8 @@ def _stored_in_by_out(model: str | None, revision: str | None, modules: tuple[st
     try:
         config = model_config(model, revision)
         with torch.device("meta"):
-            skeleton = AutoModel.from_config(config)
-    except (DyadsError, ValueError, ImportError):
+            skeleton = AutoModel.from_config(config, trust_remote_code=False)
+    except Exception:  # whatever transformers makes of a config with any content
         return False
     transposed = [name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)]
     # Names in a model without a head lack the prefix ("transformer.") of those in a model with one.
@@ -245,5 +246,7 @@ def _card(adapter: SavedAdapter, task: str | None, ranks: dict[str, int], trim: 
 
 
 def _refuse_full(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    """Refuse a folder that holds something else than an export, which may be this one (`unfinished`)."""
+    exported = out.is_dir() and any(path.is_file() for path in (*out.glob(MANIFEST), *out.glob(f"*/{MANIFEST}")))
+    if out.exists() and not exported and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"'{out}' is {'not empty' if out.is_dir() else 'a file'}; choose another --out")

@@ -10,6 +10,7 @@ class of the caller.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
@@ -71,7 +72,7 @@ def parse_json(
     """
     tail = f"; {remedy}" if remedy else ""
     try:
-        value = json.loads(text, parse_constant=None if nan else _refuse_constant)
+        value = json.loads(text) if nan else json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
         if text.count("[") + text.count("{") > DEEPEST:
             _check_depth(value)
         if _HALF_PAIR.search(text):
@@ -97,6 +98,13 @@ def read_json(path: Path, *, error: type[DyadsError], remedy: str = "", most: in
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:20]} is larger than any number that a float holds")
+    return value
 
 
 def _check_depth(value: Any) -> None:

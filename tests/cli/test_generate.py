@@ -177,3 +177,12 @@ def test_an_encoder_reads_the_columns_of_its_task(trained: Trained) -> None:
 def generate_pair(run: RunFolder) -> str:
     (run.path / "pair.jsonl").write_text(json.dumps({"task": "mnli", "prompt": ["fox", "fox yes"]}) + "\n")
     return str(json.loads(generate(run, "--file", run.path / "pair.jsonl").stdout)["prediction"]) + "\n"
+
+
+def test_bytes_of_the_command_line_that_are_not_utf_8_are_refused_before_a_model_is_loaded(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dyads.scoring.evaluate.Answerer", None)
+    result = generate(trained("lora"), "--task", "first_word", "--input", "a\udcff")
+    assert result.exit_code == 2
+    assert "prompt 1 is not Unicode text, but has half of a surrogate pair: give it as UTF-8" in result.output

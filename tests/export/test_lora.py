@@ -271,6 +271,25 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path) -> None:
     ]
 
 
+def test_the_same_export_again_changes_nothing_and_another_is_refused(tmp_path: Path) -> None:
+    _, adapter = trained(tmp_path, MORE, "llama")
+    for again in (False, True):
+        export(adapter, tmp_path / "out", task="rte")
+        if not again:
+            (tmp_path / "out" / "README.md").write_text("edited")
+    assert (tmp_path / "out" / "README.md").read_text() == "edited"
+    export_all(adapter, tmp_path / "all")
+    export_all(adapter, tmp_path / "all")
+    for refused in (
+        lambda: export(adapter, tmp_path / "out", task="cola"),
+        lambda: export(adapter, tmp_path / "all", task="rte"),
+        lambda: export_all(adapter, tmp_path / "out"),
+    ):
+        with pytest.raises(RunError, match="is not empty; choose another --out"):
+            refused()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
 def test_pefts_own_lora_is_refused(tmp_path: Path, mlp: Callable[[], Any]) -> None:
     get_peft_model(mlp(), LoraConfig(target_modules=["lin0"])).save_pretrained(tmp_path / "lora")
     with pytest.raises(RunError, match="it is already an ordinary PEFT LoRA; use that folder itself"):

@@ -20,17 +20,30 @@ from peft import get_peft_model
 from safetensors.torch import save_file
 
 from dyads.analysis.inspection import inspect
+from dyads.cli import generate as generate_verb
 from dyads.comparing.comparison import compare
 from dyads.comparing.tables import FORMATS
+from dyads.data.chat import ChatTemplate
 from dyads.export import export
+from dyads.models.heads import read_heads
+from dyads.models.load import kind_of, load_tokenizer, model_config
 from dyads.recipe.load import load_recipe
 from dyads.runs.accept import accept
 from dyads.runs.folder import RunFolder
 from dyads.runs.saved import SavedAdapter
+from dyads.studies.choice import validation_loss
+from dyads.studies.grid import Cell, load_study
+from dyads.studies.outcome import _curve
+from dyads.studies.progress import StudyFolder, state_of
 from dyads.tasks import load_suite
+from dyads.tasks.chat import ChatSpec
 from dyads.tasks.files import FilesSpec
-from hostile import DIGITS, VALUES, accepted_or_refused, as_json, changed, damaged
+from dyads.tasks.task import Task
+from dyads.tasks.template import Template
+from dyads.training.trainer import seconds_until
+from hostile import DIGITS, VALUES, accepted_or_refused, as_json, changed, damaged, shown
 from made_runs import write_run
+from made_studies import content_of
 from tiny import MLP, Variant
 
 RECIPE: dict[str, Any] = {
@@ -47,6 +60,11 @@ ROWS = [
     {"task": "t", "input": "a", "output": "b", "split": "train", "id": "1", "metric": "exact_match"},
     {"task": "t", "input": "c", "output": ["d", "e"], "split": "test", "instruction": "Say it."},
     {"task": "ü", "input": "f", "output": "g"},
+    {
+        "task": "t",
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        "split": "train",
+    },
     {"task": "ü", "input": "h", "output": "i"},
     {"task": "ü", "input": "j", "output": "k"},
 ]
@@ -93,6 +111,7 @@ RECIPES = changed(RECIPE).map(lambda d: yaml.safe_dump(d, allow_unicode=True).en
 @example(b"1: 2\n")
 @example(b"tasks: {family: files, path: [" + b"a, " * 5000 + b"]}\n")
 @example(b"&a [*a]\n")
+@example(b"tasks: {family: []}\n")
 @example(b"%YAML 9.9\n---\nname: a\n")
 def test_recipes(place: Path, content: bytes) -> None:
     path = place / "recipe.yaml"
@@ -150,6 +169,12 @@ def test_jsonl_files_of_tasks(place: Path, content: bytes) -> None:
     accepted_or_refused(lambda: load_suite(FilesSpec(path=(place / "tasks.jsonl",))), content)
 
 
+@given(LINES | LINES.flatmap(damaged))
+def test_jsonl_files_of_chats(place: Path, content: bytes) -> None:
+    (place / "tasks.jsonl").write_bytes(content)
+    accepted_or_refused(lambda: load_suite(ChatSpec(path=(place / "tasks.jsonl",))), content)
+
+
 @given(damaged(CSV))
 @example(b'task,input,output\nt,x,"[""a"", ' + DIGITS.encode() + b']"\n')
 @example(b'task,input,output\nt,x,"[""a"", ' + b"[" * 5000 + b'"\n')
@@ -158,6 +183,68 @@ def test_jsonl_files_of_tasks(place: Path, content: bytes) -> None:
 def test_csv_files_of_tasks(place: Path, content: bytes) -> None:
     (place / "tasks.csv").write_bytes(content)
     accepted_or_refused(lambda: load_suite(FilesSpec(path=(place / "tasks.csv",))), content)
+
+
+# --- studies and models -----------------------------------------------------------------------------------------------
+
+STUDIES = changed({**content_of("tiny"), "budget": {"like": "LoRA 4"}, "only": ["LoRA*"]}).map(
+    lambda d: yaml.safe_dump(d, allow_unicode=True).encode("utf-8", "surrogatepass")
+)
+
+
+@given(STUDIES | STUDIES.flatmap(damaged))
+@example(yaml.safe_dump(content_of("tiny") | {"vary": {f"a{i}": list(range(9)) for i in range(30)}}).encode())
+def test_studies(place: Path, content: bytes) -> None:
+    path = place / "study.yaml"
+    path.write_bytes(content)
+    accepted_or_refused(lambda: load_study(path).cells(), content)
+
+
+@given(st.data())
+def test_configs_of_models(place: Path, llama: Path, data: Any) -> None:
+    folder = place / "model"
+    folder.mkdir(exist_ok=True)
+    content = as_json(data.draw(changed(json.loads((llama / "config.json").read_text()))))
+    (folder / "config.json").write_bytes(data.draw(damaged(content)) if data.draw(st.booleans()) else content)
+    accepted_or_refused(lambda: kind_of(str(folder), model_config(str(folder))), content)
+
+
+@given(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]), st.data())
+def test_tokenizers(place: Path, llama: Path, name: str, data: Any) -> None:
+    folder = place / "tokenizer"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for part in ("tokenizer.json", "tokenizer_config.json", "config.json"):
+        shutil.copy(llama / part, folder)
+    content = as_json(data.draw(changed(json.loads((llama / name).read_text()))))
+    (folder / name).write_bytes(data.draw(damaged(content)) if data.draw(st.booleans()) else content)
+    accepted_or_refused(lambda: load_tokenizer(str(folder)), content)
+
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] + ': ' + m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+@given(damaged(TEMPLATE.encode()))
+@example(b"{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+@example(b"{{ messages.__class__.__mro__ }}")
+@example(b"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}")
+@example(b"{{ raise_exception('\x1b[31m' ~ 'a b ' * 999) }}")
+def test_chat_templates(llama: Path, content: bytes) -> None:
+    tokenizer = load_tokenizer(str(llama))
+    accepted_or_refused(lambda: ChatTemplate(tokenizer, content.decode("utf-8", "replace")), content)
+
+
+HEADS = [{"task": "a", "labels": ["no", "yes"], "mean": 0.0, "deviation": 1.0}, {"task": "b", "labels": []}]
+
+
+@given(st.data())
+def test_files_of_heads(place: Path, data: Any) -> None:
+    content = as_json(data.draw(changed(HEADS)))
+    (place / "heads.json").write_bytes(data.draw(damaged(content)) if data.draw(st.booleans()) else content)
+    accepted_or_refused(lambda: read_heads(place / "heads.json"), content)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------
@@ -245,7 +332,11 @@ RUN_FILES = ("config.yaml", "env.json", "log.jsonl", "scores.json", "predictions
 def scored(place: Path) -> Path:
     folder = write_run(place / "scored", "a", {"t": [1, 2]}, losses=[(step, 1.0 / step) for step in range(1, 30)])
     folder.write_environment(tasks=["t"], seed=0)
-    folder.write_templates([])
+    task = Task("t", 1, (), (), (), "rouge_l", ("rouge_l",), template=Template(texts=("{instruction}: {input}",)))
+    folder.write_templates([task])
+    folder.append_log({"event": "trained", "step": 29, "seconds": 3.0, "parameters": 1000})
+    folder.append_log({"event": "validated", "step": 29, "validation_loss": 1.5})
+    folder.append_log({"event": "adapted", "similarity": {"t": {"u": 0.5}}})
     return folder.path
 
 
@@ -259,6 +350,12 @@ def look(path: Path) -> None:
     folder.log()
     for form in FORMATS.values():
         form(compare([path]))
+    state_of(Cell(path.name, folder.recipe()), StudyFolder(path.parent))
+    validation_loss(folder)
+    _curve(folder)
+    seconds_until(path / "checkpoint-9", folder)
+    shown("show", path, "--task", "t", "--whole")
+    shown("show", path, "--json")
 
 
 @given(st.sampled_from([*RUN_FILES, "templates.json"]), st.booleans(), st.data())
@@ -271,10 +368,43 @@ def test_files_of_run_folders(scored: Path, place: Path, name: str, trusted: boo
         content = as_json(data.draw(changed(json.loads(content))))
     elif name.endswith(".jsonl"):
         rows = [json.loads(line) for line in content.splitlines()]
-        content = b"\n".join(as_json(row) for row in data.draw(changed(rows)) or [] if row is not None) + b"\n"
+        drawn = data.draw(changed(rows))
+        content = b"\n".join(map(as_json, drawn if isinstance(drawn, list) else [drawn])) + b"\n"
     if data.draw(st.booleans()):
         content = data.draw(damaged(content))
     (run / name).write_bytes(content)
     if trusted and name != "manifest.json":
         accept(run)  # as if the library had written it so
     accepted_or_refused(lambda: look(run), content)
+
+
+QUESTIONS = [
+    {"task": "t", "input": "a", "id": 1},
+    {"task": "t", "instruction": "b", "input": "c", "prediction": "d"},
+    {"prompt": "a: b", "task": 0},
+    {"prompt": ["a", "b"]},
+]
+
+
+@given(
+    st.sampled_from([".jsonl", ".csv"]),
+    st.lists(st.sampled_from(QUESTIONS).flatmap(changed), max_size=4),
+    st.data(),
+)
+def test_files_of_questions(scored: Path, place: Path, suffix: str, rows: list[Any], data: Any) -> None:
+    """Up to the model that answers them."""
+    content = b"\n".join(map(as_json, rows)) if suffix == ".jsonl" else b"task,instruction,input\nt,a,b\n"
+    content = data.draw(damaged(content))
+    path = place / f"questions{suffix}"
+    path.write_bytes(content)
+    folder = RunFolder(scored)
+
+    def read_questions() -> None:
+        questions = generate_verb._read(path, None)
+        form = generate_verb._Forms(folder)
+        questions = [form.of_only_task(question) for question in questions]
+        generate_verb._check_tasks(folder, questions, "error")
+        for question in questions:
+            form.example(question)
+
+    accepted_or_refused(read_questions, content)

@@ -122,3 +122,9 @@ def test_task_conditioned_methods_learn_the_tasks_of_the_suite_unless_told_other
     assert build_config("more", {"r": 2, "num_tasks": 2}, ("a", "b")).tasks == ["a", "b"]
     assert build_config("more", {"r": 2, "num_tasks": 5}, ("a", "b")).task_names == ("0", "1", "2", "3", "4")
     assert build_config("mode", {"r": 2}, ("a", "b")).task_names is None
+
+
+def test_sizes_beyond_any_adapter_are_refused_at_once() -> None:
+    for key, option in (("mode", "r"), ("moelora", "r"), ("more", "num_tasks"), ("poly", "num_experts")):
+        with pytest.raises(ConfigError, match=f"{option} must be at most 1,048,576, got 1000000000"):
+            build_config(key, {option: 10**9}, ("a", "b"))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dyads.errors import ConfigError, RunError
-from dyads.models.load import load_model, load_tokenizer
+from dyads.models.load import load_model, load_tokenizer, model_config
 from dyads.recipe.spec import ModelSpec
 
 
@@ -102,3 +102,22 @@ def test_python_files_of_a_model_are_not_run(llama: Path, tmp_path: Path) -> Non
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": automatic}))
     assert load_model(ModelSpec(name=str(folder))).config.model_type == "llama", "transformers' own code is used"
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attn_implementation": "somebody/a-kernel"}, "names an attention kernel, code that would be downloaded"),
+        ({"num_hidden_layers": 10**9}, "more than 10,000 layers"),
+        ({"num_hidden_layers": [1]}, ""),
+        ({"model_type": "\x1b[31m" + "a b " * 999}, ""),
+    ],
+)
+def test_configs_that_would_load_code_or_never_end_are_refused(
+    changes: dict[str, Any], message: str, llama: Path, tmp_path: Path
+) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(RunError, match=f"could not be loaded: .*{message}") as refused:
+        model_config(str(tmp_path))
+    assert len(str(refused.value)) < 800

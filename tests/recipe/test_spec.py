@@ -159,6 +159,15 @@ def test_a_recipe_extends_another_and_errors_name_the_file_that_said_it(tmp_path
         load_recipe(child)
 
 
+def test_recipes_that_extend_one_another_share_the_limit_of_size(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / f"{i}.yaml").write_text(f"extends: {i + 1}.yaml\n#{'-' * 50_000}\n")
+    with pytest.raises(
+        ConfigError, match=r"2\.yaml \(extended by .*1\.yaml\): recipes .* more than 131,072 characters"
+    ):
+        load_recipe(tmp_path / "0.yaml")
+
+
 def test_recipes_that_extend_each_other_in_a_circle_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")

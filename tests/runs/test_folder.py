@@ -141,8 +141,12 @@ def test_scores_are_read_as_they_were_written(run: Run) -> None:
         (lambda text: text.replace('"schema": 1', '"schema": 9'), "has schema 9, this version of dyads reads schema 1"),
         (lambda text: text.replace('"micro"', '"mikro"'), "lacks micro"),
         (lambda text: text.replace('"version"', '"versoin"'), "scores.json lacks scores.0.version"),
+        (lambda text: text.replace('"n": 2', f'"n": {10**400}'), "'scores.0.n': input should be less than"),
         (lambda text: text.replace('"n": 2', '"n": "2"'), "'scores.0.n': input should be a valid integer, got 2"),
-        (lambda text: text.replace('"value": 1.5', '"value": 1e999'), "input should be a finite number, got inf"),
+        (
+            lambda text: text.replace('"value": 1.5', '"value": 1e999'),
+            "1e999 is larger than any number that a float holds",
+        ),
         (lambda text: text.replace('"value": 1.5', '"value": NaN'), "not valid JSON: NaN is no number of JSON"),
         (lambda text: text.replace('"steps": 100', f'"steps": {"9" * 5000}'), "a number of thousands of digits"),
         (lambda text: "[" * 100_000, "more than 100 levels of lists and objects"),
@@ -182,39 +186,34 @@ def test_results_replace_earlier_ones_whole(run: Run) -> None:
     assert (folder.predictions("v"), folder.scores()["seed"]) == (rows, 7)
 
 
-@pytest.mark.parametrize("crash", ["write", "seal", "rmtree", "rename", "last write", "last seal"])
+@pytest.mark.parametrize("crash", ["write", "first seal", "seal", "rmtree", "rename", "replace"])
 def test_scores_never_stand_beside_predictions_of_another_evaluation(
     run: Run, crash: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(run("a", {"t": [1, 2]}))
     before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
-    scores, write, remove, seal = folder.scores(), folder_module.write_text, shutil.rmtree, folder_module.seal
+    scores, remove, seal = folder.scores(), shutil.rmtree, folder_module.seal
 
     def broken(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    def broken_write(path: Path, text: str) -> None:
-        if crash == "write" or path.name == "scores.json":
-            raise KeyboardInterrupt
-        write(path, text)
-
-    def broken_seal(path: Path, names: list[str], **how: object) -> None:
-        if crash == "seal" or names:
+    def broken_seal(path: Path, names: list[str] | None = None, **how: object) -> None:
+        if (crash == "first seal") == (names is None):
             raise KeyboardInterrupt
         seal(path, names, **how)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        if crash in ("write", "last write"):
-            patch.setattr(folder_module, "write_text", broken_write)
-        elif crash in ("seal", "last seal"):
+        if crash == "write":
+            patch.setattr(folder_module, "write_text", broken)
+        elif crash in ("seal", "first seal"):
             patch.setattr(folder_module, "seal", broken_seal)
         elif crash == "rmtree":
             patch.setattr(shutil, "rmtree", lambda path, **how: remove(path, **how) if how else broken())
         else:
-            patch.setattr(Path, "rename", broken)
+            patch.setattr(Path, crash, broken)
         with pytest.raises(KeyboardInterrupt):
             folder.write_results({"v": []}, {**scores, "seed": 7})
-    if crash in ("write", "seal"):
+    if crash in ("write", "first seal", "seal"):
         assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
     else:
         with pytest.raises(RunError, match=r"has no scores\.json: it was not evaluated, or the evaluation did not end"):
@@ -239,3 +238,49 @@ def test_files_have_the_permissions_of_any_file(run: Run, tmp_path: Path) -> Non
     written = run("a", {"t": [1, 2]}) / "scores.json"
     assert written.stat().st_mode == (tmp_path / "plain").stat().st_mode
     assert json.loads(written.read_text())["schema"] == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"event": "trained", "step": 3, "seconds": 1.0}, "lacks parameters"),
+        (
+            {"event": "trained", "step": 3, "seconds": None, "parameters": 1},
+            "'seconds': input should be a valid number",
+        ),
+        ({"event": "validated", "step": 3}, "lacks validation_loss"),
+        ({"event": "adapted", "similarity": {"a": 1}}, "'similarity.a': input should be a valid dictionary"),
+        ({"step": 10**400}, "'step': input should be less than"),
+        ({"loss": 10**400}, "'loss': input should be a"),
+        ({"event": ["trained"]}, "'event': input should be a valid string"),
+    ],
+)
+def test_lines_of_the_log_with_other_types_are_named(line: object, message: str, tmp_path: Path, recipe: Make) -> None:
+    folder = RunFolder.create(tmp_path / "a", recipe("a"))
+    (folder.path / "log.jsonl").write_text(json.dumps({"step": 1}) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(RunError, match=rf"log\.jsonl, line 2:? ?{re.escape(message)}.*; delete the line"):
+        folder.log()
+
+
+def test_nothing_is_written_through_a_symbolic_link(run: Run, tmp_path: Path) -> None:
+    folder, target = RunFolder(run("a", {"t": [1, 2]})), tmp_path / "of somebody else"
+    target.write_text("kept")
+    for name in (".lock", "log.jsonl", ".env.json.unfinished", ".manifest.json.unfinished"):
+        (folder.path / name).symlink_to(target)
+    with pytest.raises(OSError, match="symbolic link"), folder.locked():
+        pass
+    for write in (lambda: folder.append_log({"step": 1}), lambda: folder.write_environment(seed=0)):
+        with pytest.raises(OSError, match="symbolic link"):
+            write()
+    assert target.read_text() == "kept"
+
+
+def test_a_recipe_that_could_not_be_read_again_is_refused_before_anything_is_written(
+    tmp_path: Path, recipe: Make
+) -> None:
+    long = recipe(
+        "a", tasks={"family": "files", "path": ["a.jsonl"], "instructions": {f"t{i}": "a b " * 999 for i in range(40)}}
+    )
+    with pytest.raises(ValueError, match=r"the recipe of '.*': more than 131,072 characters"):
+        RunFolder.create(tmp_path / "a", long)
+    assert not (tmp_path / "a").exists()

@@ -146,8 +146,8 @@ def test_a_run_of_an_earlier_version_is_refused_with_the_command_that_accepts_it
 def checkpoint(folder: RunFolder, step: int, *, whole: bool = True) -> Path:
     path = folder.checkpoints / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    for name in ("optimizer.pt", "trainer_state.json"):
-        (path / name).write_text(f"{name} {step}")
+    (path / "optimizer.pt").write_text(f"optimizer {step}")
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
     if whole:
         seal(path)
     return path
@@ -326,3 +326,49 @@ def test_a_lock_leaves_no_folder_behind(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="file' is a file"), RunFolder(tmp_path / "file").locked():
         pass
+
+
+@pytest.mark.parametrize("changes", [{"r": 10**9}, {"r": 10**5}, {"num_experts": 10**5}, {"num_experts": 2**60}])
+@pytest.mark.parametrize("method", ["mode", "lora"])
+def test_a_config_larger_than_its_weights_is_refused_before_an_adapter_of_its_size_is_built(
+    trained: Trained, method: str, changes: dict[str, int]
+) -> None:
+    if method == "lora" and "r" not in changes:
+        changes = {"rank_pattern": {"q_proj": 10**5}}  # type: ignore[dict-item]
+    folder = trained(method)
+    path = folder.adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    accept(folder.adapter)
+    for command in (lambda: evaluate(folder), lambda: SavedAdapter.read(folder.path)):
+        with pytest.raises(RunError, match=r"numbers up to 1,000,000 are read|do not fit its adapter_config\.json"):
+            command()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps({"pid": os.getpid(), "host": "here", "since": "1999", "command": "another command"}).encode(),
+        json.dumps({"pid": 1, "host": "another host", "since": "2999", "command": "dyads train"}).encode(),
+        b"",
+        b"\xff\x00{",
+        b'{"pid": ' + b"9" * 5000 + b"}",
+    ],
+)
+def test_a_lock_file_alone_locks_nothing_whatever_it_says(content: bytes, tmp_path: Path, recipe: Make) -> None:
+    folder = RunFolder.create(tmp_path / "a", recipe("a"))
+    (folder.path / ".lock").write_bytes(content)
+    with folder.locked():
+        assert json.loads((folder.path / ".lock").read_text())["pid"] == os.getpid()
+    assert names(folder.path) == ["config.yaml", MANIFEST]
+
+
+def test_the_holder_of_a_lock_is_named_without_control_characters(tmp_path: Path, recipe: Make) -> None:
+    folder = RunFolder.create(tmp_path / "a", recipe("a"))
+    for content in (b'{"pid": 1, "host": "\\u001b[2J", "since": "", "command": ""}', b"\xff", b"[]", b'{"pid": [1]}'):
+        with folder.locked():
+            (folder.path / ".lock").write_bytes(content)
+            script = "import sys; from dyads.runs.folder import RunFolder\nwith RunFolder(sys.argv[1]).locked(): pass"
+            done = subprocess.run([sys.executable, "-c", script, str(folder.path)], capture_output=True, check=False)
+        assert b"LockedError: " in done.stderr
+        assert b"a' is in use by " in done.stderr
+        assert b"\x1b" not in done.stderr

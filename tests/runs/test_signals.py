@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from safetensors.torch import load_file
 
 from dyads.recipe.spec import Recipe
 from dyads.runs.folder import RunFolder
-from dyads.runs.signals import TerminatedError, on_sigterm
+from dyads.runs.signals import TerminatedError, ends_by_signal, on_sigterm
 from dyads.training import trainer as trainer_module
 from dyads.training.train import train
 
@@ -25,20 +27,22 @@ Tiny = Callable[..., Recipe]
 
 @pytest.fixture(autouse=True)
 def _default_handler() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = [signal.signal(number, signal.SIG_DFL) for number in numbers]
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
-def terminated_at(monkeypatch: pytest.MonkeyPatch, *calls: int) -> None:
-    """The loss sends SIGTERM to its process at these calls."""
+def terminated_at(monkeypatch: pytest.MonkeyPatch, *calls: int, number: int = signal.SIGTERM) -> None:
+    """The loss sends a signal to its process at these calls."""
     count, loss = 0, trainer_module.label_loss
 
     def sent(*args: Any) -> Any:
         nonlocal count
         count += 1
         if count in calls:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return loss(*args)
 
     monkeypatch.setattr(trainer_module, "label_loss", sent)
@@ -51,10 +55,12 @@ def test_a_training_saves_its_step_and_goes_on_from_it(
     through = train(recipe, tmp_path / "through", evaluate=False)
     with monkeypatch.context() as patch:
         terminated_at(patch, 2)
-        with pytest.raises(TerminatedError, match=r"stopped by SIGTERM at step 2 of 5; --resume goes on from step 2$"):
+        with pytest.raises(
+            TerminatedError, match=r"stopped by SIGTERM at step 2 of 5; --resume goes on from step 2$"
+        ) as end:
             train(recipe, tmp_path / "cut", evaluate=False)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert TerminatedError.exit_code == 143
+    assert end.value.exit_code == 143
     cut = train(recipe, tmp_path / "cut", resume=True, evaluate=False)
     assert [line["step"] for line in cut.log() if "loss" in line] == [1, 2, 3, 4, 5]
     ours, theirs = (load_file(f.adapter / "adapter_model.safetensors") for f in (cut, through))
@@ -88,3 +94,48 @@ def test_other_threads_and_handlers_keep_theirs(tmp_path: Path) -> None:
     thread = threading.Thread(target=enter)
     thread.start()
     thread.join()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_ends_a_training_as_sigterm_does(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminated_at(monkeypatch, 2, number=signal.SIGHUP)
+    with pytest.raises(
+        TerminatedError, match=r"stopped by SIGHUP at step 2 of 3; --resume goes on from step 2$"
+    ) as end:
+        train(tiny("mode", train={"save_steps": 1}), tmp_path / "a", evaluate=False)
+    assert end.value.exit_code == 128 + signal.SIGHUP
+
+
+def test_a_signal_ends_other_commands_too_and_no_library_swallows_it(tmp_path: Path) -> None:
+    def stubborn() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception:
+            pytest.fail("a library swallowed it")
+
+    with pytest.raises(TerminatedError, match=r"^stopped by SIGTERM; the same command starts again$"), ends_by_signal():
+        stubborn()
+    with (
+        pytest.raises(TerminatedError, match=rf"^'{tmp_path}' was stopped by SIGTERM; the same command goes on"),
+        ends_by_signal(),
+        on_sigterm(tmp_path),
+    ):
+        stubborn()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_command_says_that_it_was_stopped_and_leaves_nothing_half(tmp_path: Path) -> None:
+    code = (
+        "import os, signal\nfrom pathlib import Path\nfrom dyads.cli import main\n"
+        "from dyads.runs.manifest import unfinished\n"
+        "def half(*_, **__):\n"
+        f"    with unfinished(Path({str(tmp_path)!r}) / 'out') as folder:\n"
+        "        (folder / 'half').touch(); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "main.get_command(None, 'export').callback = half\n"
+        "main(['export', 'run', '--out', 'out'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (143, "Error: stopped by SIGTERM; the same command starts again\n")
+    assert list(tmp_path.iterdir()) == []

@@ -286,9 +286,10 @@ def test_scores_without_an_adapter_say_where_it_is_and_are_not_overwritten(train
     before = files(RunFolder(new))
     with pytest.raises(RunError, match=rf"^'{new}' has scores of the adapter in '{folder.path}' but no adapter: gi"):
         evaluate(RunFolder(new))
-    for there in (new, folder.path):
+    for there in (new, folder.path):  # with another limit than the scores there
         with pytest.raises(RunError, match=rf"^'{there}' already holds a run: choose another --out for these scores$"):
             evaluate(folder, suite=OTHERS, into=there)
+    assert evaluate(folder, suite=OTHERS, limit=1, into=new) == RunFolder(new).scores(), "the same command again"
     assert files(RunFolder(new)) == before
 
 

@@ -243,3 +243,23 @@ def test_every_cell_of_a_shipped_study_is_a_recipe(path: Path, tmp_path: Path, m
     claims = claims_of(study, cells)
     assert claims
     assert all(cell.recipe.train.steps >= 60 for claim in claims for cell in claim.runs)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"vary": {f"train.{key}": list(range(1, 60)) for key in ("steps", "batch_size")}},
+            "3,481 combinations; at most",
+        ),
+        ({"without": [{"seed": 0}] * 101}, "'without' has 101 entries; at most 100 are read"),
+        ({"vary": {"a": {"con!": LORA, "b": MODE}}, "claims": None}, "the folder 'con', and the name is res"),
+        ({"vary": {"a": {"名" * 70: LORA, "b": MODE}}, "claims": None}, "it has 210 bytes, and 180 are allowed"),
+        ({"vary": {"a": {"É": LORA, "é": MODE}}, "claims": None}, "two cells would have the folder 'é'"),
+    ],
+)
+def test_grids_that_are_too_large_and_folders_that_some_systems_refuse(
+    write: Write, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_study(write(**sections)).cells()

@@ -107,3 +107,16 @@ def test_ray_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"--engine ray needs Ray: pip install 'dyads\[study\]'"):
         ENGINES["ray"](2)
+
+
+@pytest.mark.parametrize("code", [143, 129])
+def test_a_run_that_saved_its_step_at_a_signal_did_not_fail(code: int, tmp_path: Path) -> None:
+    stopped = job(tmp_path, f"print('Error: stopped', flush=True)\nraise SystemExit({code})")
+    assert run_job(stopped) == code
+    assert last_line(stopped.log) == ("Error: stopped", False)
+
+
+def test_the_last_line_of_a_long_log_is_read_from_its_end(tmp_path: Path) -> None:
+    log = tmp_path / "long.txt"
+    log.write_bytes(b"\xff" * 2**20 + b"\nlast\nexit code 2\n")
+    assert last_line(log) == ("last", True)

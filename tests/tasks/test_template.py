@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -116,3 +117,14 @@ def test_a_form_has_the_columns_that_a_row_must_fill():
     assert not Template(texts=("{instruction}\n\n{input}",), defaults={"instruction": "Add."}).fits("Subtract.\n\n2")
     assert not template.fits("Add {1}.\n\n2 + 3"), "training ended the line"
     assert Template(texts=("a{{b}} {x} c: ",)).fits("a{b} x\ny c:")
+
+
+def test_a_form_with_many_columns_is_compared_without_backtracking():
+    columns = [f"{{c{i}}}" for i in range(60)]
+    start = time.process_time()
+    assert not Template(texts=("".join(columns) + "!",)).fits("a" * 5000)
+    assert Template(texts=(" ".join(columns),)).fits("a " * 5000)
+    assert not Template(texts=("a{x}a",)).fits("a"), "the ends do not overlap"
+    assert Template(texts=("a{x}b{y}c",)).fits("abxbc")
+    assert not Template(texts=("a{x}b{y}bc",)).fits("a bc")
+    assert time.process_time() - start < 1

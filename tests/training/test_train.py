@@ -24,6 +24,7 @@ from dyads import auxiliary_loss
 from dyads.data.batches import Collator, pad_id_of
 from dyads.errors import ConfigError, DyadsError, RunError, TaskError
 from dyads.recipe.spec import Recipe
+from dyads.runs.accept import accept
 from dyads.runs.folder import RunFolder
 from dyads.tasks import load_suite
 from dyads.training import trainer as trainer_module
@@ -696,3 +697,39 @@ def test_a_checkpoint_is_an_adapter_that_peft_loads(tiny: Tiny, llama: Path, tmp
     train(tiny("mode", train={"save_steps": 3}), tmp_path / "a", evaluate=False)
     base = AutoModelForCausalLM.from_pretrained(llama)
     PeftModel.from_pretrained(base, tmp_path / "a" / "checkpoints" / "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt"],
+)
+def test_files_of_a_checkpoint_that_were_accepted_but_hold_anything_else_are_refused_by_name(
+    name: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    recipe = tiny("mode", train={"save_steps": 2})
+    folder = train(recipe, tmp_path / "a", evaluate=False)
+    shutil.rmtree(folder.adapter)
+    last, *later = sorted(folder.checkpoints.iterdir())
+    for path in later:
+        shutil.rmtree(path)
+    torch.save({"a": torch.zeros(1)}, last / "other")
+    (last / name).write_bytes((last / "other").read_bytes())
+    (last / "other").unlink()
+    accept(folder.path)
+    with pytest.raises(RunError, match=rf"'{last}' cannot be loaded: .*; remove it, and --resume goes on"):
+        train(recipe, folder.path, resume=True, evaluate=False)
+
+
+@pytest.mark.parametrize("state", ["", "[]", '{"global_step": 1}', '{"global_step": 2, "log_history": 3}', "[" * 9999])
+def test_a_checkpoint_whose_state_is_not_of_its_step_is_not_used(
+    state: str, tiny: Tiny, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = tiny("mode", train={"save_steps": 1, "steps": 2})
+    folder = train(recipe, tmp_path / "a", evaluate=False)
+    before = adapter_of(folder)
+    shutil.rmtree(folder.adapter)
+    (folder.checkpoints / "checkpoint-2" / "trainer_state.json").write_text(state)
+    accept(folder.path)
+    again = train(recipe, folder.path, resume=True, evaluate=False)
+    assert "checkpoint-2' is not used: it is damaged: trainer_state.json" in caplog.text
+    assert_close(adapter_of(again), before, rtol=0, atol=0)

@@ -44,8 +44,9 @@ from typing import Any, TypeVar
 import click
 
 from dyads import __version__
-from dyads.console import JsonReporter, Reporter, TextReporter, tolerate_encodings
+from dyads.console import JsonReporter, Reporter, TextReporter, escape_logs, printable, tolerate_encodings
 from dyads.errors import DyadsError, did_you_mean, visible
+from dyads.runs.signals import ends_by_signal
 from dyads.training.memory import keep_memory
 
 __all__ = ["command_line", "main", "reports", "resumable"]
@@ -90,7 +91,7 @@ def resumable(out: Path) -> Iterator[None]:
             click.echo("\ninterrupted before the run began: nothing was written", err=True)
             context.exit(130)
         again = command_line(context, without=("--resume", "--auto-resume"), more=("--resume",))
-        click.echo(f"\ninterrupted {state_of(folder)}\nTo continue:\n  {again}", err=True)
+        click.echo(printable(f"\ninterrupted {state_of(folder)}\nTo continue:\n  {again}"), err=True)
         context.exit(130)
 
 
@@ -123,7 +124,8 @@ class _Verbs(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with ends_by_signal():
+                return super().invoke(ctx)
         except DyadsError as error:
             if ctx.params["debug"]:
                 raise
@@ -156,3 +158,4 @@ def main(debug: bool) -> None:
     warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated", category=FutureWarning)
     keep_memory()
     tolerate_encodings()
+    escape_logs()

@@ -99,6 +99,8 @@ def command(
     similarity = started.get("similarity", {})
     lines = []
     for task, scores in similarity.items():
+        if not scores:
+            continue
         (best, score), *others = scores.items()
         runner_up = f"; next {others[0][0]} {others[0][1]:.3f}" if others else ""
         lines.append(visible(f"{task} starts as its most similar task, {best} ({score:.3f}{runner_up})"))

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from dyads.console import rounded, size
+from dyads.console import printable, rounded, size
 
 
 @click.command(
@@ -151,7 +151,7 @@ def _percent(number: int, target: int) -> str:
 
 def _show(model: str, method: str, options: dict[str, Any], count: Any) -> None:
     named = f"{method} ({', '.join(f'{k}={v}' for k, v in options.items())})" if options else method
-    click.echo(click.wrap_text(f"{named} on {model}", subsequent_indent="    "))
+    click.echo(printable(click.wrap_text(f"{named} on {model}", subsequent_indent="    ")))
     click.echo(f"  {count.trainable:,} parameters, {count.percent:.2f} % of the model's {count.base:,}")
 
 

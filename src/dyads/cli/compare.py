@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from dyads.console import printable
+
 
 @click.command(
     short_help="Compare runs, task by task and over all.",
@@ -38,6 +40,7 @@ def command(runs: tuple[Path, ...], form: str | None, out: Path | None, baseline
     from dyads.comparing.comparison import compare
     from dyads.comparing.tables import FORMATS, to_terminal
     from dyads.errors import RunError
+    from dyads.runs.manifest import write_output
 
     endings = {".md": "markdown", ".csv": "csv", ".json": "json"}
     form = form or (endings.get(out.suffix, "markdown") if out else "terminal")
@@ -51,5 +54,5 @@ def command(runs: tuple[Path, ...], form: str | None, out: Path | None, baseline
     if out is None:
         click.echo(text, nl=False)
     else:
-        out.write_text(click.unstyle(text), encoding="utf-8")
-        click.echo(f"written to {out}", err=True)
+        write_output(out, click.unstyle(text))
+        click.echo(printable(f"written to {out}"), err=True)

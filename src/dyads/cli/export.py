@@ -7,6 +7,8 @@ from pathlib import Path
 
 import click
 
+from dyads.console import printable
+
 
 @click.command(
     short_help="Write an adapter as plain PEFT LoRAs.",
@@ -41,4 +43,4 @@ def command(run: Path, task: str | None, all_tasks: bool, out: Path, trim: bool)
     for lora in written:
         low = min(lora.ranks.values())
         ranks = f"rank {lora.rank}" if low == lora.rank else f"ranks {low} to {lora.rank}"
-        click.echo(f"{lora.path}: {ranks} in {len(lora.ranks)} modules")
+        click.echo(printable(f"{lora.path}: {ranks} in {len(lora.ranks)} modules"))

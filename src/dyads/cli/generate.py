@@ -75,6 +75,7 @@ def command(
     """Answer with the adapter in the folder RUN."""
     from dyads.errors import ConfigError
     from dyads.runs.folder import RunFolder
+    from dyads.runs.manifest import write_output
 
     if sum([bool(prompts), bool(inputs or columns), file is not None]) != 1:
         raise click.UsageError("give either --input (or --column), or --file, or --prompt")
@@ -118,8 +119,8 @@ def command(
             click.echo(json_line(line))
     else:
         text = "".join(visible(json.dumps(line, ensure_ascii=False)) + "\n" for line in lines)
-        out.write_text(text, encoding="utf-8")
-        click.echo(f"{len(lines)} answers written to {out}", err=True)
+        write_output(out, text)
+        click.echo(printable(f"{len(lines)} answers written to {out}"), err=True)
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,9 @@ class _Forms:
         return self._rendered(question, name, self._template(question, name))
 
     def _name(self, task: str | int | None) -> str | None:
-        return self.names[task] if isinstance(task, int) and task < len(self.names) else str(task) if task else None
+        return (
+            self.names[task] if isinstance(task, int) and 0 <= task < len(self.names) else str(task) if task else None
+        )
 
     def _template(self, question: _Question, name: str | None) -> Template:
         from dyads.errors import ConfigError, did_you_mean

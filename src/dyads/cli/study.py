@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dyads.cli import command_line, reports
-from dyads.console import Reporter
+from dyads.console import Reporter, Styled, printable
 
 if TYPE_CHECKING:
     from dyads.studies.outcome import Outcome
@@ -86,6 +85,7 @@ def command(
     Every cell of the grid is an ordinary run folder. Started again, a study keeps what is done and continues what was
     interrupted. It ends in tables, curves and a verdict for each claim, also written to verdict.md and verdict.json.
     """
+    from dyads.runs.signals import TerminatedError, ends_by_signal
     from dyads.studies.grid import load_study
     from dyads.studies.progress import StudyFolder
     from dyads.studies.run import Runner
@@ -98,22 +98,18 @@ def command(
     counts = runner.check()
     for line in _counted(runner, counts):
         reporter.note("counted", line)
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        outcome = runner.run(workers=workers, engine=engine, reporter=reporter)
-    except KeyboardInterrupt:
+        with ends_by_signal():
+            outcome = runner.run(workers=workers, engine=engine, reporter=reporter)
+    except (KeyboardInterrupt, TerminatedError):
         states = runner.states().values()
         done = sum(s.state == "done" for s in states)
         again = command_line(ctx)
-        click.echo(f"\ninterrupted, {done} of {len(states)} runs done\nTo continue:\n  {again}", err=True)
+        click.echo(printable(f"\ninterrupted, {done} of {len(states)} runs done\nTo continue:\n  {again}"), err=True)
         ctx.exit(130)
     _report_outcome(runner, outcome, reporter)
     if runner.failed:
         ctx.exit(1)
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _counted(runner: Runner, counts: dict[str, int]) -> list[str]:
@@ -127,7 +123,7 @@ def _counted(runner: Runner, counts: dict[str, int]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def _printed(*parts: Any) -> str:
+def _printed(*parts: Any) -> Styled:
     """Tables and texts as a terminal shows them; without colours where standard output is none."""
     import io
     import shutil
@@ -143,8 +139,8 @@ def _printed(*parts: Any) -> str:
             text = part(width)
             stream.write(text if terminal else click.unstyle(text))
         else:
-            console.print(part)
-    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+            console.print(printable(part) if isinstance(part, str) else part)
+    return Styled("\n".join(line.rstrip() for line in stream.getvalue().splitlines()))
 
 
 def _report_status(runner: Runner, workers: int, reporter: Reporter) -> None:

@@ -13,12 +13,15 @@ Without a template a conversation of several messages is read as a transcript: "
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from dyads.data.text_tokens import TextTokenizer
-from dyads.errors import ConfigError, TaskError
+from dyads.errors import ConfigError, TaskError, shortened
 from dyads.tasks.messages import ASSISTANT, SYSTEM, USER, Message
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ _CLOCK = "".join(
 # transformers passes no functions to a template, so this one takes the place of its global function.
 _FIXED_CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_CLOCK} }}}}{{% endmacro %}}"
 _PROBE = "an answer 4711"
+_PROBE_SECONDS = 2.0
 
 
 class ChatTemplate:
@@ -57,8 +61,9 @@ class ChatTemplate:
         self._stand_ins = {token: f"{name[:-1]}-text>" for token, name in self.text.names.items()}
         question = [Message(USER, "a question")]
         try:
-            prompt = self._render(question, True)
-            whole = self._render([*question, Message(ASSISTANT, _PROBE)], False)
+            with _limited(_PROBE_SECONDS):
+                prompt = self._render(question, True)
+                whole = self._render([*question, Message(ASSISTANT, _PROBE)], False)
         except TaskError as error:
             raise ConfigError(f"{error}; give another one as `model.chat_template`, or none") from error
         if _PROBE not in whole:
@@ -159,7 +164,7 @@ class ChatTemplate:
                 **options,
             )
         except Exception as error:  # a template raises what it likes, Jinja's errors for those in itself
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = shortened((str(error).strip() or type(error).__name__).splitlines()[0])
             raise TaskError(
                 f"the chat template refuses the messages ({', '.join(m.role for m in messages)}): {reason}"
             ) from error
@@ -167,6 +172,25 @@ class ChatTemplate:
         for token, stand_in in self._stand_ins.items():
             text = text.replace(stand_in, token)
         return text
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """TimeoutError after so many seconds of computing, where the system has such a timer: a template may never end."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "ITIMER_VIRTUAL"):
+        yield
+        return
+
+    def late(*_: Any) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} seconds")
+
+    before = signal.signal(signal.SIGVTALRM, late)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _without_oldest(messages: Sequence[Message]) -> list[Message]:

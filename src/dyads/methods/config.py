@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,6 +21,8 @@ __all__ = ["PEFT_TYPE_PREFIX", "DyadsConfig", "PeftTypeName", "TaskConditioned"]
 
 # Prefixed, so that a method that PEFT itself ships one day cannot collide with one of ours.
 PEFT_TYPE_PREFIX = "DYADS_"
+_LARGEST = 2**20
+"""Of sizes. Larger ones would take minutes to refuse."""
 
 
 class PeftTypeName(str):
@@ -125,10 +128,11 @@ class DyadsConfig(LoraWords):
             raise ConfigError(f"{self.key}: {name} {reason}, got {getattr(self, name)!r}")
 
     def require_whole(self, name: str) -> None:
-        """Refuse a field that is no whole number of at least 1."""
+        """Refuse a field that is no whole number of at least 1, or is larger than that of any adapter."""
         value = getattr(self, name)
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         self.require(whole, name, "must be a whole number, 1 or more")
+        self.require(value <= _LARGEST, name, f"must be at most {_LARGEST:,}")
 
     @classmethod
     def paper(cls, **options: Any) -> Self:
@@ -215,7 +219,7 @@ class TaskConditioned(DyadsConfig):
         self.require(not isinstance(self.tasks, str), "tasks", "must be a list of names, such as ['rte', 'cola']")
         if self.tasks is not None:
             self.tasks = [str(name) for name in self.tasks]
-            twice = sorted({name for name in self.tasks if self.tasks.count(name) > 1})
+            twice = sorted(name for name, times in Counter(self.tasks).items() if times > 1)
             self.require(not twice, "tasks", f"must differ from one another ({', '.join(twice)} is there twice)")
             self.require(len(self.tasks) > 0, "tasks", "must name at least one task")
             if self.num_tasks not in (None, len(self.tasks)):

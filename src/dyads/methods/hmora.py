@@ -26,6 +26,7 @@ samples of a batch; ours is the mean over the routers, and the second D counts e
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -116,7 +117,7 @@ class HMoRAConfig(TaskConditioned):
             "router_groups",
             "must be a list of lists of two names or more, such as [[q_proj, k_proj, v_proj], [gate_proj, up_proj]]",
         )
-        twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted(name for name, times in Counter(names).items() if times > 1)
         self.require(not twice, "router_groups", f"must name a module once ({', '.join(twice)} is there twice)")
 
     @property

@@ -253,7 +253,7 @@ def _skeleton(model: str, **how: Any) -> tuple[nn.Module, str]:
             return nn.ModuleList(_PaperLayer() for _ in range(_PAPER_LAYERS)), "paper"
         config = _config(model)
         kind = kind_of(model, config)
-        skeleton: nn.Module = auto_class(kind).from_config(config, **how)
+        skeleton: nn.Module = auto_class(kind).from_config(config, trust_remote_code=False, **how)
         return (without_pooler(skeleton) if kind == "encoder" else skeleton), kind
 
 

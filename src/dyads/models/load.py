@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import inspect
+import os
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,9 +21,10 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from dyads.errors import ConfigError, DyadsError, RunError
+from dyads.errors import ConfigError, DyadsError, RunError, shortened
 from dyads.models.attention import GROUPED, supports_grouped
 from dyads.models.packaged import PACKAGED, PREFIX, resolve
+from dyads.reading import SETTINGS
 from dyads.recipe.spec import ModelSpec
 
 __all__ = [
@@ -38,13 +39,27 @@ __all__ = [
 
 Kind = Literal["causal", "seq2seq", "encoder"]
 
+_MOST_LAYERS = 10_000
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 """Python files of a model are not run. Without the argument transformers asks on the terminal whether to run them."""
 
 
 def model_config(name: str, revision: str | None = None) -> Any:
     """The transformers config of a model, without its weights."""
-    return _load(name, lambda: AutoConfig.from_pretrained(resolve(name), revision=revision, **_NO_CODE))
+    path = resolve(name)
+    file = os.path.join(path, "config.json")
+    if os.path.isfile(file) and os.path.getsize(file) > SETTINGS:
+        raise RunError(f"model '{name}' could not be loaded: its config.json has more than {SETTINGS:,} bytes")
+    config = _load(name, lambda: AutoConfig.from_pretrained(path, revision=revision, **_NO_CODE))
+    layers = [value for key, value in vars(config).items() if "layer" in key and isinstance(value, int)]
+    if max(layers, default=0) > _MOST_LAYERS:
+        raise RunError(f"model '{name}' could not be loaded: its config.json has more than {_MOST_LAYERS:,} layers")
+    if "/" in str(getattr(config, "_attn_implementation", "")):
+        raise RunError(
+            f"model '{name}' could not be loaded: its config.json names an attention kernel, code that would be"
+            " downloaded; remove attn_implementation there"
+        )
+    return config
 
 
 def kind_of(name: str, config: Any, wanted: str = "auto") -> Kind:
@@ -99,7 +114,8 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         return cast(PreTrainedModel, without_pooler(model).eval())
     # The checkpoint's generation settings (sampling, penalties, beams) must not change how runs are scored.
     settings = model.generation_config.to_dict()
-    model.generation_config = GenerationConfig(**{k: v for k, v in settings.items() if k.endswith("_token_id")})
+    ids = {key: value for key, value in settings.items() if key.endswith("_token_id")}
+    model.generation_config = _load(name, lambda: GenerationConfig(**ids))
     return model.eval()
 
 
@@ -119,8 +135,10 @@ def _load(name: str, load: Any) -> Any:
         return load()
     except DyadsError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except BaseException as error:  # whatever transformers makes of a folder with any content
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the tokenizers in Rust
+            raise
+        reason = shortened((str(error).strip() or type(error).__name__).splitlines()[0])
         raise RunError(
             f"model '{name}' could not be loaded: {reason} – give a hub id, a folder with"
             f" a transformers model, or one of: {', '.join(PREFIX + key for key in PACKAGED)}"

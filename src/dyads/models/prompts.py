@@ -12,10 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from dyads.data.tokens import PromptTokenizer
 from dyads.errors import ConfigError
 from dyads.models.load import Kind
+from dyads.reading import read_text
 from dyads.recipe.spec import ModelSpec, Recipe
 from dyads.tasks import Task
 
 __all__ = ["chat_template_of", "positions_of", "prompt_tokenizer_of"]
+
+_LARGEST_TEMPLATE = 2**20
+"""Bytes of a chat template."""
 
 
 def chat_template_of(
@@ -38,12 +42,12 @@ def chat_template_of(
                 " protocols keep their prompts; leave it out"
             )
         try:
-            return Path(spec.chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise ConfigError(
-                f"model.chat_template: cannot read '{spec.chat_template}': {reason}; give a Jinja file, auto or none"
-            ) from None
+            return read_text(Path(spec.chat_template).expanduser(), error=ConfigError, most=_LARGEST_TEMPLATE)
+        except FileNotFoundError as error:
+            reason = f"cannot read '{spec.chat_template}': {error.strerror}"
+        except (ConfigError, RuntimeError) as error:  # RuntimeError: `~user`, where there is no such user
+            reason = str(error)
+        raise ConfigError(f"model.chat_template: {reason}; give a Jinja file, auto or none")
     if not tokenizer.chat_template:
         return None
     try:

@@ -31,7 +31,7 @@ __all__ = ["KeyPath", "YamlSource", "read_file", "read_overrides", "read_text", 
 KeyPath: TypeAlias = tuple[str | int, ...]
 
 _LARGEST = 2**17
-"""Bytes of a recipe file; PyYAML reads about 100 kB in a second."""
+"""Bytes of a recipe file, with those that it extends; PyYAML reads about 100 kB in a second."""
 _MOST_VALUES = 20_000
 """Values of a file, those below an alias counted at each of its uses: aliases of aliases multiply."""
 _LONGEST_CHAIN = 20
@@ -50,13 +50,21 @@ class YamlSource:
         return YamlSource(_merged(base.data, self.data), {**base.origins, **self.origins})
 
 
-def read_file(path: Path, extended_by: tuple[Path, ...] = ()) -> YamlSource:
-    """A file on top of the files that it extends; `extended_by` is the chain of files that led here."""
+def read_file(path: Path, extended_by: tuple[Path, ...] = (), size: int = 0) -> YamlSource:
+    """A file on top of the files that it extends.
+
+    `extended_by` is the chain of files that led here, and `size` the number of their characters.
+    """
     by = f" (extended by {extended_by[-1]})" if extended_by else ""
     try:
         text = read_file_text(path, error=ConfigError, most=_LARGEST)
     except FileNotFoundError:
         raise ConfigError(f"there is no recipe at '{shortened(str(path))}'{by}") from None
+    size += len(text)
+    if size > _LARGEST:
+        raise ConfigError(
+            f"{path}{by}: recipes that extend one another have more than {_LARGEST:,} characters together"
+        )
     real = path.resolve()
     if real in extended_by:
         circle = " → ".join(p.name for p in (*extended_by[extended_by.index(real) :], real))
@@ -71,7 +79,7 @@ def read_file(path: Path, extended_by: tuple[Path, ...] = ()) -> YamlSource:
         raise ConfigError(
             f"{source.origins[('extends',)]}: 'extends' must be the path of one recipe, got {shortened(parent, 60)}"
         )
-    return source.over(read_file(path.parent / parent, (*extended_by, real)))
+    return source.over(read_file(path.parent / parent, (*extended_by, real), size))
 
 
 def read_text(text: str, name: str) -> YamlSource:

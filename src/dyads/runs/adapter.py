@@ -19,7 +19,15 @@ from dyads.models.packaged import resolve, same_model
 from dyads.runs.card import write_card
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import Manifest, seal
-from dyads.runs.weights import CONFIG, WEIGHTS, method_of, read_config, read_weights, refuse_not_finite
+from dyads.runs.weights import (
+    CONFIG,
+    WEIGHTS,
+    method_of,
+    read_config,
+    read_weights,
+    refuse_not_finite,
+    refuse_other_sizes,
+)
 
 __all__ = ["check_adapter", "check_files", "fingerprint", "load_adapter", "save_adapter", "sort_sets"]
 
@@ -78,8 +86,9 @@ def check_files(adapter: Path) -> None:
     manifest = Manifest.of(adapter)
     if manifest is not None and (damage := manifest.damage()):
         raise RunError(
-            f"the adapter in '{adapter}' is damaged: {damage}; restore it, train it again, or, if you changed it"
-            f" yourself, accept it with `python -m dyads.runs.accept {adapter}`"
+            f"the adapter in '{adapter}' is damaged: {damage}; restore it; or remove its folder and go on with"
+            " `dyads train … --resume`; or, if you changed it yourself, accept it with"
+            f" `python -m dyads.runs.accept {adapter}`"
         )
 
 
@@ -109,7 +118,9 @@ def load_adapter(base: nn.Module, folder: RunFolder, *, trains: bool = False) ->
         )
 
     config = read_config(path)
-    saved = read_weights(path).keys()
+    weights = read_weights(path)
+    refuse_other_sizes(config, weights, path)
+    saved = weights.keys()
     if (method := method_of(config)) != recipe.method.name:
         raise RunError(
             f"the adapter in '{path}' is one of method '{shortened(method, 60)}', but config.yaml names"

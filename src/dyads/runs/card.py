@@ -21,7 +21,7 @@ from dyads.errors import visible
 from dyads.models.load import kind_of, model_config
 from dyads.models.packaged import PACKAGED, PREFIX, hub_id, key_of
 from dyads.recipe.spec import Recipe
-from dyads.runs.folder import RunFolder
+from dyads.runs.folder import RunFolder, Scores
 from dyads.runs.manifest import MANIFEST, write_text
 from dyads.runs.weights import CONFIG
 
@@ -32,9 +32,9 @@ CARD = "README.md"
 _HERE = "path/to/this/folder"
 
 
-def write_card(folder: RunFolder) -> None:
-    """Write the card of the run's adapter beside it."""
-    write_text(folder.adapter / CARD, card(folder))
+def write_card(folder: RunFolder, scores: Scores | None = None) -> None:
+    """Write the card of the run's adapter beside it, with these scores; None: those of the folder."""
+    write_text(folder.adapter / CARD, card(folder, scores=scores))
 
 
 def write_shared(folder: RunFolder, out: Path, repository: str, licence: str | None = None) -> None:
@@ -54,8 +54,9 @@ def write_shared(folder: RunFolder, out: Path, repository: str, licence: str | N
     write_text(out / CARD, card(folder, repository, licence))
 
 
-def card(folder: RunFolder, place: str = _HERE, licence: str | None = None) -> str:
+def card(folder: RunFolder, place: str = _HERE, licence: str | None = None, scores: Scores | None = None) -> str:
     """The card of the run's adapter, which others load from `place`; `licence` is the adapter's own."""
+    scores = folder.scores() if scores is None and folder.is_scored else scores
     recipe = folder.recipe()
     tasks = folder.task_names()
     name, method = recipe.model.name, recipe.method
@@ -75,7 +76,7 @@ def card(folder: RunFolder, place: str = _HERE, licence: str | None = None) -> s
                 "```",
                 "",
                 *_prompts(folder, tasks),
-                *_scores(folder, tasks),
+                *_scores(scores, tasks),
                 "## Training",
                 "",
                 *table(_facts(folder, recipe)),
@@ -185,11 +186,10 @@ def _prompts(folder: RunFolder, tasks: Sequence[str]) -> list[str]:
     ]
 
 
-def _scores(folder: RunFolder, tasks: Sequence[str]) -> list[str]:
+def _scores(scores: Scores | None, tasks: Sequence[str]) -> list[str]:
     """The tasks with their scores, or alone where the run is not scored."""
-    if not folder.is_scored:
+    if scores is None:
         return ["## Tasks", "", "Not scored.", "", *(f"- {task}" for task in tasks), ""]
-    scores = folder.scores()
     means = f"{scores['micro']['headline']:.1f}, over tasks {scores['macro']['headline']:.1f}"
     rows = [
         [row["task"], row["metric"], f"{row['value']:.1f}", str(row["n"])]

@@ -7,15 +7,20 @@ no part: a clock that is set back changes nothing.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from dyads.errors import DyadsError, notice
+from dyads.errors import DyadsError, RunError, notice, shortened
+from dyads.reading import read_text
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import MANIFEST, Manifest, remove, seal
 
-__all__ = ["checkpoint_to_resume", "complete", "last_checkpoint", "step_of"]
+__all__ = ["checkpoint_to_resume", "complete", "last_checkpoint", "loading", "step_of"]
+
+_STATE = "trainer_state.json"
 
 
 def step_of(checkpoint: Path) -> int:
@@ -40,6 +45,20 @@ def complete(folder: RunFolder, checkpoint: Path, limit: int | None) -> None:
     if limit is not None and limit > 0:
         for old in [path for path in _checkpoints(folder) if (path / MANIFEST).is_file()][:-limit]:
             remove(old)
+
+
+@contextmanager
+def loading(checkpoint: object) -> Iterator[None]:
+    """Errors of the loaders of a checkpoint's files become a RunError that names it."""
+    try:
+        yield
+    except DyadsError:
+        raise
+    except Exception as error:  # whatever torch and transformers make of files with any content
+        reason = shortened((str(error).strip() or type(error).__name__).splitlines()[0])
+        raise RunError(
+            f"'{checkpoint}' cannot be loaded: {reason}; remove it, and --resume goes on from the checkpoint before it"
+        ) from error
 
 
 def checkpoint_to_resume(folder: RunFolder) -> Path | None:
@@ -74,5 +93,20 @@ def _reason(checkpoint: Path) -> str | None:
         return f"its {MANIFEST} is damaged"
     if manifest is None:
         return "it is incomplete"
-    damage = manifest.damage(exact=True)
+    damage = manifest.damage(exact=True) or _mistake(checkpoint)
     return f"it is damaged: {damage}" if damage else None
+
+
+def _mistake(checkpoint: Path) -> str | None:
+    """The reason why the Trainer cannot go on from its own state, in words."""
+    path = checkpoint / _STATE
+    try:
+        state = json.loads(read_text(path, error=RunError))  # with NaN, where a logged number is not finite
+    except (DyadsError, OSError, ValueError, RecursionError):
+        return f"{_STATE} cannot be read"
+    if not isinstance(state, dict) or state.get("global_step") != step_of(checkpoint):
+        return f"{_STATE} is not of step {step_of(checkpoint)}"
+    numbers = [state.get(key, 0) for key in ("epoch", "total_flos", "num_input_tokens_seen")]
+    if not isinstance(state.get("log_history"), list) or not all(isinstance(n, int | float) for n in numbers):
+        return f"{_STATE} has values of other types than the Trainer's"
+    return None

@@ -28,13 +28,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # typing's has no run-time types that pydantic reads before Python 3.12
 
 from dyads.errors import RunError, TaskError, did_you_mean, notice, shortened, visible
@@ -42,8 +42,17 @@ from dyads.reading import SETTINGS, parse_json, read_bytes, read_json, read_text
 from dyads.recipe.file_names import file_name
 from dyads.recipe.load import parse_recipe
 from dyads.recipe.spec import Recipe, differences
-from dyads.runs.lock import LOCK, locked
-from dyads.runs.manifest import MANIFEST, Manifest, clear, is_unfinished, seal, write_text
+from dyads.runs.lock import LOCK, LockedError, locked
+from dyads.runs.manifest import (
+    MANIFEST,
+    Manifest,
+    clear,
+    is_unfinished,
+    not_through_links,
+    seal,
+    sync_folder,
+    write_text,
+)
 from dyads.tasks import Task
 from dyads.tasks.rows import read_jsonl
 from dyads.tasks.template import Template
@@ -56,6 +65,8 @@ SCHEMA = 1
 
 _READ = with_config(ConfigDict(strict=True, extra="allow", allow_inf_nan=False))
 T = TypeVar("T")
+Whole: TypeAlias = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""A whole number that a float can hold."""
 
 
 @_READ
@@ -76,12 +87,12 @@ class Prediction(_Prediction, total=False):
 @_READ
 class _ScoreRow(TypedDict):
     task: str
-    version: int  # increases when a prompt, split or metric changes
+    version: Whole  # increases when a prompt, split or metric changes
     fingerprint: str  # hash of the scored split's texts
     category: str
     metric: str
     value: float  # on the n instances, -100..100
-    n: int
+    n: Whole
     higher_is_better: bool
     headline: bool  # whether it is the task's metric in tables and averages
 
@@ -103,14 +114,14 @@ class Seconds(TypedDict):
 
 @_READ
 class _Scores(TypedDict):
-    schema: int
+    schema: Whole
     run: str  # the recipe's name
     method: str
     split: str
-    seed: int
-    parameters: int  # trained, with routers, embeddings and gates, without an encoder's heads
+    seed: Whole
+    parameters: Whole  # trained, with routers, embeddings and gates, without an encoder's heads
     seconds: Seconds
-    steps: int
+    steps: Whole
     scores: list[ScoreRow]
     micro: dict[str, float]  # by metric, and "headline": mean over the instances of all tasks
     macro: dict[str, float]  # by metric, and "headline": mean over tasks
@@ -128,20 +139,49 @@ class LogLine(TypedDict, total=False):
     """The entries of a line of log.jsonl that are read again; null where they were not finite."""
 
     event: str
-    step: int
+    step: Whole
     seconds: float | None
     loss: float | None
     auxiliary_loss: float | None
     validation_loss: float | None
-    parameters: int
+    parameters: Whole
+
+
+@_READ
+class AdaptedLine(TypedDict, total=False):
+    """The line at the start of an adaptation."""
+
+    similarity: dict[str, dict[str, float]]  # of the new tasks to the known ones
+
+
+@_READ
+class TrainedLine(TypedDict):
+    """The line at the end of a training."""
+
+    step: Whole
+    seconds: float
+    parameters: Whole
+
+
+@_READ
+class ValidatedLine(TypedDict):
+    """A line with a validation loss."""
+
+    validation_loss: float | None
 
 
 _PREDICTION_TYPE, _SCORES_TYPE, _LINE_TYPE = TypeAdapter(Prediction), TypeAdapter(Scores), TypeAdapter(LogLine)
+_EVENT_TYPES: dict[Any, TypeAdapter[Any]] = {
+    "adapted": TypeAdapter(AdaptedLine),
+    "trained": TypeAdapter(TrainedLine),
+    "validated": TypeAdapter(ValidatedLine),
+}
+"""What the lines of an event have besides."""
 _CONFIG, _ENV, _LOG, _SCORES = "config.yaml", "env.json", "log.jsonl", "scores.json"
 _HEADS, _TEMPLATES, _CHAT_TEMPLATE = "heads.json", "templates.json", "chat_template.jinja"
 _TENSORBOARD = "tensorboard"
 _ADAPTER, _CHECKPOINTS, _PREDICTIONS = "adapter", "checkpoints", "predictions"
-_UNFINISHED = ".predictions.unfinished"
+_UNFINISHED = ".results.unfinished"
 
 
 class RunFolder:
@@ -174,8 +214,10 @@ class RunFolder:
             raise RunError(f"'{folder.path}' is a file; choose a folder for --out")
         if folder.path.exists():
             folder._clear_interrupted_start()
+        text = recipe.resolved_yaml()
+        parse_recipe(text, f"the recipe of '{path}'")  # refuses what could not be read again, such as a text too long
         folder.path.mkdir(parents=True, exist_ok=True)
-        write_text(folder.path / _CONFIG, recipe.resolved_yaml())
+        write_text(folder.path / _CONFIG, text)
         seal(folder.path, [_CONFIG])
         return folder
 
@@ -183,7 +225,11 @@ class RunFolder:
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
         """A run that exists."""
         folder = cls(path)
-        if not folder.path.exists():
+        try:
+            exists = folder.path.exists()
+        except OSError as error:  # a name that is too long
+            raise RunError(f"cannot open '{folder.path}': {error.strerror}") from error
+        if not exists:
             siblings = [p.name for p in folder.path.parent.glob("*") if cls(p).is_run]
             near = did_you_mean(folder.path.name, siblings)
             raise RunError(f"there is no folder '{folder.path}'{near if 'did you mean' in near else ''}")
@@ -237,9 +283,16 @@ class RunFolder:
         if removed:
             notice(f"'{self.path}': the start of a run was interrupted; removed {', '.join(removed)}, starting again")
 
+    def clear_ended(self) -> None:
+        """Remove what a process left that was killed at its very end, in a run that is complete and will not go on."""
+        places = [*self.path.iterdir(), *(self.adapter.iterdir() if self.has_adapter else ())]
+        if any(is_unfinished(path) or path.name == LOCK for path in places):
+            with suppress(LockedError), self.locked():
+                self._clear_unfinished()
+
     def _clear_unfinished(self) -> None:
         """Remove what a killed process left: files that were being written, and results without a manifest."""
-        removed = clear(self.path)
+        removed = clear(self.path) + (clear(self.adapter) if self.has_adapter else [])
         if not self.is_scored:
             for name in (_SCORES, _PREDICTIONS):
                 if (self.path / name).exists():
@@ -348,7 +401,7 @@ class RunFolder:
 
     def environment(self) -> dict[str, Any]:
         """The content of env.json."""
-        return _read_object(self.path / _ENV, f"'{self.path}'")
+        return _read_object(self.path / _ENV, f"'{self.path}'", "restore it, or delete it: --resume writes it again")
 
     def task_names(self) -> tuple[str, ...]:
         """The tasks of the run in the order of their ids; empty if it has no env.json."""
@@ -414,7 +467,7 @@ class RunFolder:
     def append_log(self, line: Mapping[str, Any]) -> None:
         """Append a line to the log; infinite numbers and nan become null."""
         path = self.path / _LOG
-        with path.open("ab+") as file:
+        with open(path, "ab+", opener=not_through_links) as file:
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":  # a killed process left its last line incomplete
@@ -452,28 +505,30 @@ class RunFolder:
     def write_results(self, predictions: Mapping[str, Iterable[Prediction]], scores: Scores) -> None:
         """Write the predictions by task and the scores of an evaluation, in place of an earlier one's.
 
-        The manifest first stops listing the old ones, and lists the new ones last, so that scores never stand beside
-        predictions of another evaluation.
+        All files are written into a folder of their own first. Then the manifest stops listing the old results, and
+        that of the new ones is moved into place last: scores never stand beside predictions of another evaluation, and
+        a full disk leaves the old ones.
         """
         if scores["schema"] != SCHEMA:
             raise RunError(f"{_SCORES} is written with schema {SCHEMA}, got {scores['schema']}")
         text, new = _json(scores), self.path / _UNFINISHED
         shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        names = []
+        (new / _PREDICTIONS).mkdir(parents=True)
         try:
             for task, rows in predictions.items():
-                names.append(f"{_PREDICTIONS}/{_predictions_file(task)}")
-                write_text(new / _predictions_file(task), "".join(map(_line, rows)))
+                write_text(new / _PREDICTIONS / _predictions_file(task), "".join(map(_line, rows)))
+            write_text(new / _SCORES, text)
             config = self._manifest().without(_SCORES, f"{_PREDICTIONS}/")
-            if self.is_scored:
+            seal(new, listed=config)
+            if self._manifest().files != config.files:
                 seal(self.path, [], listed=config)
             self._remove_results()
-            new.rename(self.path / _PREDICTIONS)
+            for name in (_PREDICTIONS, _SCORES):
+                (new / name).rename(self.path / name)
+            (new / MANIFEST).replace(self.path / MANIFEST)
+            sync_folder(self.path)
         finally:
             shutil.rmtree(new, ignore_errors=True)
-        write_text(self.path / _SCORES, text)
-        seal(self.path, [_SCORES, *names], listed=config)
 
     def _remove_results(self) -> None:
         (self.path / _SCORES).unlink(missing_ok=True)
@@ -492,7 +547,8 @@ class RunFolder:
         content = _read_object(path, f"'{self.path}'", again)
         if content.get("schema") != SCHEMA:
             raise RunError(
-                f"{path} has schema {content.get('schema')!r}, this version of dyads reads schema {SCHEMA}; {again}"
+                f"{path} has schema {shortened(content.get('schema'), 60)}, this version of dyads reads schema"
+                f" {SCHEMA}; {again}"
             )
         return _typed(_SCORES_TYPE, content, str(path), again)
 
@@ -599,7 +655,12 @@ def _read_line(text: str, place: str) -> LogLine | None:
         content = parse_json(text, place, error=RunError)
     except RunError:
         return None
-    return _typed(_LINE_TYPE, content, place, "delete the line") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        return None
+    line = _typed(_LINE_TYPE, content, place, "delete the line")
+    if (event := line.get("event")) in _EVENT_TYPES:
+        _typed(_EVENT_TYPES[event], content, place, "delete the line")
+    return line
 
 
 def _read_object(path: Path, owner: str, remedy: str = "") -> dict[str, Any]:

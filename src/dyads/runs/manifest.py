@@ -28,7 +28,20 @@ from dyads.errors import RunError, shortened, visible
 from dyads.reading import SETTINGS, read_json
 from dyads.runs.lock import LOCK, LockedError, locked
 
-__all__ = ["MANIFEST", "Manifest", "clear", "is_unfinished", "remove", "seal", "unfinished", "write_text", "writing"]
+__all__ = [
+    "MANIFEST",
+    "Manifest",
+    "clear",
+    "is_unfinished",
+    "not_through_links",
+    "remove",
+    "seal",
+    "sync_folder",
+    "unfinished",
+    "write_output",
+    "write_text",
+    "writing",
+]
 
 MANIFEST = "manifest.json"
 _SCHEMA = 1
@@ -103,18 +116,23 @@ def seal(folder: Path, names: Iterable[str] | None = None, *, listed: Manifest |
             os.fsync(file.fileno())
         files[name] = (path.stat().st_size, _sha256(path))
     for parent in sorted({(folder / name).parent for name in files} - {folder}):
-        _sync_folder(parent)
+        sync_folder(parent)
     entries = {name: {"size": size, "sha256": digest} for name, (size, digest) in files.items()}
     text = json.dumps({"schema": _SCHEMA, "files": entries}, ensure_ascii=False, indent=1)
     write_text(folder / MANIFEST, text + "\n")
     return Manifest(folder, files)
 
 
+def not_through_links(path: str, flags: int) -> int:
+    """An opener for files to write: OSError for a symbolic link, which in a foreign folder may point anywhere."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file under another name and rename it when its content has reached the disk."""
     temporary = path.with_name(f".{path.name}{_UNFINISHED}")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+        with open(temporary, "w", encoding="utf-8", newline="\n", opener=not_through_links) as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -122,7 +140,15 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+
+
+def write_output(out: Path, text: str) -> None:
+    """Write a file that the user of a command named: whole or not at all, a device or pipe as it is."""
+    if out.exists() and not out.is_file():
+        out.write_text(text, encoding="utf-8")
+    else:
+        write_text(out.resolve(), text)
 
 
 @contextmanager
@@ -142,7 +168,8 @@ def writing(what: Path) -> Iterator[None]:
 def unfinished(out: Path) -> Iterator[Path]:
     """A new folder beside `out`, which is renamed to it when the block ends, and removed when it fails.
 
-    What a killed process left in its place is removed. `out` must not exist, or be an empty folder.
+    What a killed process left in its place is removed. RunError where `out` is not empty, unless it holds the same: the
+    process was killed when it had finished, and was started again.
     """
     out = Path(os.path.abspath(out))
     partial = out.with_name(f".{out.name}{_UNFINISHED}")
@@ -152,6 +179,11 @@ def unfinished(out: Path) -> Iterator[Path]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield partial
         (partial / LOCK).unlink(missing_ok=True)
+        if out.is_dir() and any(out.iterdir()):
+            if not _same(partial, out):
+                raise RunError(f"'{out}' is not empty; choose another --out")
+            shutil.rmtree(partial)
+            return
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -160,7 +192,19 @@ def unfinished(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _sync_folder(out.parent)
+    sync_folder(out.parent)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same complete things."""
+    places = [{path.relative_to(folder) for path in folder.rglob(MANIFEST)} for folder in (one, other)]
+    if places[0] != places[1] or {p.name for p in one.iterdir()} != {p.name for p in other.iterdir()}:
+        return False
+    for place in places[0]:
+        manifest = Manifest.of((other / place).parent)
+        if (other / place).read_bytes() != (one / place).read_bytes() or manifest is None or manifest.damage():
+            return False
+    return True
 
 
 def remove(folder: Path) -> None:
@@ -204,7 +248,7 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make renames in a folder survive a power failure, where the system can open folders."""
     try:
         handle = os.open(folder, os.O_RDONLY)

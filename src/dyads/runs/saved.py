@@ -20,7 +20,7 @@ from dyads.errors import RunError, shortened
 from dyads.methods import Core, DyadsConfig
 from dyads.runs.adapter import check_adapter, check_files
 from dyads.runs.folder import RunFolder
-from dyads.runs.weights import CONFIG, WEIGHTS, method_of, read_config, read_weights
+from dyads.runs.weights import CONFIG, WEIGHTS, method_of, read_config, read_weights, refuse_other_sizes
 from dyads.tuner.model import current_names
 
 __all__ = ["SavedAdapter", "SavedLayer", "sort_key"]
@@ -68,6 +68,7 @@ class SavedAdapter:
         """The adapter in a run's folder, or in a folder of PEFT's format."""
         folder = _adapter_folder(Path(path))
         config, state = read_config(folder), current_names(read_weights(folder))
+        refuse_other_sizes(config, state, folder)
         parts: dict[str, dict[str, dict[str, Tensor]]] = {}
         others: dict[str, Tensor] = {}
         for key, value in state.items():

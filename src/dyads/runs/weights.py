@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 from peft import PeftConfig
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -24,11 +25,13 @@ from dyads.methods import DyadsConfig, methods
 from dyads.methods.config import PEFT_TYPE_PREFIX
 from dyads.reading import SETTINGS, parse_json, read_json
 
-__all__ = ["CONFIG", "WEIGHTS", "method_of", "read_config", "read_weights", "refuse_not_finite"]
+__all__ = ["CONFIG", "WEIGHTS", "method_of", "read_config", "read_weights", "refuse_not_finite", "refuse_other_sizes"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _LARGEST_HEADER = 64 * 2**20
 _MOST_TENSORS = 1_000_000
+_LARGEST_NUMBER = 1_000_000
+"""Of an adapter's config: PEFT builds an adapter of that size before it reads the weights."""
 _CHECKED = (
     *("base_model_name_or_path", "revision", "task_type", "r", "target_modules", "exclude_modules", "modules_to_save"),
     *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
@@ -53,6 +56,14 @@ def read_config(folder: Path) -> Any:
         )
     if content.get("megatron_config") is not None:
         raise RunError(f"the adapter in '{folder}' needs Megatron, which dyads does not support (megatron_config)")
+    ranks = content.get("rank_pattern")
+    numbers = {**content, **(ranks if isinstance(ranks, dict) else {})}
+    for key, value in numbers.items():
+        if isinstance(value, int | float) and not -_LARGEST_NUMBER <= value <= _LARGEST_NUMBER:
+            raise RunError(
+                f"{path}: '{shortened(key, 60)}': numbers up to {_LARGEST_NUMBER:,} are read, got"
+                f" {shortened(value, 60)}"
+            )
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -95,6 +106,31 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise RunError(f"the adapter in '{folder}' is truncated or no adapter: {shortened(str(error))}") from error
     refuse_not_finite(weights, f"the adapter in '{folder}'")
     return weights
+
+
+def refuse_other_sizes(config: Any, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """RunError where the config describes other numbers of directions than the weights have.
+
+    PEFT would build the adapter at the config's size before it compares them.
+    """
+    rows = {key: len(value) for key, value in weights.items() if ".lora_A." in key and value.ndim == 2}
+    ranks = (config.r, *(getattr(config, "rank_pattern", None) or {}).values())
+    largest = max(rows.values(), default=0)
+    reason = f"r is {max(ranks)}, and lora_A has at most {largest} rows" if rows and max(ranks) > largest else ""
+    for name in rows if isinstance(config, DyadsConfig) and not reason else ():
+        A, B = weights[name], weights.get(name.replace(".lora_A.", ".lora_B."))
+        with torch.device("meta"):
+            core = config.core(A.shape[1] * config.feature_blocks)
+        if B is not None and B.ndim == 2 and (len(A), B.shape[1]) != (core.p, core.q):
+            reason = f"A and B have {len(A)} and {B.shape[1]} directions, the method {core.p} and {core.q}"
+        elif sum(p.numel() for p in core.parameters()) > sum(value.numel() for value in weights.values()):
+            reason = "its gates have more parameters than all weights together"
+        break
+    if reason:
+        raise RunError(
+            f"the weights of the adapter in '{folder}' do not fit its {CONFIG} ({reason}): one of the two files belongs"
+            " to another adapter"
+        )
 
 
 def _check_header(path: Path) -> None:

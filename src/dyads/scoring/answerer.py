@@ -235,7 +235,7 @@ class Answerer:
 
     def _template(self, task: str | int | None) -> Template | None:
         """The template of a task of the run; None for another task."""
-        name = self.run_tasks[task] if isinstance(task, int) and task < len(self.run_tasks) else task
+        name = self.run_tasks[task] if isinstance(task, int) and 0 <= task < len(self.run_tasks) else task
         return self.templates.get(name) if isinstance(name, str) else None
 
     def _answer_limit(self, template: Template | None) -> int:

@@ -20,7 +20,8 @@ from dyads.console import SILENT, Reporter
 from dyads.errors import ConfigError, RunError, TaskError, did_you_mean
 from dyads.models.heads import heads_of
 from dyads.models.load import kind_of, model_config
-from dyads.recipe.spec import EvaluateSpec, Recipe
+from dyads.recipe.spec import EvaluateSpec, Recipe, check_folder_name, differences
+from dyads.runs.adapter import fingerprint
 from dyads.runs.card import write_card
 from dyads.runs.folder import SCHEMA, Prediction, RunFolder, ScoreRow, Scores
 from dyads.runs.signals import on_sigterm
@@ -73,8 +74,10 @@ def _evaluate(
     on_stand_in: Callable[[StandIn], object],
     reporter: Reporter,
 ) -> Scores:
-    if target is not folder and target.is_run and not _was_interrupted(folder, target):
-        raise RunError(f"'{target.path}' already holds a run: choose another --out for these scores")
+    beside = target is not folder
+    facts = _facts(folder) if beside else {}
+    if beside and target.is_run and not _was_interrupted(target, facts):
+        raise _other_run(target)
     recipe = folder.recipe()
     changes = {"split": split, "limit": limit, "unseen": unseen, "nearest_by": nearest_by}
     spec = _override(recipe.evaluate, {key: value for key, value in changes.items() if value is not None})
@@ -97,18 +100,25 @@ def _evaluate(
     answerer.check(suite.tasks)
     for stand_in in stand_ins:
         on_stand_in(stand_in)
+    name = recipe.name
+    scored = recipe
+    if beside:
+        if stand_ins:
+            policy = f"{spec.unseen}-by-description" if spec.nearest_by == "description" else spec.unseen
+            name = check_folder_name(f"{name}-{policy}")  # before answering, which takes long
+        adapt = recipe.adapt if tasks_spec is recipe.tasks else None  # `adapt` describes the training on its own tasks
+        scored = recipe.model_copy(update={"name": name, "tasks": tasks_spec, "evaluate": spec, "adapt": adapt})
+        if target.is_run and differences(target.recipe().resolved(), scored.resolved()):
+            raise _other_run(target)
+        if target.is_scored and not target.damage():
+            return target.scores()  # the same command was killed when it had finished
     begin = time.perf_counter()
     answers = answerer.answer(suite.tasks, instances, spec, reporter)
     seconds = time.perf_counter() - begin
 
-    name = recipe.name
-    if target is not folder:
-        policy = f"{spec.unseen}-by-description" if spec.nearest_by == "description" else spec.unseen
-        name = f"{name}-{policy}" if stand_ins else name
-        adapt = recipe.adapt if tasks_spec is recipe.tasks else None  # `adapt` describes the training on its own tasks
-        scored = recipe.model_copy(update={"name": name, "tasks": tasks_spec, "evaluate": spec, "adapt": adapt})
+    if beside:
         target = RunFolder.create(target.path, scored, resume=True)
-        target.write_environment(seed=recipe.seed, tasks=[task.name for task in suite.tasks], adapter=str(folder.path))
+        target.write_environment(seed=recipe.seed, tasks=[task.name for task in suite.tasks], **facts)
     for stand_in in stand_ins:
         target.append_log({"event": "unseen", **asdict(stand_in)})
     predictions, rows = _score(suite.tasks, instances, answers, spec.split)
@@ -128,18 +138,28 @@ def _evaluate(
         macro=macro,
         given_task=recipe.method.reads_task,
     )
-    target.write_results(predictions, result)
     if target.has_adapter:
-        write_card(target)
+        write_card(target, result)  # before the results, whose manifest ends the evaluation
+    target.write_results(predictions, result)
     return result
 
 
-def _was_interrupted(folder: RunFolder, target: RunFolder) -> bool:
-    """Whether an evaluation of the adapter in `folder` into `target` was killed, so that it can be repeated."""
-    facts = target.environment() if target.has_environment else {"adapter": str(folder.path)}
-    return not (target.is_scored or target.has_adapter or target.checkpoints.exists()) and (
-        facts.get("adapter") == str(folder.path)
+def _facts(folder: RunFolder) -> dict[str, str]:
+    """Entries of the environment file of scores beside a run: the run, and the fingerprint of its adapter."""
+    trains = folder.recipe().method.trains
+    return {"adapter": str(folder.path), **({"adapter_sha256": fingerprint(folder)} if trains else {})}
+
+
+def _was_interrupted(target: RunFolder, facts: Mapping[str, str]) -> bool:
+    """Whether `target` holds scores of the same adapter, complete or not, so that their evaluation can be repeated."""
+    there = target.environment() if target.has_environment else facts
+    return not (target.has_adapter or target.checkpoints.exists()) and all(
+        there.get(key) == value for key, value in facts.items()
     )
+
+
+def _other_run(target: RunFolder) -> RunError:
+    return RunError(f"'{target.path}' already holds a run: choose another --out for these scores")
 
 
 def _score(
@@ -261,6 +281,10 @@ def generate(
     texts = [_texts(prompt) for prompt in prompts]
     if empty := [i for i, parts in enumerate(texts, start=1) if not all(part.strip() for part in parts) or not parts]:
         raise ConfigError(f"prompt {empty[0]} is empty: there is nothing to answer")
+    given = [(f"prompt {i}", "".join(parts)) for i, parts in enumerate(texts, start=1)]
+    for what, text in [*given, ("the description", description or "")]:
+        if not _is_unicode(text):
+            raise ConfigError(f"{what} is not Unicode text, but has half of a surrogate pair: give it as UTF-8")
     answerer = Answerer(folder)
     most = 2 if answerer.heads else 1
     if long := [i for i, parts in enumerate(texts, start=1) if len(parts) > most]:
@@ -300,6 +324,15 @@ def _texts(prompt: str | Sequence[str] | Example) -> tuple[str, ...]:
     if isinstance(prompt, Example):
         return (prompt.prompt,)
     return (prompt,) if isinstance(prompt, str) else tuple(prompt)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be encoded; bytes of a command line that are not UTF-8 become halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_known(task: str | int, known: Sequence[str]) -> bool:

@@ -8,14 +8,18 @@ Seeds and training settings make no difference to methods that train nothing: th
 
 from __future__ import annotations
 
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, TypeAlias
+from unicodedata import normalize
 
-from dyads.errors import ConfigError, RunError, did_you_mean
+from dyads.errors import ConfigError, RunError, did_you_mean, shortened
+from dyads.recipe.file_names import name_mistake
 from dyads.recipe.load import recipe_keys
 from dyads.recipe.recipe_errors import validated
 from dyads.recipe.spec import UNTRAINED, Recipe
@@ -27,6 +31,7 @@ __all__ = ["SEED", "Cell", "Combination", "Study", "Value", "load_study"]
 SEED = "seed"
 """The axis whose values repeat a run."""
 
+_MOST_COMBINATIONS, _MOST_PATTERNS = 2000, 100
 _TABLE_KEYS: tuple[tuple[str, ...], ...] = (
     ("tasks",),
     ("model", "name"),
@@ -176,7 +181,12 @@ class Study:
                 used = {k: v for k, v in cell.recipe.resolved().items() if k not in _OF_TRAINING}
                 cell = untrained.setdefault(to_yaml(used), cell)
             cells[combination] = cell
-            other = folders.setdefault(cell.name.lower(), cell)  # some file systems ignore case
+            if mistake := name_mistake(cell.name):
+                raise ConfigError(
+                    f"{self.path}: a cell would have the folder '{shortened(cell.name)}', and {mistake}: give its"
+                    " values other names"
+                )
+            other = folders.setdefault(normalize("NFC", cell.name).casefold(), cell)  # as some file systems compare
             if other is not cell:
                 raise ConfigError(
                     f"{self.path}: two cells would have the folder '{cell.name}': give their values different names"
@@ -222,9 +232,9 @@ class Study:
 
         slugs = {v.axis: v.slug for v in combination}
         try:
-            run = adapt["run"].format_map(slugs)
+            run = re.sub(r"\{([^{}]*)\}", lambda found: slugs[found[1]], adapt["run"])
             base = adaptation(Path(run), {k: v for k, v in adapt.items() if k != "run"})
-        except (KeyError, ValueError) as error:
+        except KeyError as error:
             raise ConfigError(
                 f"{where}: adapt.run {adapt['run']!r} has {{}} around {error}: known are {', '.join(slugs)}"
             ) from None
@@ -247,13 +257,19 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     source = read_file(path)
     spec = validated(StudySpec, source, str(path), study_keys)
     base = part_of(source, ("recipe",)) if isinstance(spec.recipe, dict) else read_file(path.parent / spec.recipe)
-    axes = {axis: tuple(_values(path, axis, source)) for axis in spec.vary}
+    files: dict[str, YamlSource] = {}
+    axes = {axis: tuple(_values(path, axis, source, files)) for axis in spec.vary}
     varied = [o for o in overrides if o.partition("=")[0].strip() in axes]
     if varied:
         raise ConfigError(f"--set {varied[0]}: the study varies that key; --only runs a part of its cells")
     adjustments = tuple(_undotted(part_of(source, ("adjust", i, "recipe"))) for i in range(len(spec.adjust)))
     trial = _undotted(part_of(source, ("choose", "trial"))) if spec.choose and spec.choose.trial else YamlSource({}, {})
     study = Study(path, spec, base, read_overrides(overrides), axes, _table_axes(path, spec, axes), adjustments, trial)
+    if (many := math.prod(map(len, axes.values()))) > _MOST_COMBINATIONS:
+        raise ConfigError(f"{path}: 'vary' has {many:,} combinations; at most {_MOST_COMBINATIONS:,} are read")
+    for key in ("only", "without", "adjust"):
+        if (patterns := len(getattr(spec, key))) > _MOST_PATTERNS:
+            raise ConfigError(f"{path}: '{key}' has {patterns:,} entries; at most {_MOST_PATTERNS} are read")
     combinations = [
         c
         for c in product(*axes.values())
@@ -267,8 +283,11 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     return replace(study, combinations=tuple(combinations))
 
 
-def _values(path: Path, axis: str, source: YamlSource) -> Iterator[Value]:
-    """The values of an axis: a list of scalars for a key of the recipe, or named overrides."""
+def _values(path: Path, axis: str, source: YamlSource, files: dict[str, YamlSource]) -> Iterator[Value]:
+    """The values of an axis: a list of scalars for a key of the recipe, or named overrides.
+
+    `files` holds the recipes that were read, for values that name one again.
+    """
     given, place = source.data["vary"][axis], ("vary", axis)
     origin = source.origins.get(place, str(path))
     if not given or not isinstance(given, list | dict):
@@ -289,8 +308,11 @@ def _values(path: Path, axis: str, source: YamlSource) -> Iterator[Value]:
         name = str(key)
         at = source.origins.get((*place, name), origin)
         if isinstance(overrides, str):
-            laid = read_file(path.parent / overrides)
-            laid.data.pop("name", None)  # runs are named by their values
+            file = os.path.normpath(path.parent / overrides)
+            if file not in files:
+                files[file] = read_file(path.parent / overrides)
+                files[file].data.pop("name", None)  # runs are named by their values
+            laid = files[file]
         elif overrides is None or isinstance(overrides, dict):
             laid = _undotted(part_of(source, (*place, name)))
             if "name" in laid.data:

@@ -30,8 +30,11 @@ except ImportError:  # Windows: without locks, so two studies in one folder do n
 __all__ = ["ENGINES", "Engine", "Job", "is_running", "last_line", "run_job"]
 
 _STOPPED = -1
-_INTERRUPTED = (130, -signal.SIGINT, -signal.SIGTERM)
-"""Exit codes of a process that Ctrl-C or a shutdown ended: it did not fail."""
+_INTERRUPTED = (
+    *(130, -signal.SIGINT),
+    *(code for n in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)) for code in (-n, 128 + n)),
+)
+"""Exit codes of a process that Ctrl-C, a shutdown or a closed terminal ended: it did not fail."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False) -> int:
 
 
 _EXIT = "exit code "
+_TAIL = 2**16
+"""Bytes at the end of a log that are read for its last line."""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -120,7 +125,11 @@ def is_running(log: Path) -> bool:
 
 def last_line(log: Path) -> tuple[str, bool]:
     """(the last line of a job's output, whether the job failed)."""
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    text = ""
+    if log.is_file():
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - _TAIL))
+            text = file.read(_TAIL).decode("utf-8", "replace")
     lines = [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
     failed = bool(lines) and lines[-1].startswith(_EXIT)
     if failed and len(lines) > 1:

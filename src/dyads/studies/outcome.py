@@ -20,6 +20,7 @@ from rich.table import Table
 from dyads.comparing.comparison import Column, Comparison, compare
 from dyads.comparing.intervals import Interval
 from dyads.comparing.tables import markdown_table, to_markdown
+from dyads.errors import visible
 from dyads.runs.folder import RunFolder
 from dyads.studies.grid import Cell, Combination, Study
 from dyads.studies.progress import StudyFolder
@@ -140,7 +141,7 @@ def to_json(outcome: Outcome) -> str:
             for c in outcome.choices
         ],
     }
-    return json.dumps(_finite(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
+    return visible(json.dumps(_finite(content), ensure_ascii=False, indent=1, allow_nan=False), keep="\n") + "\n"
 
 
 def _claim(found: Judgement) -> dict[str, Any]:
@@ -234,11 +235,11 @@ def claims_table(outcome: Outcome) -> Table:
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     for text, verdict, value, interval, p, needs in _claim_rows(outcome.judgements):
-        table.add_row(verdict, text)
+        table.add_row(verdict, visible(text))
         if value != "–":
             table.add_row("", f"{value}, {interval}, corrected p {p}")
         if needs:
-            table.add_row("", f"to decide it: {needs}" if verdict == "undecided" else needs)
+            table.add_row("", visible(f"to decide it: {needs}" if verdict == "undecided" else needs))
     return table
 
 
@@ -259,9 +260,9 @@ def choices_table(outcome: Outcome) -> Table:
 def _terminal(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for i, name in enumerate(header):
-        table.add_column(name, overflow="fold", justify="right" if i else "left", no_wrap=bool(i))
+        table.add_column(visible(name), overflow="fold", justify="right" if i else "left", no_wrap=bool(i))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(visible, row))
     return table
 
 
@@ -283,7 +284,7 @@ def to_page(outcome: Outcome) -> str:
         if table in outcome.curves:
             header, rows = _curve_rows(outcome.curves[table])
             out += ["### Curves", "", "Means over seeds.", "", *markdown_table(header, rows), ""]
-    return "\n".join(out).rstrip("\n") + "\n"
+    return visible("\n".join(out).rstrip("\n"), keep="\n") + "\n"
 
 
 def _about_claims(outcome: Outcome) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from rich.table import Table
 
+from dyads.errors import visible
 from dyads.runs.folder import RunFolder
 from dyads.studies.grid import SEED, Cell, Combination, Study
 from dyads.studies.jobs import is_running, last_line
@@ -75,7 +76,7 @@ def state_of(cell: Cell, folder: StudyFolder) -> CellState:
         scores = run.scores()
         seconds = scores["seconds"]
         return CellState("done", cell.steps, seconds["train"], seconds["evaluate"], scores["macro"]["headline"])
-    lines = [line for line in (run.log() if run.is_run else []) if "step" in line and "seconds" in line]
+    lines = [line for line in (run.log() if run.is_run else []) if "step" in line and line.get("seconds") is not None]
     step, seconds_so_far = (int(lines[-1]["step"]), float(lines[-1]["seconds"])) if lines else (0, 0.0)
     if is_running(folder.log(cell)):
         return CellState("running", step, seconds_so_far)
@@ -118,13 +119,13 @@ def grid_table(
     """The grid: a row per combination of the axes but the seed, a column per seed."""
     seeds = [v.name for v in study.axes.get(SEED, ())]
     table = Table(
-        title=f"Study {study.spec.name}", title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False
+        title=visible(f"Study {study.spec.name}"), title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False
     )
     for axis in study.axes:
         if axis != SEED:
-            table.add_column(axis, overflow="fold")
+            table.add_column(visible(axis), overflow="fold")
     for head in [f"seed {seed}" for seed in seeds] or ["run"]:
-        table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(visible(head), justify="right", no_wrap=True)
     waits = set(waiting)
     rows: dict[Combination, dict[str, str]] = {}
     shown: set[str] = set()
@@ -137,7 +138,7 @@ def grid_table(
         rows.setdefault(group, {})[seed] = text
     for group, by_seed in rows.items():
         if any(by_seed.values()):
-            table.add_row(*(v.name for v in group), *(by_seed.get(seed, "") for seed in seeds or [""]))
+            table.add_row(*(visible(v.name) for v in group), *(by_seed.get(seed, "") for seed in seeds or [""]))
     return table
 
 

@@ -182,8 +182,13 @@ class Runner:
     def run(self, *, workers: int, engine: str, reporter: Reporter) -> Outcome:
         """Run what is not done, with a line of progress, and write the outcome."""
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        pending = [c for c in self.distinct().values() if c.name in self._selected]
-        pending = [cell for cell in pending if not self.folder.run(cell).is_scored]
+        pending = []
+        for cell in self._selected_cells():
+            run = self.folder.run(cell)
+            if run.is_scored:
+                run.clear_ended()
+            else:
+                pending.append(cell)
         if pending:
             started = ENGINES[engine](workers)
             try:

@@ -55,6 +55,8 @@ def load_suite(spec: Spec | Sequence[Spec]) -> Suite:
         return spec.load()
     except OSError as error:
         raise TaskError(f"cannot read '{shortened(str(error.filename))}': {error.strerror or error}") from error
+    except RuntimeError as error:  # `~user` in a path, where there is no such user
+        raise TaskError(f"cannot read the tasks: {shortened(str(error))}") from error
 
 
 def load(spec: Spec | Sequence[Spec]) -> list[Task]:

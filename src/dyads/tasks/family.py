@@ -52,6 +52,7 @@ A program that imports dyads may register a family too, and then use it in that 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -83,8 +84,8 @@ class Suite:
     """One sentence each about what was found, missing or dropped."""
 
     def __post_init__(self) -> None:
-        names = [t.name for t in self.tasks]
-        if repeated := sorted({n for n in names if names.count(n) > 1}):
+        names = Counter(task.name for task in self.tasks)
+        if repeated := sorted(name for name, times in names.items() if times > 1):
             raise TaskError(f"two tasks have the same name: {listed(repeated)}; rename one")
 
 
@@ -188,8 +189,9 @@ def _one(given: Any) -> FamilySpec:
         raise ValueError(f"tasks must be a mapping with a key 'family', or a list of such, got {type(given).__name__}")
     if "family" not in given:
         raise ValueError(f"tasks needs a key 'family'{did_you_mean('', _FAMILIES)}")
-    if given["family"] not in _FAMILIES:
-        raise ValueError(f"unknown task family '{given['family']}'{did_you_mean(str(given['family']), _FAMILIES)}")
+    family = str(given["family"])
+    if family not in _FAMILIES:
+        raise ValueError(f"unknown task family '{family}'{did_you_mean(family, _FAMILIES)}")
     return _union(tuple(_FAMILIES.values())).validate_python(given)
 
 

@@ -381,9 +381,12 @@ class OwnRowsSpec(FamilySpec):
 
     def _agreed(self, name: str, what: str, records: Sequence[_Record]) -> Any:
         """The value of the column `metric` or `labels`, which all rows that have one share, or of the option."""
-        own = {getattr(r, what): r for r in reversed(records) if getattr(r, what)}
+        own: dict[Any, _Record] = {}
+        for record in records:
+            if value := getattr(record, what):
+                own.setdefault(value, record)
         if len(own) > 1:
-            (a, first), (b, second), *_ = sorted(own.items(), key=lambda item: records.index(item[1]))
+            (a, first), (b, second), *_ = own.items()
             raise TaskError(
                 f"task '{name}' has two {_PLURALS[what]}: {_shown(a)} in {first.place} and {_shown(b)} in "
                 f"{second.place}; choose one"

@@ -14,7 +14,6 @@ column `system`, and with `conversation` a column `messages`: the turns before t
 
 from __future__ import annotations
 
-import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -89,20 +88,29 @@ class Template(BaseModel):
         """
         if self.ends_line and not prompt[-1:].isspace():
             return False
-        return any(
-            re.fullmatch(
-                "".join(re.escape(literal) + self._any(name, form) for literal, name, form in _pieces(text)),
-                prompt.rstrip(),
-                re.DOTALL,
-            )
-            for text in map(str.rstrip, (*self.texts, *self.shorter))
-        )
+        return any(self._has_form(text, prompt.rstrip()) for text in map(str.rstrip, (*self.texts, *self.shorter)))
 
-    def _any(self, name: str | None, form: str) -> str:
-        """The pattern of a column's values."""
-        if name is None:
-            return ""
-        return re.escape(_FORMS[form](self.defaults[name])) if name in self.defaults else ".*"
+    def _has_form(self, text: str, prompt: str) -> bool:
+        """Whether a prompt is a text with any values in its columns, found without backtracking."""
+        literals = [""]
+        for literal, name, form in _pieces(text):
+            literals[-1] += literal
+            if name in self.defaults:
+                literals[-1] += _FORMS[form](self.defaults[name])
+            elif name is not None:
+                literals.append("")
+        first, *middle = literals
+        if not middle:
+            return prompt == first
+        *middle, last = middle
+        at, end = len(first), len(prompt) - len(last)
+        if at > end or not prompt.startswith(first) or not prompt.endswith(last):
+            return False
+        for literal in middle:
+            if (at := prompt.find(literal, at, end)) < 0:
+                return False
+            at += len(literal)
+        return True
 
     def prompt(self, row: Mapping[str, Any], place: str = "the row") -> str:
         """The prompt for a row. TaskError, starting with `place`, for a column that is missing, unknown or no text."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from dyads.data.batches import Collator, PairCollator, TaskDataset
-from dyads.errors import ConfigError, RunError
+from dyads.errors import ConfigError, RunError, shortened
 from dyads.methods.core import Core
 from dyads.models.heads import Head, TaskHeads, attach_heads, heads_of, read_heads
 from dyads.recipe.load import recipe_keys
@@ -230,8 +230,8 @@ def source_facts(recipe: Recipe, folder: RunFolder) -> dict[str, str]:
     if started_from != now:
         raise RunError(
             f"cannot resume '{folder.path}': the adapter of '{source.path}' has changed since (SHA-256"
-            f" {started_from[:12]}… then, {now[:12]}… now; was that run trained again?): restore the earlier adapter,"
-            " or adapt the new one from the start with another --out"
+            f" {shortened(started_from)[:12]}… then, {now[:12]}… now; was that run trained again?): restore the earlier"
+            " adapter, or adapt the new one from the start with another --out"
         )
     return {_FINGERPRINT: now}
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 import torch
 from peft import get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments, set_seed
 from transformers import ProgressCallback as TrainerProgressCallback
 
 from dyads.console import SILENT, Reporter
@@ -33,7 +33,7 @@ from dyads.models.load import Kind, kind_of, load_model, load_tokenizer, model_c
 from dyads.models.prompts import chat_template_of, prompt_tokenizer_of
 from dyads.recipe.spec import Recipe
 from dyads.runs.adapter import check_adapter, save_adapter
-from dyads.runs.checkpoints import checkpoint_to_resume, step_of
+from dyads.runs.checkpoints import checkpoint_to_resume, loading, step_of
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import writing
 from dyads.runs.signals import Sigterm, on_sigterm
@@ -362,6 +362,9 @@ class Training:
             trainer.add_callback(StopAtSigterm(sigterm, folder))
         with reporter.track("training", self.recipe.train.steps, speed="tokens/s") as tracker:
             trainer.add_callback(ProgressCallback(reporter, tracker, self.tokens))
+            if checkpoint is not None:
+                with loading(checkpoint):
+                    TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         folder.append_log(
             {

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from dyads.errors import RunError
 from dyads.models.heads import head_loss
 from dyads.recipe.spec import TrainSpec
 from dyads.runs.adapter import sort_sets
-from dyads.runs.checkpoints import complete, last_checkpoint, step_of
+from dyads.runs.checkpoints import complete, last_checkpoint, loading, step_of
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import MANIFEST, remove, writing
 from dyads.runs.signals import Sigterm, TerminatedError
@@ -131,6 +132,18 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         assert output_dir is not None
         self.model.save_pretrained(output_dir)
         sort_sets(Path(output_dir), self.model.peft_config["default"])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def compute_loss(
         self,
@@ -276,7 +289,7 @@ def validated(step: int, losses: Mapping[str, float]) -> dict[str, Any]:
 
 
 class StopAtSigterm(TrainerCallback):  # type: ignore[misc]
-    """Saves a checkpoint and stops after the step in which SIGTERM came."""
+    """Saves a checkpoint and stops after the step in which SIGTERM or SIGHUP came."""
 
     def __init__(self, sigterm: Sigterm, folder: RunFolder) -> None:
         self.sigterm, self.folder = sigterm, folder
@@ -294,9 +307,11 @@ class StopAtSigterm(TrainerCallback):  # type: ignore[misc]
         if self.sigterm.came:
             kept = last_checkpoint(self.folder)
             goes_on = f"goes on from step {step_of(kept)}" if kept else "starts again (train.save_steps is null)"
+            name = signal.Signals(self.sigterm.came).name
             raise TerminatedError(
-                f"'{self.folder.path}' was stopped by SIGTERM at step {state.global_step} of {state.max_steps};"
-                f" --resume {goes_on}"
+                f"'{self.folder.path}' was stopped by {name} at step {state.global_step} of {state.max_steps};"
+                f" --resume {goes_on}",
+                self.sigterm.came,
             )
 
 
