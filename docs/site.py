@@ -8,6 +8,7 @@ pages on the command line, recipe keys and methods are made from click, pydantic
 from __future__ import annotations
 
 import html
+import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
@@ -94,7 +95,7 @@ def key_tables(keys: Iterable[Key]) -> Iterator[str]:
     """Keys of a recipe or a study: a heading and a table for each section, and for each variant of a section."""
     head, rows = "", []
     for key in keys:
-        section = key.name.split(".")[0]
+        section = key.name.split(".")[0] if "." in key.name else "Top level"
         variant = f"{section}: {key.choices[0]}" if len(key.choices) == 1 else None
         if variant or section != head.split(":")[0]:
             if rows:
@@ -223,6 +224,40 @@ def formulas(content: str) -> str:
     return FORMULA.sub(mathml, content)
 
 
+# --- notebooks --------------------------------------------------------------------------------------------------------
+
+FENCE = re.compile(r"^```(python|text|math)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
+
+
+def notebook(markdown: str) -> str:
+    """A tutorial as a notebook: blocks of Python are its cells, and `text` after one is its output."""
+    cells: list[dict[str, Any]] = []
+    text = ""
+
+    def close() -> None:
+        nonlocal text
+        if text.strip():
+            plain = LINK.sub(lambda link: link["text"], text.strip())  # its links are between pages of the site
+            cells.append({"cell_type": "markdown", "metadata": {}, "source": plain})
+        text = ""
+
+    parts = FENCE.split(markdown)
+    for before, kind, content in zip(parts[::3], [*parts[1::3], ""], [*parts[2::3], ""], strict=True):
+        text += before
+        if kind == "math":
+            text += f"$${content}$$\n"
+            continue
+        close()
+        if kind == "python":
+            cell = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": content}
+            cells.append(cell)
+        elif kind == "text":
+            cells[-1]["outputs"] = [{"name": "stdout", "output_type": "stream", "text": content}]
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    whole = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 4}
+    return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
+
+
 # --- hooks ------------------------------------------------------------------------------------------------------------
 
 
@@ -242,16 +277,21 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages of the repository's root and the reference."""
+    """Add the pages of the repository's root, the reference, and the tutorials as notebooks."""
     for page, source in ROOT_PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     for page, made in REFERENCE.items():
         files.append(File.generated(config, page, content=made()))
+    for tutorial in sorted((ROOT / "docs/tutorials").glob("*.md")):
+        content = notebook(tutorial.read_text(encoding="utf-8"))
+        files.append(File.generated(config, f"tutorials/{tutorial.stem}.ipynb", content=content))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links for the site, and the page's weight in its search."""
+    """Links for the site, a tutorial's notebook, and the page's weight in the search."""
+    if page.file.src_uri.startswith("tutorials/"):
+        markdown = markdown.replace("\n", f"\n\n[The same as a notebook]({Path(page.file.src_uri).stem}.ipynb)\n", 1)
     page.meta["search"] = {"boost": SEARCH_WEIGHT.get(page.file.src_uri, 1)}
     return site_links(markdown, page.file.src_uri)
 

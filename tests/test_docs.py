@@ -7,8 +7,11 @@ import ast
 import builtins
 import importlib
 import importlib.util
+import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -29,7 +32,7 @@ from dyads.studies.spec import study_keys
 from tiny import TASKS, batch, tiny_model
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 
 
@@ -70,7 +73,7 @@ def numbers(value: Any) -> list[float]:
     return [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", str(value))]
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", [param for param in blocks("python") if "/tutorials/" not in param.id])
 def test_python_of_a_page_runs_and_prints_what_its_comments_say(code: str) -> None:
     """Blocks that stand alone are run; of the others, imports and names of dyads exist."""
     tree = ast.parse(code)
@@ -96,6 +99,19 @@ def test_python_of_a_page_runs_and_prints_what_its_comments_say(code: str) -> No
 def test_most_blocks_of_python_run_alone() -> None:
     alone = [param.id for param in blocks("python") if runs_alone(param.values[0])]
     assert {"docs/formula.md", "docs/papers.md"} <= {one.partition(":")[0] for one in alone}
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if "/tutorials/" in page])
+def test_a_tutorial_prints_the_outputs_that_it_shows(page: str, tmp_path: Path) -> None:
+    """Its blocks of Python run in turn in a process of their own; `text` after a block is all that it prints."""
+    parts = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", TEXTS[page], re.MULTILINE | re.DOTALL)
+    assert len(re.findall(r"^```text$", TEXTS[page], re.MULTILINE)) == sum(bool(shown) for _, shown in parts) > 0
+    script = "print('\\0', end='')\n".join(code for code, _ in parts)
+    (tmp_path / "tutorial.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, "-W", "ignore", "tutorial.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\0") == [shown for _, shown in parts]
 
 
 def test_a_task_is_added_and_trained_as_on_the_page_of_transfer() -> None:
@@ -246,6 +262,19 @@ def test_links_of_the_repository_become_links_of_the_site(
     site: ModuleType, page: str, written: str, on_the_site: str
 ) -> None:
     assert site.site_links(written, page) == on_the_site
+
+
+def test_a_notebook_has_the_code_and_the_outputs_of_its_tutorial(site: ModuleType) -> None:
+    text = TEXTS["docs/tutorials/add-a-method.md"]
+    cells = json.loads(site.notebook(text))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["source"] for cell in code] == re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert code[2]["outputs"] == [{"name": "stdout", "output_type": "stream", "text": "True\nTrue\n"}]
+    prose = "\n".join(cell["source"] for cell in cells if cell["cell_type"] == "markdown")
+    assert prose.startswith("# Add a method in one file")
+    assert prose.count("$$") == 2
+    assert "](" not in prose
+    assert "```" not in prose
 
 
 def test_formulas_become_mathml(site: ModuleType) -> None:
