@@ -188,6 +188,11 @@ def test_a_command_on_a_page_has_the_options_that_it_is_shown_with(line: str) ->
     command = main.get_command(group, arguments[0])
     assert command is not None, f"there is no verb '{arguments[0]}'"
     context = click.Context(command, info_name=arguments[0], parent=group)
+    if arguments[-1].startswith("--"):  # an option that is mentioned without its value
+        flags = {
+            name for parameter in command.get_params(context) for name in (*parameter.opts, *parameter.secondary_opts)
+        }
+        assert arguments.pop() in flags
     values, _, _ = command.make_parser(context).parse_args(arguments[1:])
     for parameter in command.params:
         if isinstance(parameter.type, click.Choice) and isinstance(values.get(parameter.name or ""), str):
