@@ -33,7 +33,8 @@ ORDER = {  # what a room may import, beside itself and `errors`: the rooms that 
     "analysis": {"scoring", "comparing"},
     "training": {"analysis"},
     "studies": {"training"},
-    "cli": {"studies", "export"},
+    "report": {"studies"},
+    "cli": {"report", "export"},
 }
 
 

@@ -41,6 +41,7 @@ def command(run: Path, task: str | None, wrong: bool, count: int | None, whole: 
     """Print instances of the last evaluation of RUN: prompt, answer, reference and score."""
     from rich.console import Console
 
+    from dyads.comparing.metric_moments import instance_score
     from dyads.errors import RunError, did_you_mean
     from dyads.runs.folder import RunFolder
 
@@ -56,7 +57,7 @@ def command(run: Path, task: str | None, wrong: bool, count: int | None, whole: 
         raise RunError(f"'{folder.path}' has no scores of a task '{task}'{did_you_mean(task, headlines)}")
     headline = headlines[task]
     found = folder.predictions(task)
-    values = [_value(prediction, headline) for prediction in found]
+    values = [instance_score(prediction, headline) for prediction in found]
     order = list(range(len(found)))
     below = [i for i in order if values[i] < 100]
     if wrong:
@@ -69,32 +70,18 @@ def command(run: Path, task: str | None, wrong: bool, count: int | None, whole: 
     title = f"{task}: {headline['metric']} {headline['value']:.1f}, {len(below)} of {len(found)} below full score"
     print_to(console, printable(title), style="bold")
     for prediction in shown:
-        _show(console, prediction, _value(prediction, headline) >= 100, whole)
+        _show(console, prediction, instance_score(prediction, headline) >= 100, whole)
     if wrong and not below:
         print_to(console, "no instance is below full score")
     elif len(shown) < len(order):
         print_to(console, f"\n{len(shown)} of {len(order)} shown; --n {len(order)} shows all", style="dim")
 
 
-def _value(prediction: Prediction, headline: ScoreRow) -> float:
-    """The instance's own score; for a metric of all instances together 100 where the answer is right, else below.
-
-    Below 100, numbers that are further from the reference have lower values.
-    """
-    if headline["metric"] in prediction["scores"]:
-        return prediction["scores"][headline["metric"]]
-    if prediction["prediction"] in prediction["references"]:
-        return 100.0
-    try:
-        distance = abs(float(prediction["prediction"]) - float(prediction["references"][-1]))
-    except ValueError:
-        return 0.0
-    return 100.0 - 100.0 * distance / (1 + distance) if distance else 100.0
-
-
 def _list(console: Console, folder: RunFolder, headlines: Sequence[ScoreRow]) -> None:
     from rich.table import Table
     from rich.text import Text
+
+    from dyads.comparing.metric_moments import instance_score
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("task", overflow="fold")
@@ -102,7 +89,7 @@ def _list(console: Console, folder: RunFolder, headlines: Sequence[ScoreRow]) ->
     for name in ("score", "n", "below full"):
         table.add_column(name, justify="right")
     for row in headlines:
-        below = sum(_value(prediction, row) < 100 for prediction in folder.predictions(row["task"]))
+        below = sum(instance_score(prediction, row) < 100 for prediction in folder.predictions(row["task"]))
         table.add_row(Text(printable(row["task"])), row["metric"], f"{row['value']:.1f}", str(row["n"]), str(below))
     print_to(console, table)
     print_to(console, f"\ndyads show {folder.path} --task TASK --wrong prints those below full score", soft_wrap=True)

@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dyads.comparing.intervals import Array
-from dyads.runs.folder import Prediction
+from dyads.runs.folder import Prediction, ScoreRow
 from dyads.tasks.metrics import class_ids, to_digits, to_number
 
-__all__ = ["CLASS_METRICS", "METRICS", "contributions"]
+__all__ = ["CLASS_METRICS", "METRICS", "contributions", "instance_score"]
 
 Moments = Callable[[Sequence[Prediction], Sequence[str]], Array]
 
@@ -124,3 +124,19 @@ def contributions(metric: str, predictions: Sequence[Prediction], labels: Sequen
         return score, np.array([score])
     left_out: Array = 100.0 * score_of((total - moments) / (n - 1))
     return score, n * score - (n - 1) * left_out
+
+
+def instance_score(prediction: Prediction, headline: ScoreRow) -> float:
+    """The instance's own score; for a metric of all instances together 100 where the answer is right, else below.
+
+    Below 100, numbers that are further from the reference have lower values.
+    """
+    if headline["metric"] in prediction["scores"]:
+        return prediction["scores"][headline["metric"]]
+    if prediction["prediction"] in prediction["references"]:
+        return 100.0
+    try:
+        distance = abs(float(prediction["prediction"]) - float(prediction["references"][-1]))
+    except ValueError:
+        return 0.0
+    return 100.0 - 100.0 * distance / (1 + distance) if distance else 100.0

@@ -28,7 +28,22 @@ from dyads.comparing.intervals import Interval
 from dyads.comparing.scored_runs import Curve
 from dyads.errors import visible, visible_in
 
-__all__ = ["FORMATS", "markdown_table", "to_csv", "to_json", "to_markdown", "to_terminal"]
+__all__ = [
+    "FORMATS",
+    "all_notes",
+    "headline",
+    "loss_text",
+    "markdown_table",
+    "p_text",
+    "range_text",
+    "signed_text",
+    "time_text",
+    "to_csv",
+    "to_json",
+    "to_markdown",
+    "to_terminal",
+    "verdict_text",
+]
 
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _STARS = "* p < 0.05, ** p < 0.01 of as wide a margin when the two change places within seeds; not corrected"
@@ -48,7 +63,7 @@ def to_terminal(comparison: Comparison, width: int = 80) -> str:
     lettered = not _fits(console, _by_task(comparison, shown, range(len(labels))))
     short = dict(zip(labels, map(_letter, range(len(labels))) if lettered else shown, strict=True))
 
-    console.print(Text(_headline(comparison), style="bold"))
+    console.print(Text(headline(comparison), style="bold"))
     for title, header, rows in (_scores(comparison), _costs(comparison)):
         table = _table(title)
         if lettered:
@@ -67,7 +82,7 @@ def to_terminal(comparison: Comparison, width: int = 80) -> str:
         console.print(Text(_about_stars(comparison), style="dim"))
         _print(console, _differences(comparison, short))
     console.print()
-    for note in _all_notes(comparison):
+    for note in all_notes(comparison):
         grid = Table.grid(padding=(0, 1, 0, 0))
         grid.add_row(Text("·", style="dim"), Text(note, style="dim"))
         console.print(grid)
@@ -79,7 +94,7 @@ def to_markdown(comparison: Comparison) -> str:
     comparison = visible_in(comparison)
     labels = [c.label for c in comparison.columns]
     shown = {c.label: c.shown for c in comparison.columns}
-    out = [_headline(comparison), ""]
+    out = [headline(comparison), ""]
     _, score_header, score_rows = _scores(comparison)
     _, cost_header, cost_rows = _costs(comparison)
     both = [[*s, *c[1:]] for s, c in zip(score_rows, cost_rows, strict=True)]
@@ -108,13 +123,23 @@ def to_markdown(comparison: Comparison) -> str:
         pairs = [
             [
                 f"{shown[p.row]} − {shown[p.column]}",
-                *(_signed(p.micro), _range(p.micro), _p(p.micro_holm), _verdict(p.micro, p.micro_verdict)),
-                *(_signed(p.macro), _range(p.macro), _p(p.macro_holm), _verdict(p.macro, p.macro_verdict)),
+                *(
+                    signed_text(p.micro),
+                    range_text(p.micro),
+                    p_text(p.micro_holm),
+                    verdict_text(p.micro, p.micro_verdict),
+                ),
+                *(
+                    signed_text(p.macro),
+                    range_text(p.macro),
+                    p_text(p.macro_holm),
+                    verdict_text(p.macro, p.macro_verdict),
+                ),
             ]
             for p in comparison.differences
         ]
         out += [*markdown_table(header, pairs), ""]
-    out += ["### Notes", "", *(f"- {note}" for note in _all_notes(comparison))]
+    out += ["### Notes", "", *(f"- {note}" for note in all_notes(comparison))]
     return "\n".join(out) + "\n"
 
 
@@ -182,7 +207,8 @@ FORMATS: dict[str, Callable[[Comparison], str]] = {
 # --- contents of all formats ----------------------------------------------------------------------------------------
 
 
-def _headline(comparison: Comparison) -> str:
+def headline(comparison: Comparison) -> str:
+    """Runs, model, split, tasks and instances in one line."""
     n = sum(t.n for t in comparison.tasks)
     runs = sum(len(c.runs) for c in comparison.columns)
     return (
@@ -199,7 +225,7 @@ def _scores(comparison: Comparison) -> tuple[str, list[str], list[list[str]]]:
     spread = any(len(c.seeds) > 1 for c in comparison.columns)
     header = ["method", "micro", "95 % interval", "macro", "95 % interval", *(["micro by seed"] if spread else [])]
     rows = [
-        [c.shown, f"{c.micro.value:.1f}", _range(c.micro), f"{c.macro.value:.1f}", _range(c.macro)]
+        [c.shown, f"{c.micro.value:.1f}", range_text(c.micro), f"{c.macro.value:.1f}", range_text(c.macro)]
         + ([_spread(c)] if spread else [])
         for c in comparison.columns
     ]
@@ -214,9 +240,9 @@ def _costs(comparison: Comparison) -> tuple[str, list[str], list[list[str]]]:
             f"{c.parameters:,}" if not c.reference else "–",
             str(len(c.seeds)),
             f"{c.steps:,}" if not c.reference else "–",
-            _time(c.train_seconds) if not c.reference else "–",
-            _time(c.evaluate_seconds),
-            _loss(c.curves),
+            time_text(c.train_seconds) if not c.reference else "–",
+            time_text(c.evaluate_seconds),
+            loss_text(c.curves),
         ]
         for c in comparison.columns
     ]
@@ -229,23 +255,27 @@ def _spread(column: Column) -> str:
     return f"{min(column.micro_by_seed):.1f} to {max(column.micro_by_seed):.1f}"
 
 
-def _loss(curves: Sequence[Curve]) -> str:
+def loss_text(curves: Sequence[Curve]) -> str:
+    """The mean loss at the end, and whether it still fell."""
     if not curves:
         return "–"
     return f"{fmean(c.last for c in curves):.3f}" + (" falling" if any(c.falls for c in curves) else "")
 
 
-def _time(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """Seconds, minutes or hours."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _range(interval: Interval) -> str:
+def range_text(interval: Interval) -> str:
+    """The bounds of an interval."""
     return f"{interval.low:.1f} to {interval.high:.1f}" if math.isfinite(interval.low) else "–"
 
 
-def _signed(interval: Interval) -> str:
+def signed_text(interval: Interval) -> str:
+    """The value of an interval with its sign."""
     return f"{interval.value:+.1f}"
 
 
@@ -253,13 +283,14 @@ def _exact(score: Interval) -> list[str]:
     return [f"{x:.6g}" if math.isfinite(x) else "" for x in (score.value, score.low, score.high)]
 
 
-def _p(corrected: float | None) -> str:
+def p_text(corrected: float | None) -> str:
+    """A corrected p-value."""
     assert corrected is not None, "differences that are shown have a corrected p-value"
     return "< 0.001" if corrected < 0.001 else f"{corrected:.3f}"
 
 
-def _verdict(difference: Interval, verdict: Verdict) -> str:
-    """In brackets where it is about these trained adapters alone."""
+def verdict_text(difference: Interval, verdict: Verdict) -> str:
+    """The verdict, in brackets where it is about these trained adapters alone."""
     return verdict if difference.over_seeds or verdict == "undecided" else f"({verdict})"
 
 
@@ -288,7 +319,8 @@ def _win(comparison: Comparison, row: str, column: str) -> str:
     return f"{100 * pair.win_rate:.0f}{'**' if p < 0.01 else '*' if p < 0.05 else ''}"
 
 
-def _all_notes(comparison: Comparison) -> list[str]:
+def all_notes(comparison: Comparison) -> list[str]:
+    """What the numbers mean, then the notes of the comparison."""
     notes = ["micro: mean over all instances; macro: mean over tasks; both of each task's headline metric, 0 to 100"]
     intervals = "intervals: Student's t over the instances of each task"
     if any(len(c.seeds) > 1 for c in comparison.columns):
@@ -376,9 +408,11 @@ def _differences(comparison: Comparison, short: Mapping[str, str]) -> Table:
         table.add_column(name, justify="right" if name else "left", no_wrap=bool(name), overflow="fold")
     for p in comparison.differences:
         name = short[p.row] if of else f"{short[p.row]} − {short[p.column]}"
-        verdicts = [_verdict(p.micro, p.micro_verdict), _verdict(p.macro, p.macro_verdict)]
+        verdicts = [verdict_text(p.micro, p.micro_verdict), verdict_text(p.macro, p.macro_verdict)]
         micro, macro = ("–" if v == "undecided" else v for v in verdicts)
-        table.add_row(name, _signed(p.micro), _range(p.micro), micro, _signed(p.macro), _range(p.macro), macro)
+        table.add_row(
+            name, signed_text(p.micro), range_text(p.micro), micro, signed_text(p.macro), range_text(p.macro), macro
+        )
     return table
 
 
