@@ -214,6 +214,17 @@ CELLS = {
     "glue-ablations-more": 31,
     "glue-minilm": 19,
     "glue-transfer": 111,
+    "mode-equal-paper": 36,
+    "mode-fifteen-paper": 34,
+    "mode-groups-cpu": 10,
+    "mode-groups-paper": 24,
+    "mode-single-cpu": 16,
+    "mode-single-paper": 60,
+    "mode-sizes-paper": 30,
+    "more-ablation-paper": 24,
+    "more-glue-paper": 13,
+    "more-sensitivity-cpu": 16,
+    "more-sensitivity-paper": 24,
     "sni15": 10,
 }
 

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dry run of the papers' studies: every cell is a recipe, and every method is counted on its model's shapes.
+
+The models are made from their published shapes on the meta device, so no weights are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import GemmaConfig, T5Config
+
+from dyads.models.budget import count
+from dyads.studies.grid import load_study
+
+STUDIES = Path(__file__).parents[2] / "recipes" / "studies"
+TASKS = tuple(f"task {i}" for i in range(8))
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders with the configs of the papers' models, by the names that the studies give."""
+    gemma = GemmaConfig(
+        hidden_size=2048,
+        intermediate_size=16384,
+        num_hidden_layers=18,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        head_dim=256,
+    )
+    t5 = T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)
+    folders = {}
+    for name, config in (("google/gemma-2b", gemma), ("google-t5/t5-base", t5)):
+        folders[name] = str(tmp_path_factory.mktemp("shapes"))
+        config.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def sizes(shapes: dict[str, str]) -> Callable[[str], dict[str, int]]:
+    """Trained parameters by label, of a study of the papers' scale."""
+
+    def of(name: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for cell in load_study(STUDIES / f"study-{name}.yaml").cells().values():
+            recipe = cell.recipe
+            if recipe.method.trains and cell.label not in found:
+                model = shapes[recipe.model.name]
+                found[cell.label] = count(model, recipe.method.name, recipe.method.options, TASKS).trainable
+        return found
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem.removeprefix("study-") for path in STUDIES.glob("study-*-paper.yaml"))
+)
+def test_every_method_of_a_study_fits_its_model(name: str, sizes: Callable[[str], dict[str, int]]) -> None:
+    found = sizes(name)
+    assert found
+    assert all(parameters > 100_000 for parameters in found.values())
+
+
+def test_the_sizes_are_those_of_the_papers(sizes: Callable[[str], dict[str, int]]) -> None:
+    inputs, outputs = 4 * 2048, 2048 + 256 + 256 + 2048
+    found = sizes("mode-sizes-paper")
+    assert found["LoRA 64"] == 18 * 64 * (inputs + outputs)
+    assert found["MoDE 16x4"] == 18 * (4 * inputs + 64 * outputs + 64 * inputs)
+    assert found["MoLORA-SD 16x4"] == 18 * (4 * inputs + 64 * outputs + 16 * inputs)
+    assert sizes("more-glue-paper")["LoRA 8"] == 3_244_032
+    assert sizes("more-glue-paper")["MoRE 8"] == 6_489_600
