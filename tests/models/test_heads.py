@@ -198,7 +198,7 @@ def test_a_mixed_batch_is_its_tasks_apart(method: str, make: Make) -> None:
     def loss(at: list[tuple[int, int]]) -> Tensor:
         batch: dict[str, Any] = dict(training.collator([training.dataset[place] for place in at]))  # type: ignore[arg-type]
         inputs = {k: v for k, v in batch.items() if k != "labels" and (k != "task" or method == "more")}
-        total, n = head_loss(training.model, training.model, inputs, batch["task"], batch["labels"])
+        total, n, _ = head_loss(training.model, training.model, inputs, batch["task"], batch["labels"])
         assert n == len(at)
         return total
 

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from dyads import auxiliary_loss
 from dyads.data.batches import Collator, pad_id_of
 from dyads.errors import ConfigError, DyadsError, RunError, TaskError
 from dyads.recipe.spec import Recipe
@@ -28,7 +27,7 @@ from dyads.runs.accept import accept
 from dyads.runs.folder import RunFolder
 from dyads.tasks import load_suite
 from dyads.training import trainer as trainer_module
-from dyads.training.train import Training, train
+from dyads.training.train import Training, train, training_arguments
 from dyads.training.trainer import label_loss
 from dyads.tuner.batch_tasks import BatchTasks
 
@@ -132,7 +131,7 @@ def _gradients(model: torch.nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 def _of_labels_only(training: Training, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     inputs = {k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")}
-    total, count = label_loss(training.model, training.model, inputs, batch["labels"], training.encoder_decoder)
+    total, count, _ = label_loss(training.model, training.model, inputs, batch["labels"], training.encoder_decoder)
     assert count == (batch["labels"] != -100).sum()
     return total / count, _gradients(training.model, total / count)
 
@@ -154,9 +153,9 @@ def test_padding_of_targets_does_not_count_in_the_auxiliary_loss(tiny: Tiny, t5:
     for padding in (0, 5):
         labels = torch.nn.functional.pad(batch["labels"], (0, padding), value=-100)
         inputs = {k: v for k, v in batch.items() if k != "labels"}
-        loss, _ = label_loss(model, model, inputs, labels, encoder_decoder=True)
-        found.append((loss.detach(), auxiliary_loss(model)))
-    assert found[0][1] is not None
+        loss, _, auxiliary = label_loss(model, model, inputs, labels, encoder_decoder=True)
+        found.append((loss.detach(), auxiliary.detach()))
+    assert found[0][1] > 0
     assert_close(found[1], found[0])
 
 
@@ -436,10 +435,10 @@ def test_what_is_not_finite_stops_the_training_and_keeps_the_last_checkpoint(
     def broken(*args: Any) -> Any:
         nonlocal calls
         calls += 1
-        total, count = loss(*args)
+        total, *others = loss(*args)
         if calls <= 3 * accumulation:
-            return total, count
-        return (total * float("nan") if what == "loss" else _InfiniteGradient.apply(total)), count
+            return total, *others
+        return (total * float("nan") if what == "loss" else _InfiniteGradient.apply(total)), *others
 
     monkeypatch.setattr(trainer_module, "label_loss", broken)
     recipe = tiny(
@@ -473,8 +472,8 @@ def test_a_validation_loss_that_is_not_finite_costs_no_adapter(
     loss = trainer_module.label_loss
 
     def broken(unwrapped: Any, model: Any, *args: Any) -> Any:
-        total, count = loss(unwrapped, model, *args)
-        return (total if model.training else total * float("nan")), count
+        total, *others = loss(unwrapped, model, *args)
+        return (total if model.training else total * float("nan")), *others
 
     monkeypatch.setattr(trainer_module, "label_loss", broken)
     folder = train(tiny("mode", train={"validation_limit": 2}), tmp_path / "a")
@@ -488,7 +487,7 @@ def test_a_validation_that_fails_costs_no_adapter(tiny: Tiny, tmp_path: Path, mo
 
     recipe = tiny("lora", train={"validation_limit": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(Training, "validation_loss", too_large)
+        patch.setattr(Training, "validation_losses", too_large)
         with pytest.raises(MemoryError, match="the batch does not fit"):
             train(recipe, tmp_path / "a")
     kept = adapter_of(RunFolder(tmp_path / "a"))
@@ -568,7 +567,8 @@ def test_a_validation_at_the_last_step_is_not_repeated_and_its_time_is_not_train
 
 
 def test_without_a_checkpoint_the_stop_says_so(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer_module, "label_loss", lambda *args: (torch.tensor(float("inf")), torch.tensor(1)))
+    infinite = (torch.tensor(float("inf")), torch.tensor(1), torch.tensor(0.0))
+    monkeypatch.setattr(trainer_module, "label_loss", lambda *args: infinite)
     with pytest.raises(RunError, match=r"is not finite at step 1, .*no checkpoint was saved before it"):
         train(tiny("mode"), tmp_path / "a")
 
@@ -651,19 +651,17 @@ def test_the_adapter_is_float32_over_a_half_precision_model(tiny: Tiny, tmp_path
 
 def test_fields_of_the_trainer_are_passed_on_and_win(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tiny("lora", train={"trainer": {"adam_beta1": 0.5, "save_total_limit": 1, "run_name": "mine"}})
-    arguments = Training(recipe, load_suite(recipe.tasks)).arguments(RunFolder(tmp_path / "a"))
+    arguments = training_arguments(recipe, RunFolder(tmp_path / "a"))
     assert (arguments.adam_beta1, arguments.save_total_limit, arguments.run_name) == (0.5, 1, "mine")
 
 
-@pytest.mark.parametrize("what", ["processes", "GPUs"])
-def test_more_than_one_process_or_gpu_is_refused_before_the_folder_is_touched(
-    what: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_process_that_sees_two_gpus_is_refused_before_the_folder_is_touched(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if what == "processes":
-        monkeypatch.setenv("WORLD_SIZE", "2")
-    else:
-        monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
-    with pytest.raises(ConfigError, match=rf"training on 2 {what} at once is not supported .*CUDA_VISIBLE_DEVICES=0"):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(
+        ConfigError, match=r"sees 2 GPUs: start one process for each .*torchrun.*CUDA_VISIBLE_DEVICES=0"
+    ):
         train(tiny("lora"), tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

@@ -29,6 +29,7 @@ the tests of the command line include it:
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 import subprocess
 import sys
@@ -65,10 +66,15 @@ def reports(command: Command) -> Command:
     def with_reporter(*arguments: Any, quiet: bool, as_json: bool, **options: Any) -> Any:
         if quiet and as_json:
             raise click.UsageError("give either --quiet or --json")
-        reporter = Reporter() if quiet else JsonReporter() if as_json else TextReporter()
+        reporter = Reporter() if quiet or not _is_main() else JsonReporter() if as_json else TextReporter()
         return command(*arguments, reporter=reporter, **options)
 
     return with_reporter  # type: ignore[return-value]
+
+
+def _is_main() -> bool:
+    """Whether this is the only process, or the one of several (torchrun, accelerate launch) that writes and reports."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def command_line(context: click.Context, *, without: Sequence[str] = (), more: Sequence[str] = ()) -> str:
@@ -83,6 +89,8 @@ def resumable(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        if not _is_main():
+            click.get_current_context().exit(130)
         from dyads.runs.folder import RunFolder
         from dyads.training.progress import state_of
 

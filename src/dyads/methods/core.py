@@ -122,6 +122,9 @@ class Core(nn.Module):
         """Role of the parameter of that name, from ROLES."""
         return "embedding" if name in self.embeddings else "router"
 
+    def add_up_processes(self) -> None:
+        """Add up what each of several processes counted; called in all of them before the adapter is saved."""
+
     def set_depth(self, depth: float) -> None:
         """Set the start of what depends on the layer's depth in the model: 0 in the first block, 1 in the last."""
 

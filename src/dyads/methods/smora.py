@@ -123,12 +123,21 @@ class SMoRA(Core):
             )
         return counts
 
+    def add_up_processes(self) -> None:
+        # Adding up twice is harmless: the signs that move β are those of any multiple.
+        if self.p > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.chosen)
+
     @torch.no_grad()
     def _move_bias(self) -> None:
-        """β += bias_rate · sign(mean of chosen − chosen), once after every change of the router."""
+        """β += bias_rate · sign(mean of chosen − chosen), once after every change of the router.
+
+        The choices of all processes count.
+        """
         if self.router._version == self._version:
             return
         self._version = self.router._version
+        self.add_up_processes()
         # The mean may be no whole number; its r-fold is one.
         self.bias_steps += torch.sign(self.chosen.sum() - self.p * self.chosen)
         self.chosen.zero_()

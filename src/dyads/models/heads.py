@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dyads.data.batches import EncodedPair, PairCollator, PairTokenizer, pad_id_of
 from dyads.errors import RunError, TaskError, shortened
+from dyads.models.loss import loss_in_call
 from dyads.reading import read_json
 from dyads.tasks import Example, Task
 
@@ -219,11 +220,17 @@ def collator_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> P
 
 def head_loss(
     unwrapped: nn.Module, model: nn.Module, inputs: dict[str, Any], task: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The sum of the samples' losses, and their number; `inputs` are the arguments of the model's forward."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the samples' losses, their number, and the auxiliary loss; `inputs` are the model's arguments."""
     heads = _heads_in(unwrapped)
-    values = heads(model(**inputs).last_hidden_state, inputs["attention_mask"])
-    return heads.loss(values, task, targets), torch.tensor(len(targets), device=targets.device)
+
+    def loss_of(output: Any) -> Tensor:
+        values = heads(output.last_hidden_state, inputs["attention_mask"])
+        loss: Tensor = heads.loss(values, task, targets)
+        return loss
+
+    loss, auxiliary = loss_in_call(unwrapped, model, inputs, loss_of)
+    return loss, torch.tensor(len(targets), device=targets.device), auxiliary
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +253,7 @@ def answer_by_heads(
 ) -> list[str]:
     """The answers of the heads, in the order of the questions; `tasks`: whether the gates depend on the task."""
     heads = _heads_in(model)
+    firsts: list[int] = heads.first.tolist()
     answers = [""] * len(questions)
     order = sorted(range(len(questions)), key=lambda i: -len(questions[i].encoded))
     for start in range(0, len(order), batch_size):
@@ -256,8 +264,7 @@ def answer_by_heads(
         values = heads(model(**inputs).last_hidden_state, inputs["attention_mask"]).tolist()
         for i, row in zip(at, values, strict=True):
             number = questions[i].encoded.task
-            first = int(heads.first[number])
-            head = heads.heads[number]
+            first, head = firsts[number], heads.heads[number]
             answers[i] = head.text(row[first : first + head.rows], questions[i].choices)
         done(len(at))
     return answers

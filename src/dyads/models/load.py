@@ -107,7 +107,11 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
             " out, or use eager"
         )
     kind = kind_of(name, config, spec.kind)
-    options = {"dtype": getattr(torch, spec.dtype), "revision": spec.revision, "attn_implementation": spec.attention}
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, spec.dtype),
+        "revision": spec.revision,
+        "attn_implementation": spec.attention,
+    }
     model = _load(name, lambda: auto_class(kind).from_pretrained(path, **options, **_NO_CODE))
     model.requires_grad_(False)
     if kind == "encoder":

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from dyads.errors import RunError, shortened
 from dyads.models.heads import Head, write_heads
@@ -32,16 +32,20 @@ from dyads.runs.weights import (
 __all__ = ["check_adapter", "check_files", "fingerprint", "load_adapter", "save_adapter", "sort_sets"]
 
 
-def save_adapter(model: PeftModel, folder: RunFolder, heads: Sequence[Head] = ()) -> None:
+def save_adapter(
+    model: PeftModel, folder: RunFolder, heads: Sequence[Head] = (), state: dict[str, Tensor] | None = None
+) -> None:
     """Save the adapter, and an encoder's heads, as those of the run; RunError for weights that are not finite.
 
     Its config names the base model as the recipe does: a packaged model's folder is another one on every machine.
+    `state` holds the weights of a model that is sharded over processes.
 
-    Two processes that trained the same write the same bytes.
+    Two trainings with the same steps write the same bytes.
     """
-    refuse_not_finite(get_peft_model_state_dict(model, save_embedding_layers=False), "the trained adapter")
+    weights = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    refuse_not_finite(weights, "the trained adapter")
     shutil.rmtree(folder.adapter, ignore_errors=True)  # incomplete, since a run with an adapter is not trained again
-    model.save_pretrained(str(folder.adapter))
+    model.save_pretrained(str(folder.adapter), state_dict=state)
     sort_sets(folder.adapter, model.peft_config["default"], base=folder.recipe().model.name)
     if heads:
         write_heads(folder.heads, heads)

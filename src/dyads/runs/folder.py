@@ -581,8 +581,10 @@ def _torch_facts() -> dict[str, Any]:
     torch = sys.modules.get("torch")  # not imported just for this
     if torch is None:
         return {"device": None, "threads": None}
-    cuda = torch.cuda.is_available()
-    return {"device": torch.cuda.get_device_name() if cuda else "cpu", "threads": torch.get_num_threads()}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator().type  # mps, xpu, …
+    return {"device": device, "threads": torch.get_num_threads()}
 
 
 def _version(package: str) -> str | None:

@@ -27,6 +27,7 @@ from dyads.models.heads import (
     read_heads,
 )
 from dyads.models.load import kind_of, load_model, load_tokenizer
+from dyads.models.processes import launched
 from dyads.models.prompts import prompt_tokenizer_of
 from dyads.recipe.spec import EvaluateSpec, Recipe
 from dyads.runs.adapter import check_adapter, load_adapter
@@ -81,7 +82,7 @@ class Answerer:
         if recipe.train.threads:
             torch.set_num_threads(recipe.train.threads)
         self.recipe: Recipe = recipe
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = launched().device
         base = load_model(recipe.model)
         self.heads: tuple[Head, ...] = ()
         kind = kind_of(recipe.model.name, base.config, recipe.model.kind)

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from pydantic import ValidationError
 
 from dyads.console import SILENT, Reporter
 from dyads.errors import ConfigError, RunError, TaskError, did_you_mean
 from dyads.models.heads import heads_of
 from dyads.models.load import kind_of, model_config
+from dyads.models.processes import launched
 from dyads.recipe.spec import EvaluateSpec, Recipe, check_folder_name, differences
 from dyads.runs.adapter import fingerprint
 from dyads.runs.card import write_card
@@ -50,7 +53,8 @@ def evaluate(
     `split`, `limit`, `unseen` and `nearest_by` override the recipe's section `evaluate`, `suite` its tasks. With `into`
     the results are written to a new run folder, whose recipe has these tasks, without an adapter; those of `folder` are
     unchanged. The new run's name ends with the policy if there are stand-ins. `on_stand_in` is called for each of them
-    before scoring; `reporter` shows the progress.
+    before scoring; `reporter` shows the progress. In each of several processes (torchrun, accelerate launch) this
+    answers a share of the instances, and the main process alone writes.
     """
     if split is not None and split not in SPLITS:
         raise ConfigError(f"cannot evaluate on split '{split}'{did_you_mean(split, SPLITS)}")
@@ -59,8 +63,11 @@ def evaluate(
     if into is not None and isinstance(suite, Suite):
         raise ConfigError(f"into='{into}' writes a recipe with these tasks: suite must be a FamilySpec, got a Suite")
     target = folder if into is None else RunFolder(into)
-    with target.locked(), on_sigterm(target.path):
-        return _evaluate(folder, target, split, limit, suite, unseen, nearest_by, on_stand_in, reporter)
+    processes = launched()
+    with target.locked() if processes.is_main_process else nullcontext(), on_sigterm(target.path):
+        scores = _evaluate(folder, target, split, limit, suite, unseen, nearest_by, on_stand_in, reporter)
+        processes.wait_for_everyone()
+    return scores
 
 
 def _evaluate(
@@ -113,13 +120,14 @@ def _evaluate(
         if target.is_scored and not target.damage():
             return target.scores()  # the same command was killed when it had finished
     begin = time.perf_counter()
-    answers = answerer.answer(suite.tasks, instances, spec, reporter)
+    answers = _answers(answerer, suite.tasks, instances, spec, reporter)
     seconds = time.perf_counter() - begin
 
-    if beside:
+    main = launched().is_main_process
+    if beside and main:
         target = RunFolder.create(target.path, scored, resume=True)
         target.write_environment(seed=recipe.seed, tasks=[task.name for task in suite.tasks], **facts)
-    for stand_in in stand_ins:
+    for stand_in in stand_ins if main else ():
         target.append_log({"event": "unseen", **asdict(stand_in)})
     predictions, rows = _score(suite.tasks, instances, answers, spec.split)
     micro, macro = _means(rows)
@@ -138,10 +146,31 @@ def _evaluate(
         macro=macro,
         given_task=recipe.method.reads_task,
     )
-    if target.has_adapter:
+    if main and target.has_adapter:
         write_card(target, result)  # before the results, whose manifest ends the evaluation
-    target.write_results(predictions, result)
+    if main:
+        target.write_results(predictions, result)
     return result
+
+
+def _answers(
+    answerer: Majority | Answerer,
+    tasks: Sequence[Task],
+    instances: Sequence[Sequence[Example]],
+    spec: EvaluateSpec,
+    reporter: Reporter,
+) -> list[list[str]]:
+    """Answers to the instances of every task, in their order; process i of n answers every n-th from the i-th on."""
+    processes = launched()
+    n, i = processes.num_processes, processes.process_index
+    share = [examples[i::n] for examples in instances]
+    own = answerer.answer(tasks, share, spec, reporter) if any(share) else [[] for _ in tasks]
+    of_processes: list[list[list[str]]] = gather_object([own])
+    answers = [[""] * len(examples) for examples in instances]
+    for first, found in enumerate(of_processes):
+        for texts, of_task in zip(answers, found, strict=True):
+            texts[first::n] = of_task
+    return answers
 
 
 def _facts(folder: RunFolder) -> dict[str, str]:

@@ -30,6 +30,7 @@ from dyads.data.batches import Collator, PairCollator, TaskDataset
 from dyads.errors import ConfigError, RunError, shortened
 from dyads.methods.core import Core
 from dyads.models.heads import Head, TaskHeads, attach_heads, heads_of, read_heads
+from dyads.models.processes import launched
 from dyads.recipe.load import recipe_keys
 from dyads.recipe.recipe_errors import validated
 from dyads.recipe.spec import Recipe, differences
@@ -151,7 +152,7 @@ class ExtendedAdapter:
         At most 64 examples of a task are compared. Returns, for every new task, the scores of all known tasks, highest
         first.
         """
-        device = "cuda" if torch.cuda.is_available() else "cpu"  # the Trainer's choice
+        device = launched().device  # the Trainer's choice
         self.model.to(device)
         known = len(self.task_names) - self.new_tasks
         found: dict[str, dict[str, float]] = {}

@@ -44,7 +44,7 @@ class CollapseCallback(TrainerCallback):  # type: ignore[misc]
 
     def _add(self, name: str, weights: Tensor, matrices: Callable[[], Tensor]) -> None:
         if len(weights):
-            self.sums[name] = self.sums.get(name, torch.zeros(())) + shares(weights.double()).sum(0)
+            self.sums[name] = self.sums.get(name, torch.zeros(())) + shares(weights.cpu().double()).sum(0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         self.watching.close()

@@ -14,11 +14,12 @@ import importlib.util
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from accelerate.utils import gather_object
 from peft import get_peft_model
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments, set_seed
@@ -30,6 +31,7 @@ from dyads.data.mixture import schedule
 from dyads.errors import ConfigError, DyadsError, RunError, TaskError, notice
 from dyads.models.heads import MODULE, attach_heads, collator_of, heads_of, pair_tokenizer_of
 from dyads.models.load import Kind, kind_of, load_model, load_tokenizer, model_config
+from dyads.models.processes import launched, on_cpus
 from dyads.models.prompts import chat_template_of, prompt_tokenizer_of
 from dyads.recipe.spec import Recipe
 from dyads.runs.adapter import check_adapter, save_adapter
@@ -54,7 +56,7 @@ from dyads.training.progress import ProgressCallback, memory_of, show_summary
 from dyads.training.trainer import LogCallback, StopAtSigterm, TaskTrainer, ValidationCallback, seconds_until, validated
 from dyads.tuner.routing import find_routing
 
-__all__ = ["Training", "train"]
+__all__ = ["Training", "train", "training_arguments"]
 
 
 def train(
@@ -67,6 +69,9 @@ def train(
 ) -> RunFolder:
     """Train the recipe's method into a run folder and score it there.
 
+    In each of several processes (torchrun, accelerate launch) this trains and scores a share of every batch, and the
+    main process alone writes into the folder.
+
     All refusals come before the folder is created. With `resume` an interrupted run continues from its last checkpoint,
     and a complete run is left unchanged; a folder without a run is refused. "auto" resumes the run where there is one
     and starts it otherwise. `reporter` shows the opening summary and the progress.
@@ -74,7 +79,11 @@ def train(
     folder = RunFolder(out)
     if resume is True and not folder.is_run and not folder.was_interrupted:
         raise _nothing_to_resume(folder)
-    with folder.locked(), on_sigterm(folder.path) as sigterm:
+    _refuse_missing(recipe.train.report_to)
+    if recipe.method.trains:
+        training_arguments(recipe, folder)  # connects the processes
+    main = launched().is_main_process
+    with folder.locked() if main else nullcontext(), on_sigterm(folder.path) as sigterm:
         _train(recipe, folder, bool(resume), evaluate, reporter, sigterm)
     return folder
 
@@ -82,38 +91,41 @@ def train(
 def _train(
     recipe: Recipe, folder: RunFolder, resume: bool, evaluate: bool, reporter: Reporter, sigterm: Sigterm
 ) -> None:
-    out = folder.path
-    if folder.is_run:
-        RunFolder.create(out, recipe, resume=resume)  # refuses another recipe, and a run without `resume`
-        if folder.has_adapter:
-            check_adapter(folder)
-        if folder.is_scored and not (damage := folder.damage()):
-            return
-        if folder.is_scored:
-            notice(f"'{out}' is damaged: {damage}; it is scored again")
-    _refuse_parallel(int(os.environ.get("WORLD_SIZE", "1")), "processes")
-    _refuse_missing(recipe.train.report_to)
+    out, processes = folder.path, launched()
+    main = processes.is_main_process
+    with processes.main_process_first():  # it clears away what a killed process left
+        if folder.is_run:
+            if main:
+                RunFolder.create(out, recipe, resume=resume)  # refuses another recipe, and a run without `resume`
+            if folder.has_adapter:
+                check_adapter(folder)
+            if folder.is_scored and not (damage := folder.damage()):
+                return
+            if folder.is_scored and main:
+                notice(f"'{out}' is damaged: {damage}; it is scored again")
     suite = load_suite(recipe.tasks)
     if recipe.adapt is not None:
         suite = few_shot(suite, recipe.adapt.shots, recipe.seed)
     check_answers(recipe, suite.tasks)
     training: Training | None = None
     chat_template = _chat_template(recipe, suite, folder)
-    facts: dict[str, str] = {}
+    facts: dict[str, Any] = {}
     ended = folder.has_adapter
     if recipe.method.trains and not (ended and _is_validated(recipe, folder)):
         if recipe.adapt is not None:
             facts = source_facts(recipe, folder)
         training = Training(recipe, suite, chat_template)
-        training.arguments(folder)
-    folder = RunFolder.create(out, recipe, resume=resume)
-    if training is not None:
-        task_names = training.task_names
-    else:
-        task_names = folder.task_names() or tuple(task.name for task in suite.tasks)
-    folder.write_environment(seed=recipe.seed, tasks=list(task_names), **facts)
-    folder.write_templates(suite.tasks, RunFolder(recipe.adapt.run) if recipe.adapt is not None else None)
-    folder.write_chat_template(chat_template)
+    if main:
+        folder = RunFolder.create(out, recipe, resume=resume)
+        if training is not None:
+            task_names = training.task_names
+        else:
+            task_names = folder.task_names() or tuple(task.name for task in suite.tasks)
+        facts["processes"] = processes.num_processes
+        folder.write_environment(seed=recipe.seed, tasks=list(task_names), **facts)
+        folder.write_templates(suite.tasks, RunFolder(recipe.adapt.run) if recipe.adapt is not None else None)
+        folder.write_chat_template(chat_template)
+    processes.wait_for_everyone()
     if training is not None:
         training.summary(folder, reporter)
     else:
@@ -178,12 +190,83 @@ def _chat_template(recipe: Recipe, suite: Suite, folder: RunFolder) -> str | Non
     return chat_template_of(spec, kind, load_tokenizer(spec.name, spec.revision), suite.tasks)
 
 
-def _refuse_parallel(number: int, of_what: str) -> None:
-    if number > 1:
+def training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
+    """Arguments for transformers' Trainer; ConfigError where it refuses them, or for another number of processes."""
+    spec = recipe.train
+    # transformers 5.23 renames the one to the other, and warns about the old name.
+    renamed = "activation_checkpointing" in inspect.signature(TrainingArguments).parameters
+    # transformers' "constant" ignores a warm-up.
+    warm_constant = spec.lr_scheduler == "constant" and spec.warmup_steps
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    parts = spec.gradient_accumulation * processes
+    if spec.batch_size % parts:
         raise ConfigError(
-            f"training on {number} {of_what} at once is not supported yet: start one process that sees one device"
-            " (`CUDA_VISIBLE_DEVICES=0 dyads train …`, without torchrun or accelerate launch)"
+            f"train.batch_size {spec.batch_size} cannot be cut into {spec.gradient_accumulation} equal parts"
+            f" (gradient_accumulation) on each of {processes} processes: choose a multiple of {parts}"
         )
+    from_recipe: dict[str, Any] = {
+        "output_dir": str(folder.checkpoints),
+        "max_steps": spec.steps,
+        "per_device_train_batch_size": spec.batch_size // parts,
+        "gradient_accumulation_steps": spec.gradient_accumulation,
+        "learning_rate": spec.learning_rate,
+        "optim": "adafactor" if spec.optimizer == "adafactor" else "adamw_torch",
+        "weight_decay": spec.weight_decay,
+        "warmup_steps": spec.warmup_steps,
+        "lr_scheduler_type": "constant_with_warmup" if warm_constant else spec.lr_scheduler,
+        "max_grad_norm": spec.max_grad_norm,
+        "activation_checkpointing" if renamed else "gradient_checkpointing": spec.gradient_checkpointing,
+        "logging_steps": spec.logging_steps,
+        "save_strategy": "steps" if spec.save_steps else "no",
+        "save_steps": spec.save_steps or 500,
+        "report_to": list(spec.report_to) or "none",
+        "seed": recipe.seed,
+        "save_total_limit": 2,
+        "run_name": f"{recipe.name}-seed{recipe.seed}",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **({"use_cpu": True} if on_cpus() else {}),
+        "ddp_broadcast_buffers": False,  # buffers change in smora alone, which adds its counts up over all processes
+        "logging_nan_inf_filter": False,  # log a loss that is not finite as it is
+        "remove_unused_columns": False,  # keep a batch's `task`, which the base model's forward does not name
+    }
+    try:
+        arguments = TrainingArguments(**{**from_recipe, **spec.trainer})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"transformers refuses the training arguments: {error}; see 'train.trainer'") from error
+    if arguments.n_gpu > 1:  # the Trainer would use DataParallel
+        raise ConfigError(
+            f"one process sees {arguments.n_gpu} GPUs: start one process for each (`torchrun --nproc-per-node"
+            f" {arguments.n_gpu} -m dyads.cli train …`), or show it one (`CUDA_VISIBLE_DEVICES=0 dyads train …`)"
+        )
+    if arguments.world_size != processes:
+        raise ConfigError(
+            f"the environment names {processes} processes (WORLD_SIZE), but {arguments.world_size} are connected: start"
+            " them with torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
+    sharded = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # by accelerate launch
+    if not arguments.fsdp and not arguments.deepspeed and all(os.environ.get(k, "false") != "true" for k in sharded):
+        return arguments
+    if recipe.method.name == "smora" and recipe.method.options.get("bias_rate") != 0:
+        raise ConfigError(
+            "smora moves its bias when it sees its router change, which sharding hides: leave fsdp and deepspeed out of"
+            " train.trainer, or set method.bias_rate: 0"
+        )
+    if recipe.adapt is not None:
+        raise ConfigError(
+            "an adaptation trains some rows of a weight, which must not be sharded: leave fsdp and deepspeed out of"
+            " train.trainer"
+        )
+    return arguments
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    """Compile the blocks that a model repeats, in place: all of them share the code that is compiled for the first."""
+    for child in model.children():
+        if isinstance(child, nn.ModuleList) and len(child) > 1 and len({type(block) for block in child}) == 1:
+            for block in child:
+                block.compile()
+        else:
+            _compile_blocks(child)
 
 
 class Training:
@@ -241,6 +324,8 @@ class Training:
                 f"train.validation_limit is {spec.validation_limit}, but there are no validation instances of"
                 f" {', '.join(empty)}: leave it out, or give them some"
             )
+        if spec.compile:
+            _compile_blocks(self.model)
 
     def _add_adapter(self, base: PreTrainedModel, kind: Kind) -> None:
         """Add a fresh adapter, and to an encoder fresh heads."""
@@ -310,7 +395,7 @@ class Training:
             self.recipe,
             self.suite,
             folder,
-            device=self.arguments(folder).device,
+            device=launched().device,
             base=sum(p.numel() for p in self.model.parameters()) - self.parameters - self.head_parameters,
             trained=self.parameters,
             heads=self.head_parameters,
@@ -321,7 +406,7 @@ class Training:
         """The Trainer of the run in `folder`."""
         trainer = TaskTrainer(
             self.model,
-            self.arguments(folder),
+            training_arguments(self.recipe, folder),
             self.dataset,
             self.collator,
             self.batches,
@@ -344,7 +429,9 @@ class Training:
         sigterm: Sigterm | None = None,
     ) -> None:
         """Train all steps and save the adapter; TerminatedError where SIGTERM came, after a checkpoint."""
-        checkpoint = checkpoint_to_resume(folder) if resume else None
+        processes = launched()
+        with processes.main_process_first():  # it removes checkpoints that cannot be used
+            checkpoint = checkpoint_to_resume(folder) if resume else None
         trainer = self.trainer(folder)
         if checkpoint is not None:
             reporter.note("resumed", f"  resume  after step {step_of(checkpoint):,}", step=step_of(checkpoint))
@@ -352,12 +439,14 @@ class Training:
         trainer.add_callback(log)
         spec = self.recipe.train
         mixed = self.recipe.mixture.batches == "mixed" or len(self.task_names) == 1
-        trainer.add_callback(CollapseCallback(folder, spec.steps, mixed=mixed))
+        if processes.is_main_process and not trainer.is_sharded:  # it reads weights as they are between the steps
+            trainer.add_callback(CollapseCallback(folder, spec.steps, mixed=mixed))
         validation = ValidationCallback(log, spec, lambda limit: self.validation_losses(trainer, limit))
         trainer.add_callback(validation)
         if self.extended is not None:
             trainer.add_callback(RestoreFrozenRows(self.extended))
-            folder.append_log({"event": "adapted", "run": cast(Any, self.recipe.adapt).run, **self.start})
+            if processes.is_main_process:
+                folder.append_log({"event": "adapted", "run": cast(Any, self.recipe.adapt).run, **self.start})
         if sigterm is not None:
             trainer.add_callback(StopAtSigterm(sigterm, folder))
         with reporter.track("training", self.recipe.train.steps, speed="tokens/s") as tracker:
@@ -366,18 +455,21 @@ class Training:
                 with loading(checkpoint):
                     TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        folder.append_log(
-            {
-                "event": "trained",
-                "step": trainer.state.global_step,
-                "seconds": log.seconds,
-                "parameters": self.parameters,
-                "peak_memory": memory_of(trainer.args.device),
-                **({"head_parameters": self.head_parameters} if self.heads else {}),
-            }
-        )
-        with writing(folder.adapter):
-            save_adapter(self.model, folder, self.heads)  # before the last validation, which may fail
+        state = trainer.state_to_save()
+        if processes.is_main_process:
+            folder.append_log(
+                {
+                    "event": "trained",
+                    "step": trainer.state.global_step,
+                    "seconds": log.seconds,
+                    "parameters": self.parameters,
+                    "peak_memory": memory_of(trainer.args.device),
+                    **({"head_parameters": self.head_parameters} if self.heads else {}),
+                }
+            )
+            with writing(folder.adapter):
+                save_adapter(self.model, folder, self.heads, state)  # before the last validation, which may fail
+        processes.wait_for_everyone()
 
     def load(self, folder: RunFolder) -> None:
         """Load the adapter of a run whose training ended into this model."""
@@ -388,7 +480,8 @@ class Training:
         """Log the validation loss of the trained adapter, where the recipe wants it and the log lacks it."""
         if not _is_validated(self.recipe, folder):
             losses = self.validation_losses(self.trainer(folder), cast(int, self.recipe.train.validation_limit))
-            folder.append_log(validated(self.recipe.train.steps, losses))
+            if launched().is_main_process:
+                folder.append_log(validated(self.recipe.train.steps, losses))
 
     @torch.no_grad()
     def validation_losses(self, trainer: TaskTrainer, limit: int) -> dict[str, float]:
@@ -399,53 +492,26 @@ class Training:
         training = self.model.training
         self.model.eval()
         dataset = TaskDataset(self.suite.tasks, self.prompt_tokenizer, split="validation", places=self.dataset.places)
-        size = trainer.args.per_device_train_batch_size
+        size, processes = self.recipe.train.batch_size // self.recipe.train.gradient_accumulation, launched()
+        counts = [min(limit, len(task.validation)) for task in self.suite.tasks]
+        batches = [
+            [(number, i) for i in range(start, min(start + size, count))]
+            for number, count in enumerate(counts)
+            for start in range(0, count, size)
+        ]
+        found: list[tuple[int, float, int]] = []
+        for first in range(0, len(batches), processes.num_processes):
+            # At the end a process without a batch repeats the last: a sharded model is computed by all at once.
+            at = first + processes.process_index
+            examples = [dataset[place] for place in batches[min(at, len(batches) - 1)]]
+            batch = {k: v.to(trainer.args.device) for k, v in cast(Any, trainer.data_collator)(examples).items()}
+            loss, labels, _ = trainer.label_loss(self.model, batch)
+            if at < len(batches):
+                found.append((batches[at][0][0], float(loss), int(labels)))
+        self.model.train(training)
+        found = gather_object(found)
         losses: dict[str, float] = {}
         for number, task in enumerate(self.suite.tasks):
-            examples = [dataset[number, i] for i in range(min(limit, len(task.validation)))]
-            total, labels = 0.0, 0
-            for start in range(0, len(examples), size):
-                batch = cast(Any, trainer.data_collator)(examples[start : start + size])
-                loss, count = trainer.label_loss(self.model, {k: v.to(trainer.args.device) for k, v in batch.items()})
-                total, labels = total + float(loss), labels + int(count)
-            losses[task.name] = total / labels
-        self.model.train(training)
+            of_task = [(loss, labels) for at, loss, labels in found if at == number]
+            losses[task.name] = sum(loss for loss, _ in of_task) / sum(labels for _, labels in of_task)
         return losses
-
-    def arguments(self, folder: RunFolder) -> TrainingArguments:
-        """Arguments for transformers' Trainer; ConfigError where it refuses them."""
-        spec = self.recipe.train
-        # transformers 5.23 renames the one to the other, and warns about the old name.
-        renamed = "activation_checkpointing" in inspect.signature(TrainingArguments).parameters
-        # transformers' "constant" ignores a warm-up.
-        warm_constant = spec.lr_scheduler == "constant" and spec.warmup_steps
-        from_recipe: dict[str, Any] = {
-            "output_dir": str(folder.checkpoints),
-            "max_steps": spec.steps,
-            "per_device_train_batch_size": spec.batch_size // spec.gradient_accumulation,
-            "gradient_accumulation_steps": spec.gradient_accumulation,
-            "learning_rate": spec.learning_rate,
-            "optim": "adafactor" if spec.optimizer == "adafactor" else "adamw_torch",
-            "weight_decay": spec.weight_decay,
-            "warmup_steps": spec.warmup_steps,
-            "lr_scheduler_type": "constant_with_warmup" if warm_constant else spec.lr_scheduler,
-            "max_grad_norm": spec.max_grad_norm,
-            "activation_checkpointing" if renamed else "gradient_checkpointing": spec.gradient_checkpointing,
-            "logging_steps": spec.logging_steps,
-            "save_strategy": "steps" if spec.save_steps else "no",
-            "save_steps": spec.save_steps or 500,
-            "report_to": list(spec.report_to) or "none",
-            "seed": self.recipe.seed,
-            "save_total_limit": 2,
-            "run_name": f"{self.recipe.name}-seed{self.recipe.seed}",
-            "dataloader_pin_memory": torch.cuda.is_available(),
-            "logging_nan_inf_filter": False,  # log a loss that is not finite as it is
-            "remove_unused_columns": False,  # keep a batch's `task`, which the base model's forward does not name
-        }
-        try:
-            arguments = TrainingArguments(**{**from_recipe, **spec.trainer})
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"transformers refuses the training arguments: {error}; see 'train.trainer'") from error
-        _refuse_parallel(arguments.world_size, "processes")
-        _refuse_parallel(arguments.n_gpu, "GPUs")  # with several the Trainer uses DataParallel
-        return arguments

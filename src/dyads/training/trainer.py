@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -20,7 +21,10 @@ from transformers.data.data_collator import DataCollator
 
 from dyads.data.batches import IGNORED, ScheduledBatches, TaskDataset
 from dyads.errors import RunError
+from dyads.methods.core import Core
 from dyads.models.heads import head_loss
+from dyads.models.loss import loss_in_call
+from dyads.models.processes import launched
 from dyads.recipe.spec import TrainSpec
 from dyads.runs.adapter import sort_sets
 from dyads.runs.checkpoints import complete, last_checkpoint, loading, step_of
@@ -28,7 +32,7 @@ from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import MANIFEST, remove, writing
 from dyads.runs.signals import Sigterm, TerminatedError
 from dyads.tuner.parameter_groups import parameter_groups
-from dyads.tuner.routing import auxiliary_loss, find_routing
+from dyads.tuner.routing import find_routing
 
 __all__ = [
     "LogCallback",
@@ -68,6 +72,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         self.task_names, self.folder = task_names, folder
         self.encoder_decoder, self.has_heads = encoder_decoder, has_heads
         size = arguments.per_device_train_batch_size
+        # accelerate gives micro-batch i to process i mod n, so that every step has the same examples for any n.
         self.microbatches = [list(batch[i : i + size]) for batch in batches for i in range(0, len(batch), size)]
         self.routed = find_routing(model) is not None
         self.auxiliary: list[Tensor] = []  # of every micro-batch since the last line of the log
@@ -112,16 +117,24 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         return cast("DataLoader[Any]", self.accelerator.prepare(loader))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, then with a manifest; older checkpoints are removed by their steps, not by file times."""
+        """As the Trainer's, then with a manifest; older checkpoints are removed by their steps, not by file times.
+
+        Every process writes the state of its random numbers, and the main process all else.
+        """
         checkpoint = self.folder.checkpoints / f"checkpoint-{self.state.global_step}"
-        remove(checkpoint)
+        if self.args.should_save:
+            remove(checkpoint)
+        self.accelerator.wait_for_everyone()
+        self._add_up_processes()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with writing(checkpoint):
                 super()._save_checkpoint(model, trial)
-                complete(self.folder, checkpoint, limit)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    complete(self.folder, checkpoint, limit)
         except BaseException:
-            if not (checkpoint / MANIFEST).is_file():
+            if self.args.should_save and not (checkpoint / MANIFEST).is_file():
                 shutil.rmtree(checkpoint, ignore_errors=True)
             raise
         finally:
@@ -130,8 +143,25 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the adapter alone: the Trainer's own adds a pickle of its arguments."""
         assert output_dir is not None
-        self.model.save_pretrained(output_dir)
-        sort_sets(Path(output_dir), self.model.peft_config["default"])
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            model.save_pretrained(output_dir, state_dict=state_dict)
+            sort_sets(Path(output_dir), model.peft_config["default"])
+
+    def _add_up_processes(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, Core):
+                module.add_up_processes()
+
+    def state_to_save(self) -> dict[str, Tensor] | None:
+        """The weights of a model that is sharded over processes, on the main process; None for one that is not."""
+        self._add_up_processes()
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_sharded else None
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP or DeepSpeed may have parts of a weight in each process."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with loading(resume_from_checkpoint):
@@ -152,9 +182,10 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        loss, count = self.label_loss(model, inputs)
-        loss = loss / (count if num_items_in_batch is None else num_items_in_batch)
-        auxiliary = auxiliary_loss(self.accelerator.unwrap_model(model))
+        loss, count, auxiliary = self.label_loss(model, inputs)
+        # The labels of the whole step are counted, over all processes, whose gradients are averaged.
+        share = count if num_items_in_batch is None else num_items_in_batch / self.accelerator.num_processes
+        loss = loss / share
         if auxiliary.requires_grad:  # a mean over the micro-batch; all micro-batches of a step are equally large
             loss = loss + auxiliary / self.args.gradient_accumulation_steps
             self.auxiliary.append(auxiliary.detach())
@@ -165,12 +196,13 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's, with the auxiliary loss that is contained in `loss` as an entry of its own."""
         if "loss" in logs and self.auxiliary:
-            logs = {**logs, "auxiliary_loss": torch.stack(self.auxiliary).float().mean().item()}
+            mean = torch.stack(self.auxiliary).float().mean()
+            logs = {**logs, "auxiliary_loss": self.accelerator.gather(mean).mean().item()}
             self.auxiliary.clear()
         super().log(logs, start_time)
 
-    def label_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(sum of the losses of a batch's labels, their number)."""
+    def label_loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """(sum of the losses of a batch's labels, their number, the auxiliary loss)."""
         inputs = {k: v for k, v in batch.items() if k != "labels" and (k != "task" or self.routed)}
         unwrapped = self.accelerator.unwrap_model(model)
         if self.has_heads:
@@ -182,8 +214,10 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
         # Checked before the update, so that no checkpoint contains weights that are not finite. A gradient scaler (fp16
         # autocast) needs no check: it skips such an update and lowers its scale.
         grads = [p.grad for p in model.parameters() if p.grad is not None]
-        if self.accelerator.scaler is None and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
-            self._stop("gradient", inputs["task"])
+        if self.accelerator.scaler is None:
+            norm: Any = torch.nn.utils.get_total_norm(grads)
+            if not torch.isfinite(norm.full_tensor() if hasattr(norm, "full_tensor") else norm):  # of sharded gradients
+                self._stop("gradient", inputs["task"])
         return loss
 
     def _stop(self, what: str, task: Tensor) -> None:
@@ -202,8 +236,8 @@ def _uncalled(*args: Any, **kwargs: Any) -> Tensor:
 
 def label_loss(
     unwrapped: PeftModel, model: nn.Module, inputs: dict[str, Any], labels: Tensor, encoder_decoder: bool
-) -> tuple[Tensor, Tensor]:
-    """(sum of the cross-entropies of all labels, their number), in fp32.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of the cross-entropies of all labels, their number, the auxiliary loss), in fp32.
 
     Labels (b t) hold IGNORED at all other positions. Only the hidden states of label positions go through the LM head,
     often the largest product of a small model: a forward pre-hook selects them from the head's input, for every model
@@ -223,17 +257,20 @@ def label_loss(
         hidden = args[0]
         return (hidden[keep], *args[1:]) if hidden.shape[:-1] == keep.shape else None
 
+    wanted = targets[keep]
+
+    def cross_entropy(output: Any) -> Tensor:
+        logits = output.logits
+        return F.cross_entropy((logits[keep] if logits.ndim == 3 else logits).float(), wanted, reduction="sum")
+
     head = unwrapped.get_output_embeddings()
     hook = head.register_forward_pre_hook(select) if type(head) is nn.Linear else None
     try:
-        logits = model(**inputs).logits
+        loss, auxiliary = loss_in_call(unwrapped, model, inputs, cross_entropy)
     finally:
         if hook is not None:
             hook.remove()
-    if logits.ndim == 3:
-        logits = logits[keep]
-    wanted = targets[keep]
-    return F.cross_entropy(logits.float(), wanted, reduction="sum"), torch.tensor(wanted.numel(), device=labels.device)
+    return loss, torch.tensor(wanted.numel(), device=labels.device), auxiliary
 
 
 class LogCallback(TrainerCallback):  # type: ignore[misc]
@@ -278,7 +315,8 @@ class ValidationCallback(TrainerCallback):  # type: ignore[misc]
         start = time.perf_counter()
         with torch.random.fork_rng():
             losses = self.losses(cast(int, self.spec.validation_limit))
-        self.log.folder.append_log(validated(step, losses))
+        if launched().is_main_process:
+            self.log.folder.append_log(validated(step, losses))
         self.log.start += time.perf_counter() - start
 
 
@@ -289,7 +327,7 @@ def validated(step: int, losses: Mapping[str, float]) -> dict[str, Any]:
 
 
 class StopAtSigterm(TrainerCallback):  # type: ignore[misc]
-    """Saves a checkpoint and stops after the step in which SIGTERM or SIGHUP came."""
+    """Saves a checkpoint and stops after the step in which SIGTERM or SIGHUP came, to any of the processes."""
 
     def __init__(self, sigterm: Sigterm, folder: RunFolder) -> None:
         self.sigterm, self.folder = sigterm, folder
@@ -298,6 +336,8 @@ class StopAtSigterm(TrainerCallback):  # type: ignore[misc]
         self.sigterm.waits = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            self.sigterm.came = any(gather_object([self.sigterm.came]))
         if self.sigterm.came:
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"

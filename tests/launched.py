@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trainings in several processes: `torchrun tests/launched.py FILE` runs every job of a JSON file in each process.
+
+A job is a recipe (YAML), the run's folder, and optionally `resume`, `evaluate` and `cut`, the call of the loss at which
+every process fails, as if the power went. Beside the file, each process leaves the files that it changed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+PROCESSES = 2
+
+
+def launch(jobs: Sequence[dict[str, Any]], folder: Path) -> dict[int, list[str]]:
+    """Run jobs in two processes; returns what each of them changed, as paths below `folder`."""
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(list(jobs)))
+    done = torchrun([__file__, str(path)])
+    assert done.returncode == 0, done.stderr[-6000:]
+    return {rank: json.loads(path.with_suffix(f".{rank}").read_text()) for rank in range(PROCESSES)}
+
+
+def torchrun(command: Sequence[str], processes: int = PROCESSES) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return subprocess.run([*start, *command], capture_output=True, text=True, check=False, env=environment())
+
+
+def environment() -> dict[str, str]:
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+class _PowerCutError(Exception):
+    pass
+
+
+def _run(job: dict[str, Any]) -> None:
+    from dyads.recipe.load import parse_recipe
+    from dyads.training import trainer
+    from dyads.training.train import train
+
+    recipe = parse_recipe(job["recipe"], "job")
+    loss, calls = trainer.label_loss, 0
+
+    def cut(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == job["cut"]:
+            raise _PowerCutError
+        return loss(*arguments)
+
+    trainer.label_loss = cut if "cut" in job else loss
+    try:
+        train(recipe, job["out"], resume=job.get("resume", False), evaluate=job.get("evaluate", False))
+    except _PowerCutError:
+        assert "cut" in job
+    finally:
+        trainer.label_loss = loss
+
+
+def main(path: Path) -> None:
+    root, changed = f"{path.parent}{os.sep}", set()
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        names: tuple[Any, ...] = ()
+        if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            names = arguments[:1]
+        elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.rename", "shutil.rmtree"):
+            names = arguments[:2]
+        changed.update(str(name).removeprefix(root) for name in names if str(name).startswith(root))
+
+    sys.addaudithook(watch)
+    for job in json.loads(path.read_text()):
+        _run(job)
+    written = sorted(name for name in changed if name)
+    path.with_suffix(f".{os.environ['RANK']}").write_text(json.dumps(written))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
