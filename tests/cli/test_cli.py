@@ -482,6 +482,17 @@ def test_methods_lists_every_method_with_its_own_options() -> None:
     assert "unknown method 'moed' – did you mean" in invoke("methods", "moed").output
 
 
+def test_the_columns_of_tasks_are_as_wide_as_their_longest_metric(tmp_path: Path) -> None:
+    rows = [
+        {"task": m, "input": f"{i}", "output": "a", "metric": m}
+        for m in ("accuracy", "sni_exact_match")
+        for i in range(3)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = invoke("tasks", "--family", "files", "--path", str(tmp_path)).output.splitlines()
+    assert len({lines[0].index("version"), *(line.index("2 (") for line in lines[1:3])}) == 1
+
+
 def test_tasks_lists_a_family_or_a_recipe_and_shows_a_prompt(recipe: Path) -> None:
     listed = invoke("tasks", "--family", "starter", "--option", "names=[initials, last_word]")
     assert listed.exit_code == 0, listed.output

@@ -61,10 +61,12 @@ def command(
         return
     names = [visible(task.name) for task in suite.tasks]
     width = max(map(len, names), default=4)
-    click.secho(f"{'id':>4}  {'task':{width}}  {'train':>7} {'valid.':>7} {'test':>7}  metric       version", bold=True)
+    wide = max([len("metric"), *(len(task.metric) for task in suite.tasks)])
+    header = f"{'id':>4}  {'task':{width}}  {'train':>7} {'valid.':>7} {'test':>7}  {'metric':{wide}}  version"
+    click.secho(header, bold=True)
     for i, (name, task) in enumerate(zip(names, suite.tasks, strict=True)):
         sizes = f"{len(task.train):7,} {len(task.validation):7,} {len(task.test):7,}"
-        click.echo(f"{i:4}  {name:{width}}  {sizes}  {task.metric:11}  {task.version} ({task.fingerprint()})")
+        click.echo(f"{i:4}  {name:{width}}  {sizes}  {task.metric:{wide}}  {task.version} ({task.fingerprint()})")
     for note in suite.notes:
         click.echo(visible(f"· {note}"))
 
