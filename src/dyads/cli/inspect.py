@@ -65,10 +65,10 @@ def command(
     """Show what the adapter in RUN, the folder of a run or of an adapter, is and learned.
 
     \b
-    summary     method, config, sizes and modules; where tasks choose ranks (MoRE), which
-    routing     the weight of every expert by task and layer; entropies, dead and dominant experts
+    summary     method, config, sizes, modules, and ranks that tasks choose (MoRE)
+    routing     weights of experts by task and layer, dead and dominant ones
     tasks       similarity of the tasks, from gates, embeddings and updates
-    ranks       ranks that tasks chose, and the effective rank of each task's update
+    ranks       ranks that tasks chose, and effective ranks of their updates
     redundancy  overlap of the projections of experts, and of tasks
     tokens      the experts that each token of one instance used
     cost        parameters, multiplications, memory and time

@@ -13,7 +13,7 @@ import click
     short_help="Write one HTML page about scored runs.",
     epilog="""\b
 Examples:
-  dyads report runs/demo                         # every run in that folder, to report.html
+  dyads report runs/demo           # every run in that folder, to report.html
   dyads report runs/demo --open --baseline "LoRA 9"
   dyads report runs/demo --out demo.html --figures figures""",
 )
