@@ -43,7 +43,7 @@ bench: $(VENV)/installed
 
 # The site in build/site: warnings, dead links and missing anchors are errors. Nothing is read from another server.
 docs: $(VENV)/installed
-	PYTHONPATH=src HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	PYTHONPATH=src HF_HUB_OFFLINE=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # sdist and wheel in dist/; then the wheel in an environment of its own, without the tools of dev. Minutes: torch is installed.
 wheel: $(VENV)/installed

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -239,6 +240,45 @@ def test_every_page_is_in_the_navigation_once(site: ModuleType) -> None:
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
     missing = sorted((pages | site.ROOT_PAGES.keys() | site.REFERENCE.keys()) - set(listed))
     assert not missing, f"add {', '.join(missing)} to nav in mkdocs.yml"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (
+            "[a](formula.md#not-there)",
+            "contains a link 'formula.md#not-there', but the doc 'formula.md' does not contain",
+        ),
+        ("[a](gone.md)", "contains a link 'gone.md', but the target is not found"),
+        ("", 'pages exist in the docs directory, but are not included in the "nav"'),
+    ],
+)
+def test_a_fault_in_a_page_ends_make_docs(fault: str, message: str, tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    (build,) = re.findall(r"-m (mkdocs build.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    for name in (
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        "LOG.md",
+        "SECURITY.md",
+        "mkdocs.yml",
+        "src",
+        "recipes",
+    ):
+        (tmp_path / name).symlink_to(ROOT / name)
+    if fault:
+        with (tmp_path / "docs/questions.md").open("a", encoding="utf-8") as file:
+            file.write(f"\n{fault}\n")
+    else:
+        (tmp_path / "docs/unlisted.md").write_text("# Unlisted\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(build)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    assert message in " ".join(done.stderr.split())
 
 
 def test_an_entry_without_a_page_is_left_out(site: ModuleType) -> None:
