@@ -14,6 +14,8 @@ __all__ = ["PAGE", "read", "write"]
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 INTRODUCTION = Path(__file__).with_name("introduction.md")
 """The text above the tables, which is written by hand."""
+PEFTS_TESTS = Path(__file__).with_name("pefts_tests.md")
+"""The text below them, too."""
 
 Cells = Mapping[tuple[str, str], Mapping[str, Cell]]
 """By section and name of a door, and by column."""
@@ -36,6 +38,7 @@ def write(doors: list[Door], cells: Cells) -> str:
                 lines.append(f"| {door.name} | " + " | ".join(shown) + " |")
         lines.append("")
     lines += ["## Reasons", "", *(f"{number}. {reason}" for reason, number in reasons.items()), ""]
+    lines.append(PEFTS_TESTS.read_text("utf-8"))
     return "\n".join(lines)
 
 

@@ -29,8 +29,6 @@ from trl import (
     GRPOTrainer,
     KTOConfig,
     KTOTrainer,
-    RewardConfig,
-    RewardTrainer,
     RLOOConfig,
     RLOOTrainer,
     SFTConfig,
@@ -159,8 +157,6 @@ def make(kind: str, model: PeftModel, *, wrap: bool = True, **options: Any) -> A
         return dress(DPOTrainer)(model, args=DPOConfig("out", **arguments), train_dataset=rows("pairs"), **given)
     if kind == "kto":
         return dress(KTOTrainer)(model, args=KTOConfig("out", **arguments), train_dataset=rows("unpaired"), **given)
-    if kind == "reward":
-        return dress(RewardTrainer)(model, args=RewardConfig("out", **arguments), train_dataset=rows("pairs"), **given)
     trainer, config = (GRPOTrainer, GRPOConfig) if kind == "grpo" else (RLOOTrainer, RLOOConfig)
     arguments = {"num_generations": 2, "max_completion_length": 3, "beta": 0.1, **arguments}
 
@@ -303,6 +299,16 @@ def test_other_adapters_train_as_before() -> None:
     with_tasks(SFTTrainer)(model, SFTConfig("out", **QUIET), train_dataset=data, processing_class=tokenizer()).train()
     assert with_tasks(SFTTrainer).__name__ == "SFTTrainer"
     assert issubclass(with_tasks(SFTTrainer), SFTTrainer)
+
+
+def test_a_peft_config_is_enough(seen: Seen) -> None:
+    tiny_model("llama").save_pretrained("base")
+    tokenizer().save_pretrained("base")
+    config = MORE.config(target_modules=TARGETS["llama"], task_type="CAUSAL_LM")
+    arguments = SFTConfig("out", **QUIET)
+    trainer = with_tasks(SFTTrainer)("base", arguments, train_dataset=rows("sft"), peft_config=config)
+    watched(trainer.model, seen)
+    trainer.train()
 
 
 @pytest.mark.parametrize(

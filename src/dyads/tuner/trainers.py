@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def with_tasks(trainer: type[T]) -> type[T]:
-    """A subclass of a trainer (Trainer, TRL's SFT, DPO, KTO, reward, GRPO and RLOO trainers) for models with dyads.
+    """A subclass of a trainer (Trainer, TRL's SFT, DPO, KTO, GRPO and RLOO trainers) for models with dyads.
 
     The column `task` of the dataset, a name or an id, reaches the model; auxiliary losses are part of the loss that is
     optimised, whatever the trainer makes its loss of.
