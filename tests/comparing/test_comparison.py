@@ -336,6 +336,18 @@ def test_a_bare_model_that_misses_the_form_is_noted(
     assert [note for note in compare(folders).notes if "untrained" in note] == [NO_FORM] * told
 
 
+def test_adaptations_to_other_tasks_are_left_out_of_a_folder(run: Run, tmp_path: Path) -> None:
+    run("a", {"t": [1, 0]})
+    run("b", {"t": [1, 1]}, method="lora", adapt={"run": "elsewhere"})
+    assert len(compare([tmp_path]).columns) == 2, "the same tasks"
+    new = run("c", {"u": [1, 1]}, method="lora", adapt={"run": "elsewhere"})
+    found = compare([tmp_path])
+    assert [column.label for column in found.columns] == ["a", "b"]
+    assert f"left out of {tmp_path}, as `dyads adapt` taught them other tasks: c-seed0" in found.notes
+    with pytest.raises(RunError, match="they differ in tasks"):
+        compare([tmp_path, new])
+
+
 def test_a_folder_of_runs_stands_for_the_scored_ones_in_it(run: Run, tmp_path: Path) -> None:
     run("a", {"t": [1]})
     (run("b", {"t": [1]}) / "scores.json").unlink()

@@ -80,7 +80,10 @@ class ScoredRun:
 
 
 def find(places: Sequence[str | Path | RunFolder]) -> tuple[list[RunFolder], list[str]]:
-    """The run folders among `places` and the scored ones inside its other folders; with notes on those left out."""
+    """The run folders among `places` and the scored ones inside its other folders; with notes on those left out.
+
+    Adaptations are left out where they are scored on other tasks than the other runs of their folder.
+    """
     runs: list[RunFolder] = []
     notes: list[str] = []
     for place in places:
@@ -91,11 +94,27 @@ def find(places: Sequence[str | Path | RunFolder]) -> tuple[list[RunFolder], lis
         inside = [RunFolder(p) for p in sorted(folder.path.iterdir()) if p.is_dir() and not p.name.startswith(".")]
         if not any(run.is_scored for run in inside):
             raise _no_scored_run(folder, inside)
-        runs += [run for run in inside if run.is_scored]
+        scored = [run for run in inside if run.is_scored]
         unscored = [run.path.name for run in inside if not run.is_scored]
         if unscored:
             notes.append(f"left out of {folder.path}, as they have no scores: {', '.join(unscored)}")
+        if adapted := _adapted_to_others(scored):
+            scored = [run for run in scored if run not in adapted]
+            names = ", ".join(run.path.name for run in adapted)
+            notes.append(f"left out of {folder.path}, as `dyads adapt` taught them other tasks: {names}")
+        runs += scored
     return runs, notes
+
+
+def _adapted_to_others(runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """The adaptations among runs that are scored on other tasks than the first run that is none."""
+    adapted = [run for run in runs if run.recipe().adapt is not None]
+    first = next((run for run in runs if run not in adapted), None)
+    return [run for run in adapted if first is not None and _scored_tasks(run) != _scored_tasks(first)]
+
+
+def _scored_tasks(run: RunFolder) -> set[str]:
+    return {row["task"] for row in run.scores()["scores"]}
 
 
 def _no_scored_run(folder: RunFolder, inside: Sequence[RunFolder]) -> RunError:
