@@ -29,7 +29,7 @@ ORDER = {  # what a room may import, beside itself and `errors`: the rooms that 
     "runs": {"models"},
     "scoring": {"runs", "console"},
     "comparing": {"runs"},
-    "export": {"runs"},
+    "export": {"scoring"},
     "analysis": {"scoring", "comparing"},
     "training": {"analysis"},
     "studies": {"training"},

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 
 from dyads.errors import MergeError, RoutingError, RunError
 from dyads.export import export, export_all, factors
+from dyads.export.card import serve_commands
 from dyads.methods.more import MoRE
 from dyads.runs.saved import SavedAdapter
 from tiny import TARGETS, VARIANTS, Variant, batch, task_of, tiny_model
@@ -178,9 +180,56 @@ def test_all_tasks_go_into_folders_of_their_names(tmp_path: Path) -> None:
     loras = export_all(adapter, tmp_path / "all")
     assert [lora.task for lora in loras] == names
     written = sorted(p.name for p in (tmp_path / "all").iterdir())
-    assert written == ["%C3%BC", "a%2Fb%3A c%3F", "rte", "~" + sha256(b"..").hexdigest()[:16]]
+    assert written == ["%C3%BC", "README.md", "a%2Fb%3A c%3F", "rte", "~" + sha256(b"..").hexdigest()[:16]]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "all", "base"]
     assert all((lora.path / "adapter_config.json").is_file() for lora in loras)
+
+
+def test_the_loras_of_all_tasks_have_one_rank_and_no_patterns_unless_trimmed(tmp_path: Path) -> None:
+    one = {"layers_to_transform": [0], "exclude_modules": ["v_proj", "down_proj"]}
+    model, adapter = trained(tmp_path, MORE, "llama", **one)
+    chosen = [m.ranks() for m in model.modules() if isinstance(m, MoRE)]
+    largest = {task: max(int(r[i]) for r in chosen) for i, task in enumerate(adapter.task_names)}
+    assert len(set(largest.values())) > 1
+    for lora in export_all(adapter, tmp_path / "all"):
+        config = LoraConfig.from_pretrained(lora.path)
+        assert (config.r, config.lora_alpha, config.rank_pattern) == (*[max(largest.values())] * 2, {})
+        weights = load_file(lora.path / "adapter_model.safetensors")
+        assert {min(value.shape) for value in weights.values()} == {config.r}
+    trimmed = export_all(adapter, tmp_path / "trimmed", trim=True)
+    assert {lora.task: lora.rank for lora in trimmed} == largest
+
+
+def test_target_modules_given_as_a_regular_expression_become_a_list_of_names(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = MORE.config(target_modules=r".*layers\.1\..*\.q_proj", task_type="CAUSAL_LM", init_weights=False)
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    lora = export(SavedAdapter.read(tmp_path / "adapter"), tmp_path / "out", task="rte")
+    assert LoraConfig.from_pretrained(lora.path).target_modules == {"model.layers.1.self_attn.q_proj"}
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora.path)
+    assert [n for n, _ in again.named_modules() if n.endswith("lora_A")] == [
+        "base_model.model.model.layers.1.self_attn.q_proj.lora_A"
+    ]
+
+
+def test_what_a_check_refuses_is_not_written(tmp_path: Path) -> None:
+    _, adapter = trained(tmp_path, MORE, "llama")
+    seen: list[Any] = []
+
+    def refuse(folders: Any) -> None:
+        seen.append({task: sorted(p.name for p in folder.iterdir()) for task, folder in folders.items()})
+        raise RunError("no")
+
+    for write in (
+        lambda: export(adapter, tmp_path / "out", task="rte", check=refuse),
+        lambda: export_all(adapter, tmp_path / "out", check=refuse),
+    ):
+        with pytest.raises(RunError, match="no"):
+            write()
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+    assert [list(folders) for folders in seen] == [["rte"], ["rte", "cola", "sst2"]]
+    assert all("adapter_model.safetensors" in files for folders in seen for files in folders.values())
 
 
 def test_the_card_says_where_a_lora_comes_from_and_needs_no_dyads(tmp_path: Path) -> None:
@@ -191,6 +240,39 @@ def test_the_card_says_where_a_lora_comes_from_and_needs_no_dyads(tmp_path: Path
     assert "LoRA of a more adapter for task `cola`" in card
     assert f"| adapter | {tmp_path / 'adapter'} |" in card
     assert "import dyads" not in card
+
+
+def commands(card: str) -> list[list[str]]:
+    """The serve commands of a card, as a shell splits them."""
+    return [shlex.split(line) for line in card.split("```sh\n")[1].split("```")[0].splitlines()]
+
+
+def test_the_cards_serve_one_lora_or_all_from_their_folder(tmp_path: Path) -> None:
+    _, adapter = trained(tmp_path, MORE, "llama", tasks=["rte", "a=b, c", "two words"])
+    loras = export_all(adapter, tmp_path / "all")
+    assert loras[0].rank <= 8
+    vllm, sglang = commands((tmp_path / "all" / "README.md").read_text())
+    base = "path/to/base"  # a folder, which has another place elsewhere
+    assert vllm[:-3] == ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", "8", "--lora-modules"]
+    assert vllm[-3:] == ["rte=rte", '{"name": "a=b, c", "path": "a=b, c"}', "two words=two words"]
+    start = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora", "--lora-paths"]
+    assert sglang == [*start, "rte=rte", '{"lora_name": "a=b, c", "lora_path": "a=b, c"}', "two words=two words"]
+    assert all((tmp_path / "all" / name).is_dir() for name in ("rte", "a=b, c", "two words"))
+    vllm, _ = commands((loras[2].path / "README.md").read_text())
+    assert vllm[-1] == "two words=."
+
+
+def test_a_card_has_no_serve_command_for_what_the_engines_refuse(tmp_path: Path) -> None:
+    for kind, options in (("bert", {}), ("llama", {"modules_to_save": ["lm_head"]})):
+        _, adapter = trained(tmp_path / kind, MORE, kind, **options)
+        card = (export(adapter, tmp_path / kind / "out", task="rte").path / "README.md").read_text()
+        assert "vllm" not in card
+    _, adapter = trained(tmp_path / "trim", MORE, "llama")
+    assert "vllm" not in (export_all(adapter, tmp_path / "all", trim=True)[0].path.parent / "README.md").read_text()
+    assert (
+        serve_commands(LoraConfig(r=513, task_type="CAUSAL_LM", base_model_name_or_path="x"), {"a": "."})[0][0]
+        == "SGLang"
+    )
 
 
 # --- factors ----------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import torch
@@ -37,6 +39,7 @@ __all__ = [
     "load_tokenizer",
     "model_config",
     "without_pooler",
+    "without_progress_bars",
 ]
 
 Kind = Literal["causal", "seq2seq", "encoder"]
@@ -138,10 +141,9 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 def _load(name: str, load: Any) -> Any:
     """The result of `load`, without progress bars; RunError with transformers' reason if it fails."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # most loads take less than a second
     try:
-        return load()
+        with without_progress_bars():
+            return load()
     except DyadsError:
         raise
     except BaseException as error:  # whatever transformers makes of a folder with any content
@@ -152,6 +154,15 @@ def _load(name: str, load: Any) -> Any:
             f"model '{name}' could not be loaded: {reason} – give a hub id, a folder with"
             f" a transformers model, or one of: {', '.join(PREFIX + key for key in PACKAGED)}"
         ) from error
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Within this context transformers shows no progress bars: most loads take less than a second."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -87,11 +87,11 @@ def card(folder: RunFolder, place: str = _HERE, licence: str | None = None, scor
     )
 
 
-def front_matter(model: str | None, tags: Sequence[str], licence: str | None = None) -> str:
+def front_matter(model: str | None, tags: Sequence[str], licence: str | None = None, library: str = "peft") -> str:
     """The metadata that the hub reads at the start of a card."""
     data = ModelCardData(
         base_model=hub_id(model) if model else None,
-        library_name="peft",
+        library_name=library,
         license=licence.lower() if licence else None,
         tags=list(tags),
     )

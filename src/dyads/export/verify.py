@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verification of exported folders: reloaded by stock PEFT in a process that cannot import dyads.
+
+The logits of real prompts, those that the run has predictions for, must be those of the adapter in this process. Both
+processes read all weights as float32, so that nothing but the order of sums differs; a merged checkpoint in half
+precision also differs by the rounding of its weights.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dyads.errors import DyadsError, RunError, shortened
+from dyads.export import stock_reload
+from dyads.models.heads import attach_heads, read_heads
+from dyads.models.load import kind_of, load_model, load_tokenizer, model_config, without_progress_bars
+from dyads.models.packaged import resolve
+from dyads.recipe.spec import ModelSpec
+from dyads.runs.adapter import load_adapter
+from dyads.runs.folder import RunFolder
+from dyads.runs.saved import SavedAdapter
+
+__all__ = [
+    "Base",
+    "Verification",
+    "adapter_logits",
+    "base_of",
+    "compare",
+    "load_checkpoint",
+    "model_logits",
+    "plain_prompts",
+    "prompts_of",
+    "unverifiable",
+    "verify",
+]
+
+_AUTO = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_KINDS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}
+_PROMPTS, _LONGEST, _LAST = 4, 256, 16
+"""The number of prompts, the tokens read of each, and the last positions whose logits are compared."""
+_TOLERANCE = {"float32": 1e-3, "float64": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
+"""The largest difference of logits, by the dtype of the exported weights, as a share of the largest logit."""
+_SENTENCES = (
+    "The capital of France is",
+    "Question: Is seven a prime number? Answer:",
+    "Once upon a time there was a fox who lived by a river and",
+    "def area(width, height):\n    return",
+)
+"""Prompts for an adapter without a run."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model of an adapter."""
+
+    name: str
+    """A hub id or a folder."""
+    revision: str | None
+    auto: str
+    """The auto class of transformers that loads it."""
+    kind: str
+    """Decoder (causal), encoder-decoder (seq2seq) or encoder."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The agreement of exported folders with the adapter."""
+
+    prompts: int
+    difference: float
+    """The largest difference of two logits, as a share of the largest logit."""
+
+    @property
+    def text(self) -> str:
+        """One line for people."""
+        return (
+            f"verified: stock PEFT reloads it without dyads; on {self.prompts} prompts the logits differ by at most"
+            f" {self.difference:.1e} of the largest"
+        )
+
+
+def base_of(adapter: SavedAdapter, run: RunFolder | None) -> Base:
+    """The base model of a run, or the one that an adapter's config names; RunError without one that can be read."""
+    spec = run.recipe().model if run is not None else None
+    name = adapter.config.base_model_name_or_path if spec is None else spec.name
+    if name is None:
+        raise RunError(f"the adapter in '{adapter.path}' names no base model (base_model_name_or_path)")
+    revision = adapter.config.revision if spec is None else spec.revision
+    config = model_config(name, revision)
+    kind = kind_of(name, config, "auto" if spec is None else spec.kind)
+    return Base(resolve(name), revision, _AUTO.get(adapter.config.task_type or _KINDS[kind], "AutoModel"), kind)
+
+
+def load_checkpoint(base: Base, dtype: Any = "auto") -> Any:
+    """The base model as transformers loads it, with its generation config; by default in its checkpoint's dtype."""
+    auto = getattr(transformers, base.auto)
+    with without_progress_bars():
+        return auto.from_pretrained(base.name, revision=base.revision, dtype=dtype, trust_remote_code=False).eval()
+
+
+def prompts_of(run: RunFolder | None, task: str | None) -> list[str]:
+    """Prompts of a task, or of all tasks, that the run has predictions for; ordinary sentences without a scored run."""
+    found: list[str] = []
+    if run is not None and run.is_scored:
+        names = [row["task"] for row in run.scores()["scores"] if row["headline"]]
+        for name in [task] if task in names else names:
+            found += [row["prompt"] for row in run.predictions(name)[:_PROMPTS]]
+    share = max(1, len(found) // _PROMPTS)
+    return found[::share][:_PROMPTS] or list(_SENTENCES)
+
+
+def plain_prompts(base: Base, texts: Sequence[str]) -> list[Tensor]:
+    """The token ids (1 t) of texts."""
+    tokenizer = load_tokenizer(base.name, base.revision)
+    return [torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]]) for text in texts]
+
+
+@contextmanager
+def adapter_logits(
+    adapter: SavedAdapter, run: RunFolder | None, base: Base
+) -> Iterator[Callable[[Sequence[Tensor], str | None], list[Tensor]]]:
+    """The adapter's logits for prompts and a task, with weights in float32."""
+    spec = run.recipe().model if run is not None else ModelSpec(name=base.name, revision=base.revision)
+    spec = spec.model_copy(update={"dtype": "float32"})
+    if run is not None:
+        model: nn.Module = load_model(spec)
+        if base.kind == "encoder":
+            attach_heads(model, read_heads(run.heads), spec.pool)  # type: ignore[arg-type]
+        model = load_adapter(model, run)
+    else:
+        model = PeftModel.from_pretrained(load_checkpoint(base, torch.float32), str(adapter.path))
+    model.eval()
+    yield lambda prompts, task: model_logits(model, prompts, {} if task is None else {"task": task})
+
+
+@torch.inference_mode()
+def model_logits(model: Any, prompts: Sequence[Tensor], task: Mapping[str, Any]) -> list[Tensor]:
+    """The last logits of every prompt, or an encoder's hidden states."""
+    found = []
+    for ids in prompts:
+        decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder, **task)
+        found.append(output[0][0, -_LAST:].float())
+    return found
+
+
+def _reloaded_logits(base: Base, cases: Sequence[tuple[Path, Sequence[Tensor]]], *, merged: bool) -> list[list[Tensor]]:
+    """For every exported folder and its prompts the logits in a process that cannot import dyads; RunError if it fails.
+
+    A folder holds a LoRA, or with `merged` a checkpoint.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        place, listed = Path(name), []
+        for number, (folder, prompts) in enumerate(cases):
+            inputs, logits = place / f"{number}.inputs", place / f"{number}.logits"
+            save_file({str(i): ids.contiguous() for i, ids in enumerate(prompts)}, inputs)
+            source = {"base": str(folder), "revision": None, "lora": None}
+            if not merged:
+                source = {"base": base.name, "revision": base.revision, "lora": str(folder)}
+            files = {"inputs": str(inputs), "logits": str(logits), "last": _LAST}
+            listed.append({"auto": base.auto, **source, **files})
+        (place / "cases.json").write_text(json.dumps(listed), encoding="utf-8")
+        command = [sys.executable, stock_reload.__file__, str(place / "cases.json")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
+            raise RunError(f"the export was written, but PEFT cannot load it without dyads: {shortened(reason)}")
+        found = [load_file(place / f"{number}.logits") for number in range(len(cases))]
+    return [[logits[str(i)] for i in range(len(logits))] for logits in found]
+
+
+def verify(
+    folders: Mapping[str | None, Path],
+    adapter: SavedAdapter,
+    run: RunFolder | None,
+    *,
+    merged: bool = False,
+) -> Verification:
+    """Compare exported folders, by task, with the adapter; RunError where their logits differ.
+
+    DyadsError where there is no base model to load.
+    """
+    base = base_of(adapter, run)
+    prompts = {task: plain_prompts(base, prompts_of(run, task)) for task in folders}
+    with adapter_logits(adapter, run, base) as logits:
+        expected = {task: logits(prompts[task], task) for task in folders}
+    return compare(folders, prompts, expected, base, merged=merged)
+
+
+def compare(
+    folders: Mapping[str | None, Path],
+    prompts: Mapping[str | None, Sequence[Tensor]],
+    expected: Mapping[str | None, Sequence[Tensor]],
+    base: Base,
+    *,
+    merged: bool = False,
+) -> Verification:
+    """Compare the logits of exported folders, by task, with those that are expected; RunError where they differ."""
+    reloaded = _reloaded_logits(base, [(folder, prompts[task]) for task, folder in folders.items()], merged=merged)
+    worst = 0.0
+    for (task, folder), found in zip(folders.items(), reloaded, strict=True):
+        dtype = str(model_config(str(folder)).dtype).removeprefix("torch.") if merged else "float32"
+        allowed = _TOLERANCE.get(dtype, _TOLERANCE["bfloat16"])
+        for ours, theirs in zip(expected[task], found, strict=True):
+            difference = float((ours - theirs).abs().max() / ours.abs().max().clamp(min=1e-30))
+            if not difference <= allowed:  # also where it is NaN
+                of_task = "" if task is None else f" of task '{task}'"
+                raise RunError(
+                    f"the export{of_task} is not the adapter: reloaded without dyads its logits differ by"
+                    f" {difference:.1e} of the largest, and {allowed:.0e} is allowed; nothing was written (--no-verify"
+                    " writes it anyway)"
+                )
+            worst = max(worst, difference)
+    return Verification(sum(map(len, prompts.values())), worst)
+
+
+def unverifiable(adapter: SavedAdapter, run: RunFolder | None) -> str | None:
+    """Why an export cannot be verified: the base model is not named, or cannot be loaded; None where it can."""
+    try:
+        base = base_of(adapter, run)
+        load_tokenizer(base.name, base.revision)
+    except DyadsError as error:
+        return str(error)
+    return None
