@@ -20,7 +20,7 @@ from dyads.export import export
 from dyads.recipe.spec import Recipe
 from dyads.runs.accept import accept
 from dyads.runs.adapter import fingerprint
-from dyads.runs.checkpoints import checkpoint_to_resume, complete, last_checkpoint
+from dyads.runs.checkpoints import checkpoint_to_resume, complete, last_checkpoint, rotate
 from dyads.runs.folder import RunFolder
 from dyads.runs.lock import LockedError
 from dyads.runs.manifest import MANIFEST, Manifest, seal, unfinished, write_text
@@ -204,6 +204,9 @@ def test_checkpoints_are_rotated_by_their_steps_whatever_the_clock_says(tmp_path
         os.utime(path, (0, 1_000_000 - step))  # every one older than the one before
     assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["checkpoint-10", "checkpoint-11"]
     assert last_checkpoint(folder) == folder.checkpoints / "checkpoint-11"
+    checkpoint(folder, 12)  # the process was killed between its manifest and the rotation
+    rotate(folder, 2)
+    assert sorted(p.name for p in folder.checkpoints.iterdir()) == ["checkpoint-11", "checkpoint-12"]
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from dyads.reading import read_text
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import MANIFEST, Manifest, remove, seal
 
-__all__ = ["checkpoint_to_resume", "complete", "last_checkpoint", "loading", "step_of"]
+__all__ = ["checkpoint_to_resume", "complete", "last_checkpoint", "loading", "rotate", "step_of"]
 
 _STATE = "trainer_state.json"
 
@@ -42,6 +42,11 @@ def last_checkpoint(folder: RunFolder) -> Path | None:
 def complete(folder: RunFolder, checkpoint: Path, limit: int | None) -> None:
     """Write a checkpoint's manifest, and remove the oldest of more than `limit` complete ones (None: no limit)."""
     seal(checkpoint)
+    rotate(folder, limit)
+
+
+def rotate(folder: RunFolder, limit: int | None) -> None:
+    """Remove the oldest of more than `limit` complete checkpoints (None: no limit)."""
     if limit is not None and limit > 0:
         for old in [path for path in _checkpoints(folder) if (path / MANIFEST).is_file()][:-limit]:
             remove(old)

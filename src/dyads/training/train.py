@@ -36,7 +36,7 @@ from dyads.models.prompts import chat_template_of, prompt_tokenizer_of
 from dyads.models.quantization import quantization_config
 from dyads.recipe.spec import Recipe
 from dyads.runs.adapter import check_adapter, save_adapter
-from dyads.runs.checkpoints import checkpoint_to_resume, loading, step_of
+from dyads.runs.checkpoints import checkpoint_to_resume, loading, rotate, step_of
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import writing
 from dyads.runs.signals import Sigterm, on_sigterm
@@ -437,6 +437,7 @@ class Training:
             checkpoint = checkpoint_to_resume(folder) if resume else None
         trainer = self.trainer(folder)
         if checkpoint is not None:
+            rotate(folder, trainer.args.save_total_limit)  # a kill may have come before this one's rotation
             reporter.note("resumed", f"  resume  after step {step_of(checkpoint):,}", step=step_of(checkpoint))
         log = LogCallback(folder, offset=seconds_until(checkpoint, folder))
         trainer.add_callback(log)
