@@ -21,7 +21,8 @@ from transformers import (
 
 from dyads.errors import MergeError, RoutingError, RunError
 from dyads.export.merged import merge, merge_all
-from dyads.export.verify import adapter_logits, base_of, prompts_of, verify
+from dyads.export.verify import base_of, float_model, model_logits, prompts_of, verify
+from dyads.recipe.spec import QuantizationSpec
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import Manifest
 from dyads.runs.saved import SavedAdapter
@@ -121,9 +122,9 @@ def test_an_encoder_is_merged_with_its_heads_beside_it(
     assert {"task_heads.json", "task_heads.safetensors"} <= {p.name for p in one.path.iterdir()}
     ids = torch.tensor([[1, 5, 7, 2]])
     base = base_of(adapter, run)
-    with adapter_logits(adapter, run, base) as logits, torch.no_grad():
+    with torch.no_grad():
         hidden = AutoModel.from_pretrained(one.path).eval()(input_ids=ids).last_hidden_state[0]
-        assert_close(hidden, logits([ids], task)[0], atol=1e-5, rtol=1e-5)
+    assert_close(hidden, model_logits(float_model(adapter, run, base), [ids], task)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_what_cannot_be_merged_is_refused_before_anything_is_written(saved: Callable[..., Any], tmp_path: Path) -> None:
@@ -164,3 +165,16 @@ def test_prompts_are_those_that_the_run_has_predictions_for(trained: Callable[..
     assert len(set(every)) == 4
     assert not set(every) <= own
     assert len(prompts_of(None, None)) == 4
+
+
+def test_a_run_on_a_quantised_base_is_compared_in_float32(
+    trained: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained("more")
+    recipe, adapter = run.recipe(), SavedAdapter.read(run.path)
+    spec = recipe.model.model_copy(
+        update={"dtype": "bfloat16", "quantization": QuantizationSpec(quant_method="quanto", weights="int8")}
+    )
+    monkeypatch.setattr(RunFolder, "recipe", lambda self: recipe.model_copy(update={"model": spec}))
+    model = float_model(adapter, run, base_of(adapter, run))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

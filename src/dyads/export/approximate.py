@@ -36,7 +36,7 @@ from dyads.export.activations import (
 from dyads.export.lora import Check, Exported, Lora, refuse_full, write_lora, write_loras
 from dyads.export.merged import Merged, write_merged
 from dyads.export.regression import mean_gates, mean_update, reduced_rank
-from dyads.export.verify import Verification, base_of, compare, model_logits, plain_prompts, prompts_of
+from dyads.export.verify import Verification, base_of, compare, float_model, model_logits, plain_prompts, prompts_of
 from dyads.recipe.file_names import file_name
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import unfinished
@@ -178,10 +178,11 @@ def approximate(
     prices: dict[str | None, Price] = {}
     for name, several in sets.items():
         prices[name] = _price(answerer, name, several, rank, reporter)
-    if verifies:  # last, as it changes the dtype of the model
-        prompts = {name: plain_prompts(base, prompts_of(run, name)) for name in sets}
-        expected = _expected(answerer, prices, prompts)
+    needs_task = answerer.needs_task
     del answerer
+    if verifies:
+        prompts = {name: plain_prompts(base, prompts_of(run, name)) for name in sets}
+        expected = _expected(float_model(adapter, run, base), prices, prompts, needs_task)
     verified: list[Verification] = []
 
     def check(folders: Mapping[str | None, Path]) -> None:
@@ -381,16 +382,14 @@ def _lengths(row: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _expected(
-    answerer: Answerer, prices: Mapping[str | None, Price], prompts: Mapping[str | None, Sequence[Tensor]]
+    model: Any, prices: Mapping[str | None, Price], prompts: Mapping[str | None, Sequence[Tensor]], needs_task: bool
 ) -> dict[str | None, list[Tensor]]:
-    """The logits of the chosen LoRAs, with the model in float32 on the CPU, where the exported folder is reloaded."""
-    model = answerer.model.float().cpu()
+    """The logits of the chosen LoRAs, with the model in float32, as the exported folder is reloaded."""
     layers = adapted_layers(model)
     found = {}
     for name, price in prices.items():
         with replaced(layers, price.chosen.lora):
-            task = {"task": name} if answerer.needs_task else {}
-            found[name] = model_logits(model, prompts[name], task)
+            found[name] = model_logits(model, prompts[name], name if needs_task else None)
     return found
 
 

@@ -12,8 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,13 @@ import torch
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from dyads.errors import DyadsError, RunError, shortened
 from dyads.export import stock_reload
 from dyads.models.heads import attach_heads, read_heads
 from dyads.models.load import kind_of, load_model, load_tokenizer, model_config, without_progress_bars
 from dyads.models.packaged import resolve
-from dyads.recipe.spec import ModelSpec
 from dyads.runs.adapter import load_adapter
 from dyads.runs.folder import RunFolder
 from dyads.runs.saved import SavedAdapter
@@ -37,9 +35,9 @@ from dyads.runs.saved import SavedAdapter
 __all__ = [
     "Base",
     "Verification",
-    "adapter_logits",
     "base_of",
     "compare",
+    "float_model",
     "load_checkpoint",
     "model_logits",
     "plain_prompts",
@@ -136,31 +134,25 @@ def plain_prompts(base: Base, texts: Sequence[str]) -> list[Tensor]:
     return [torch.tensor([tokenizer(text)["input_ids"][:_LONGEST]]) for text in texts]
 
 
-@contextmanager
-def adapter_logits(
-    adapter: SavedAdapter, run: RunFolder | None, base: Base
-) -> Iterator[Callable[[Sequence[Tensor], str | None], list[Tensor]]]:
-    """The adapter's logits for prompts and a task, with weights in float32."""
-    spec = run.recipe().model if run is not None else ModelSpec(name=base.name, revision=base.revision)
-    spec = spec.model_copy(update={"dtype": "float32"})
-    if run is not None:
-        model: nn.Module = load_model(spec)
-        if base.kind == "encoder":
-            attach_heads(model, read_heads(run.heads), spec.pool)  # type: ignore[arg-type]
-        model = load_adapter(model, run)
-    else:
-        model = PeftModel.from_pretrained(load_checkpoint(base, torch.float32), str(adapter.path))
-    model.eval()
-    yield lambda prompts, task: model_logits(model, prompts, {} if task is None else {"task": task})
+def float_model(adapter: SavedAdapter, run: RunFolder | None, base: Base) -> Any:
+    """The base model with the adapter, all weights in float32, also where the run's base model was quantised."""
+    if run is None:
+        return PeftModel.from_pretrained(load_checkpoint(base, torch.float32), str(adapter.path)).eval()
+    spec = run.recipe().model.model_copy(update={"dtype": "float32", "quantization": None})
+    model = load_model(spec)
+    if base.kind == "encoder":
+        attach_heads(model, read_heads(run.heads), spec.pool)
+    return load_adapter(model, run)
 
 
 @torch.inference_mode()
-def model_logits(model: Any, prompts: Sequence[Tensor], task: Mapping[str, Any]) -> list[Tensor]:
-    """The last logits of every prompt, or an encoder's hidden states."""
+def model_logits(model: Any, prompts: Sequence[Tensor], task: str | None) -> list[Tensor]:
+    """The last logits of every prompt, or an encoder's hidden states; None: without a task."""
+    given = {} if task is None else {"task": task}
     found = []
     for ids in prompts:
         decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder, **task)
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **decoder, **given)
         found.append(output[0][0, -_LAST:].float())
     return found
 
@@ -203,8 +195,9 @@ def verify(
     """
     base = base_of(adapter, run)
     prompts = {task: plain_prompts(base, prompts_of(run, task)) for task in folders}
-    with adapter_logits(adapter, run, base) as logits:
-        expected = {task: logits(prompts[task], task) for task in folders}
+    model = float_model(adapter, run, base)
+    expected = {task: model_logits(model, prompts[task], task) for task in folders}
+    del model  # before the other process loads the base model
     return compare(folders, prompts, expected, base, merged=merged)
 
 
