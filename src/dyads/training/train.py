@@ -437,7 +437,8 @@ class Training:
             checkpoint = checkpoint_to_resume(folder) if resume else None
         trainer = self.trainer(folder)
         if checkpoint is not None:
-            rotate(folder, trainer.args.save_total_limit)  # a kill may have come before this one's rotation
+            if processes.is_main_process:
+                rotate(folder, trainer.args.save_total_limit)  # a kill may have come before this one's rotation
             reporter.note("resumed", f"  resume  after step {step_of(checkpoint):,}", step=step_of(checkpoint))
         log = LogCallback(folder, offset=seconds_until(checkpoint, folder))
         trainer.add_callback(log)
