@@ -257,3 +257,13 @@ def test_figures_are_written_in_every_format(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = CliRunner().invoke(main, ["report", *map(str, learned[1:]), "--figures", str(tmp_path / "f")])
     assert "figures need Matplotlib" in result.output
+
+
+def test_references_alone_have_a_page_and_differ_in_their_marks(run: Callable[..., Path]) -> None:
+    values = {"a": [0.0, 100.0], "b": [50.0, 0.0]}
+    paths = [run(name, values, method=name) for name in ("majority", "zero-shot")]
+    alone = Reader(page_of(compare(paths[:1]), model=False))
+    assert not [table for table in alone.all("table") if table.get("class") == "wins"]
+    both = Reader(page_of(compare(paths), model=False))
+    classes = {circle["class"] for circle in both.all("circle")}
+    assert classes == {"dot c0", "dot c0 hollow"}

@@ -25,7 +25,7 @@ from dyads.console import size
 from dyads.errors import shortened
 from dyads.runs.folder import RunFolder
 
-__all__ = ["answer_to", "colours", "content_of", "curves_of", "peak_memory"]
+__all__ = ["answer_to", "colours", "content_of", "curves_of", "marks", "peak_memory"]
 
 _COLOURS = 8
 _TITLE = 6
@@ -43,9 +43,15 @@ def colours(comparison: Comparison) -> list[int]:
     return found
 
 
+def marks(comparison: Comparison) -> list[str]:
+    """By column, the classes of its marks after the letter c: its colour, and for a zero-shot run hollow marks."""
+    found = zip(comparison.columns, colours(comparison), strict=True)
+    return [f"{colour} hollow" if column.method == "zero-shot" else str(colour) for column, colour in found]
+
+
 def content_of(comparison: Comparison) -> dict[str, Any]:
     """Everything on the page but instances, curves, and what adapters learned."""
-    columns, palette = comparison.columns, colours(comparison)
+    columns, palette = comparison.columns, marks(comparison)
     low, high, ticks = _scale(comparison)
     place = {column.label: i for i, column in enumerate(columns)}
 
@@ -184,7 +190,7 @@ def _tasks(comparison: Comparison, plotted: Any) -> list[dict[str, Any]]:
     return sorted(found, key=lambda task: -task["spread"])
 
 
-def _wins(comparison: Comparison, palette: Sequence[int]) -> list[dict[str, Any]]:
+def _wins(comparison: Comparison, palette: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for i, one in enumerate(comparison.columns):
         cells: list[dict[str, Any] | None] = []
@@ -206,7 +212,7 @@ def _wins(comparison: Comparison, palette: Sequence[int]) -> list[dict[str, Any]
     return rows
 
 
-def _costs(columns: Sequence[Column], palette: Sequence[int]) -> list[dict[str, Any]]:
+def _costs(columns: Sequence[Column], palette: Sequence[str]) -> list[dict[str, Any]]:
     memory = [peak_memory(column) for column in columns]
     steps = [None if c.reference or not c.steps else c.train_seconds / c.steps for c in columns]
     rows = []

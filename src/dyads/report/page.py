@@ -20,7 +20,7 @@ from markupsafe import Markup
 from dyads import __version__
 from dyads.comparing.comparison import Comparison
 from dyads.errors import visible, visible_in
-from dyads.report.content import colours, content_of, curves_of
+from dyads.report.content import content_of, curves_of, marks
 from dyads.report.instances import instances_of, kept
 from dyads.report.learned import learned_by
 
@@ -44,7 +44,7 @@ def page_of(
     learned, learned_notes = learned_by(comparison, model=model, progress=progress)
     methods = [
         {"label": column.label, "shown": column.shown, "colour": colour, "reference": column.reference}
-        for column, colour in zip(comparison.columns, colours(comparison), strict=True)
+        for column, colour in zip(comparison.columns, marks(comparison), strict=True)
     ]
     data: dict[str, Any] = {
         "methods": visible_in(methods),
