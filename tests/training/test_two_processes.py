@@ -131,7 +131,7 @@ def test_an_interrupted_training_goes_on_in_two_processes_and_in_one(tiny: Tiny,
 @pytest.mark.slow
 def test_every_method_trains_in_two_processes_as_in_one(tiny: Tiny, tmp_path: Path) -> None:
     recipes: dict[str, Recipe] = {}
-    small: dict[str, dict[str, Any]] = {"smora": {"top_k": 2}, "hmora": {"task_dim": 5}}
+    small: dict[str, dict[str, Any]] = {"smora": {"top_k": 2}, "hmora": {"task_dim": 5}, "moelora": {"num_experts": 2}}
     for name in ["lora", *(method.key for method in methods())]:
         options = {
             "r": 4,

@@ -337,7 +337,8 @@ class StopAtSigterm(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.world_size > 1:
-            self.sigterm.came = any(gather_object([self.sigterm.came]))
+            came = [signum for signum in gather_object([self.sigterm.came]) if signum is not None]
+            self.sigterm.came = came[0] if came else self.sigterm.came
         if self.sigterm.came:
             control.should_training_stop = True
             control.should_save = args.save_strategy != "no"
