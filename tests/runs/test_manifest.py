@@ -356,6 +356,7 @@ def test_a_config_larger_than_its_weights_is_refused_before_an_adapter_of_its_si
         b"\xff\x00{",
         b'{"pid": ' + b"9" * 5000 + b"}",
     ],
+    ids=["this process", "another host", "empty", "bytes", "digits"],
 )
 def test_a_lock_file_alone_locks_nothing_whatever_it_says(content: bytes, tmp_path: Path, recipe: Make) -> None:
     folder = RunFolder.create(tmp_path / "a", recipe("a"))
