@@ -196,7 +196,7 @@ def test_sigterm_to_one_process_saves_a_checkpoint_of_all(tiny: Tiny, tmp_path: 
     workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
     other = [pid for pid in workers if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
     os.kill(int(other[0]), signal.SIGTERM)
-    output = running.communicate(timeout=60)[0].decode()
+    output = running.communicate(timeout=180)[0].decode()
     assert running.returncode != 0
     assert re.search(r"was stopped by SIGTERM at step \d+ of 20000; --resume goes on from step \d+", output)
     assert len(list((run.checkpoints).glob("*/manifest.json"))) == 1
