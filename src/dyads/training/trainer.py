@@ -133,6 +133,7 @@ class TaskTrainer(Trainer):  # type: ignore[misc]
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
                     complete(self.folder, checkpoint, limit)
+                self.accelerator.wait_for_everyone()  # a launcher ends the main process when another one has ended
         except BaseException:
             if self.args.should_save and not (checkpoint / MANIFEST).is_file():
                 shutil.rmtree(checkpoint, ignore_errors=True)
