@@ -284,3 +284,11 @@ def test_a_recipe_that_could_not_be_read_again_is_refused_before_anything_is_wri
     with pytest.raises(ValueError, match=r"the recipe of '.*': more than 131,072 characters"):
         RunFolder.create(tmp_path / "a", long)
     assert not (tmp_path / "a").exists()
+
+
+def test_scores_without_the_mean_of_headlines_are_refused(run: Run) -> None:
+    folder = RunFolder(run("a", {"t": [1, 2]}))
+    rows, scores = folder.predictions("t"), folder.scores()
+    folder.write_results({"t": rows}, {**scores, "macro": {}})
+    with pytest.raises(RunError, match=r"scores\.json lacks macro\.headline; run `dyads evaluate"):
+        folder.scores()

@@ -550,7 +550,11 @@ class RunFolder:
                 f"{path} has schema {shortened(content.get('schema'), 60)}, this version of dyads reads schema"
                 f" {SCHEMA}; {again}"
             )
-        return _typed(_SCORES_TYPE, content, str(path), again)
+        scores = _typed(_SCORES_TYPE, content, str(path), again)
+        for level, means in (("micro", scores["micro"]), ("macro", scores["macro"])):
+            if "headline" not in means:
+                raise RunError(f"{path} lacks {level}.headline; {again}")
+        return scores
 
     def _check_same_recipe(self, recipe: Recipe) -> None:
         changed = differences(self.recipe().resolved(), recipe.resolved())
