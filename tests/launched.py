@@ -29,7 +29,8 @@ def launch(jobs: Sequence[dict[str, Any]], folder: Path) -> dict[int, list[str]]
 
 def torchrun(command: Sequence[str], processes: int = PROCESSES) -> subprocess.CompletedProcess[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run([*start, *command], capture_output=True, text=True, check=False, env=environment())
+    options: dict[str, Any] = {"capture_output": True, "text": True, "env": environment(), "timeout": 300}
+    return subprocess.run([*start, *command], check=False, **options)
 
 
 def environment() -> dict[str, str]:

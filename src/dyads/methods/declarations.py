@@ -32,6 +32,8 @@ def check_declarations(core: Core, d: int, num_tasks: int) -> None:
     if device.type == "meta":
         probe = probe.to("meta")  # PEFT's low_cpu_mem_usage leaves buffers on the CPU
     probe = probe.float().requires_grad_(True)  # an adapter that is not active is frozen
+    # Other processes may create no adapter now, and a sum over processes would wait for them.
+    probe.add_up_processes = lambda: None  # type: ignore[method-assign]
     with torch.no_grad():
         for parameter in probe.parameters():
             # Matrices that give scores of unit variance, whatever the width; vectors and numbers, such as a bias that
