@@ -97,9 +97,9 @@ def chromium() -> str | None:
     return next((found for name in names if (found := shutil.which(name))), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A headless Chromium by Playwright."""
+    """A headless Chromium by Playwright, whose event loop ends with the module: other tests run their own."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs `pip install playwright`")
     path = chromium()
     if path is None:

@@ -107,6 +107,7 @@ def test_two_processes_give_the_adapter_the_log_and_the_answers_of_one(
     assert "mode/scores.json" in " ".join(changed[0])
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_in_two_processes_and_in_one(tiny: Tiny, tmp_path: Path) -> None:
     spec = {"steps": 5, "save_steps": 2, "gradient_accumulation": 2, **STEADY}
     dropped, plain = tiny("more", options={"lora_dropout": 0.1}, train=spec), tiny("mode", train=spec)

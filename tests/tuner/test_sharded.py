@@ -12,6 +12,8 @@ import sharded
 from launched import torchrun
 from tiny import Variant
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:

@@ -47,7 +47,7 @@ _CLOCK = "".join(
 # transformers passes no functions to a template, so this one takes the place of its global function.
 _FIXED_CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_CLOCK} }}}}{{% endmacro %}}"
 _PROBE = "an answer 4711"
-_PROBE_SECONDS = 2.0
+_PROBE_SECONDS = 1.0
 
 
 class ChatTemplate:
