@@ -31,6 +31,7 @@ __all__ = [
     "did_you_mean",
     "listed",
     "notice",
+    "reason_of",
     "shortened",
     "visible",
     "visible_in",
@@ -98,6 +99,11 @@ def shortened(value: object, most: int = _LONGEST) -> str:
 def notice(message: str) -> None:
     """A line about a step taken, such as a damaged file that is not used, for the logger `dyads`: by default stderr."""
     logging.getLogger("dyads").warning(visible(message))
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of a foreign error's message, or the name of its class, for a message of ours."""
+    return shortened((str(error).strip() or type(error).__name__).splitlines()[0])
 
 
 def listed(names: Iterable[object]) -> str:

@@ -23,7 +23,6 @@ from dyads.cli import main
 from dyads.console import Reporter
 from dyads.errors import RoutingError, RunError
 from dyads.export.activations import (
-    adapted_layers,
     groups_of,
     inner,
     mean_matrices,
@@ -36,6 +35,7 @@ from dyads.export.approximate import Candidate, Price, approximate, candidates_o
 from dyads.export.lora import Lora
 from dyads.models.heads import read_heads
 from dyads.runs.folder import RunFolder
+from dyads.tuner.layer import adapted_layers
 from tiny import TARGETS, Variant, batch, tiny_model
 
 

@@ -26,7 +26,7 @@ from dyads.runs.folder import RunFolder
 from dyads.runs.saved import SavedAdapter
 from dyads.scoring.answerer import Answerer
 from dyads.tasks import Example, Task, load_suite
-from dyads.tuner.layer import DyadsLinear
+from dyads.tuner.layer import DyadsLinear, adapted_layers
 
 __all__ = ["ALL_TASKS", "INSTANCES", "Reader", "TaskGates", "entropy", "exact_gates", "gates_of", "shares", "watch"]
 
@@ -186,11 +186,10 @@ def watch(model: nn.Module, seen: Seen, adapter: str = "default") -> Iterator[No
 
     In training, tokens that the attention mask hides are left out.
     """
-    handles = []
-    for name, module in model.named_modules():
-        if isinstance(module, DyadsLinear) and adapter in module.lora_A:
-            path = name.removeprefix("base_model.model.")
-            handles.append(module.register_forward_pre_hook(partial(_observe, seen, path, adapter)))
+    handles = [
+        layer.register_forward_pre_hook(partial(_observe, seen, path, adapter))
+        for path, layer in adapted_layers(model, adapter).items()
+    ]
     try:
         yield
     finally:
@@ -232,8 +231,7 @@ class Reader:
     def encode(self, task: Task, example: Example) -> dict[str, Tensor]:
         """The arguments of the model's call for one instance."""
         tokenizer = self.answerer.prompt_tokenizer
-        limits = [n for n in (task.max_prompt_tokens, tokenizer.max_prompt_tokens) if n is not None]
-        limit = min(limits) if limits else None
+        limit = task.max_prompt_tokens
         if isinstance(tokenizer, PairTokenizer):
             ids, types = tokenizer.read([example], limit)[0]
             inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}

@@ -17,7 +17,7 @@ from dyads.errors import RunError, did_you_mean
 from dyads.runs.folder import RunFolder
 from dyads.runs.saved import SavedAdapter, sort_key
 from dyads.tasks import Example, Task
-from dyads.tuner.layer import DyadsLinear
+from dyads.tuner.layer import adapted_layers
 
 __all__ = ["TokenExperts", "token_experts", "token_experts_of"]
 
@@ -81,11 +81,7 @@ def token_experts(run: str | Path | RunFolder, task: str | None = None, instance
 def token_experts_of(reader: Reader, task: Task, example: Example) -> TokenExperts:
     """The experts of one instance's tokens; of an encoder-decoder those of the encoder."""
     found: dict[str, Tensor] = {}
-    decoder = {
-        name.removeprefix("base_model.model.")
-        for name, module in reader.model.named_modules()
-        if isinstance(module, DyadsLinear) and module.of_decoder
-    }
+    decoder = {path for path, layer in adapted_layers(reader.model).items() if layer.of_decoder}
 
     def keep(name: str, weights: Tensor, matrices: Callable[[], Tensor]) -> None:
         if name not in decoder:

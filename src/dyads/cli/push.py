@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from dyads.errors import RunError, shortened
+from dyads.errors import RunError, reason_of
 
 
 @click.command(
@@ -56,7 +56,7 @@ def _upload(files: Path, repository: str, message: str, private: bool) -> str:
         if "/" not in repository:
             raise HFValidationError("it has no owner")
     except HFValidationError as error:
-        raise RunError(f"{what}: {_first_line(error)}; write it as OWNER/NAME") from error
+        raise RunError(f"{what}: {reason_of(error)}; write it as OWNER/NAME") from error
     api = HfApi()
     additions = [CommitOperationAdd(path.name, path) for path in sorted(files.iterdir())]
     try:
@@ -68,9 +68,5 @@ def _upload(files: Path, repository: str, message: str, private: bool) -> str:
             remedy = "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
         else:
             remedy = "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE"
-        raise RunError(f"{what}: {_first_line(error)}; {remedy}") from error
+        raise RunError(f"{what}: {reason_of(error)}; {remedy}") from error
     return str(url)
-
-
-def _first_line(error: Exception) -> str:
-    return shortened((str(error).strip() or type(error).__name__).splitlines()[0])

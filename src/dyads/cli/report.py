@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 
+from dyads.console import printable
+
 
 @click.command(
     short_help="Write one HTML page about scored runs.",
@@ -60,6 +62,7 @@ def command(
     from dyads.comparing.comparison import compare
     from dyads.errors import RunError
     from dyads.report.page import page_of
+    from dyads.runs.manifest import write_output
 
     for place in (out, figures):
         if place is not None and not place.absolute().parent.is_dir():  # refused before the work, not after
@@ -71,9 +74,11 @@ def command(
         from dyads.report.figures import write_figures
 
         written = write_figures(comparison, figures, formats or ("pdf", "png"), model=not no_model)
-        click.echo(f"{len(written)} figures written to {figures}", err=True)
-    page = page_of(comparison, model=not no_model, progress=lambda label: click.echo(f"reading {label}", err=True))
-    out.write_text(page, encoding="utf-8")
-    click.echo(f"written to {out} ({len(page.encode()) / 1e6:.1f} MB)", err=True)
+        click.echo(printable(f"{len(written)} figures written to {figures}"), err=True)
+    page = page_of(
+        comparison, model=not no_model, progress=lambda label: click.echo(printable(f"reading {label}"), err=True)
+    )
+    write_output(out, page)
+    click.echo(printable(f"written to {out} ({len(page.encode()) / 1e6:.1f} MB)"), err=True)
     if opens:
         webbrowser.open(out.absolute().as_uri())

@@ -160,7 +160,9 @@ class TaskDataset(Dataset[Encoded | EncodedPair]):
         if at not in self._encoded:
             number, index = at
             task, place = self.tasks[number], self.places[number]
-            self._encoded[at] = self.prompt_tokenizer.encode(task.split(self.split)[index], place, self._limit(task))
+            self._encoded[at] = self.prompt_tokenizer.encode(
+                task.split(self.split)[index], place, task.max_prompt_tokens
+            )
         return self._encoded[at]
 
     def __len__(self) -> int:
@@ -168,11 +170,7 @@ class TaskDataset(Dataset[Encoded | EncodedPair]):
 
     def lengths(self) -> list[list[int]]:
         """Token counts of every example of every task, for `mixture.schedule`."""
-        return [self.prompt_tokenizer.lengths(task.split(self.split), self._limit(task)) for task in self.tasks]
-
-    def _limit(self, task: Task) -> int | None:
-        limits = [n for n in (task.max_prompt_tokens, self.prompt_tokenizer.max_prompt_tokens) if n is not None]
-        return min(limits) if limits else None
+        return [self.prompt_tokenizer.lengths(task.split(self.split), task.max_prompt_tokens) for task in self.tasks]
 
 
 class ScheduledBatches(Sampler[list[tuple[int, int]]]):

@@ -21,7 +21,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from dyads.data.text_tokens import TextTokenizer
-from dyads.errors import ConfigError, TaskError, shortened
+from dyads.errors import ConfigError, TaskError, reason_of
 from dyads.tasks.messages import ASSISTANT, SYSTEM, USER, Message
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class ChatTemplate:
                 **options,
             )
         except Exception as error:  # a template raises what it likes, Jinja's errors for those in itself
-            reason = shortened((str(error).strip() or type(error).__name__).splitlines()[0])
+            reason = reason_of(error)
             raise TaskError(
                 f"the chat template refuses the messages ({', '.join(m.role for m in messages)}): {reason}"
             ) from error

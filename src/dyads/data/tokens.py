@@ -243,8 +243,8 @@ class PairTokenizer:
         self.text = TextTokenizer(tokenizer)
 
     def read(self, examples: Sequence[Example], limit: int | None = None) -> list[tuple[list[int], list[int]]]:
-        """(token ids, token types) of every example, at most `limit` (default: `max_prompt_tokens`)."""
-        limit = self.max_prompt_tokens if limit is None else limit
+        """(token ids, token types) of every example, at most `limit`, and `max_prompt_tokens` in any case."""
+        limit = _smaller(self.max_prompt_tokens, limit)
         return self.text.pairs([example.segments or (example.prompt,) for example in examples], limit)
 
     def encode(self, example: Example, task: int, limit: int | None = None) -> EncodedPair:

@@ -17,7 +17,6 @@ from dyads.tuner import DyadsLinear
 
 __all__ = [
     "Moments",
-    "adapted_layers",
     "groups_of",
     "inner",
     "inner_factor",
@@ -34,11 +33,6 @@ _MOST = 2**24
 
 Batch = Mapping[str, Any]
 """Arguments of the model's call; no sequence is padded, so that every token counts."""
-
-
-def adapted_layers(model: Any) -> dict[str, DyadsLinear]:
-    """The adapted layers of a PeftModel by their paths in the base model."""
-    return {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, DyadsLinear)}
 
 
 @contextmanager

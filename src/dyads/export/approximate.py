@@ -23,7 +23,6 @@ from dyads.console import SILENT, Reporter
 from dyads.data.batches import PairTokenizer
 from dyads.errors import ConfigError, RoutingError, RunError, did_you_mean
 from dyads.export.activations import (
-    adapted_layers,
     groups_of,
     inner,
     inner_factor,
@@ -38,6 +37,7 @@ from dyads.export.merged import Merged, write_merged
 from dyads.export.regression import mean_gates, mean_update, reduced_rank
 from dyads.export.verify import Verification, base_of, compare, float_model, model_logits, plain_prompts, prompts_of
 from dyads.recipe.file_names import file_name
+from dyads.runs.card import table
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import unfinished
 from dyads.runs.saved import SavedAdapter
@@ -45,7 +45,7 @@ from dyads.scoring.answerer import Answerer
 from dyads.tasks import SPLITS, Example, Task, load_suite
 from dyads.tasks.files import FilesSpec
 from dyads.tasks.template import Template
-from dyads.tuner import DyadsLinear
+from dyads.tuner.layer import DyadsLinear, adapted_layers
 
 __all__ = ["DEFAULT_RANK", "Candidate", "Price", "approximate", "candidates_of", "fit_layers", "tasks_of"]
 
@@ -133,7 +133,15 @@ class Price:
     def markdown(self) -> str:
         """The section of a card."""
         return "\n".join(
-            ["## What it loses", "", self.title + ".", "", *_piped(self.table), "", *_piped(self.layer_table)]
+            [
+                "## What it loses",
+                "",
+                self.title + ".",
+                "",
+                *table(self.table[1:], self.table[0]),
+                "",
+                *table(self.layer_table[1:], self.layer_table[0]),
+            ]
         )
 
 
@@ -351,8 +359,7 @@ def _batches(answerer: Answerer, examples: Sequence[tuple[Task, Example]]) -> li
     tokenizer, needs_task = answerer.prompt_tokenizer, answerer.needs_task
     rows: list[dict[str, Any]] = []
     for task, example in examples:
-        limits = [n for n in (task.max_prompt_tokens, tokenizer.max_prompt_tokens) if n is not None]
-        limit = min(limits) if limits else None
+        limit = task.max_prompt_tokens
         if isinstance(tokenizer, PairTokenizer):
             ((ids, types),) = tokenizer.read([example], limit)
             row: dict[str, Any] = {"input_ids": ids, **({"token_type_ids": types} if answerer.collator.types else {})}
@@ -431,9 +438,3 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
         )
         for row in rows
     ]
-
-
-def _piped(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows of a table in Markdown."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "|---" + "|---:" * (len(rows[0]) - 1) + "|", *lines[1:]]

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from dyads.errors import ConfigError, DyadsError, RunError, shortened
+from dyads.errors import ConfigError, DyadsError, RunError, reason_of
 from dyads.models.attention import GROUPED, supports_grouped
 from dyads.models.packaged import PACKAGED, PREFIX, resolve
 from dyads.models.processes import launched
@@ -149,7 +149,7 @@ def _load(name: str, load: Any) -> Any:
     except BaseException as error:  # whatever transformers makes of a folder with any content
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the tokenizers in Rust
             raise
-        reason = shortened((str(error).strip() or type(error).__name__).splitlines()[0])
+        reason = reason_of(error)
         raise RunError(
             f"model '{name}' could not be loaded: {reason} – give a hub id, a folder with"
             f" a transformers model, or one of: {', '.join(PREFIX + key for key in PACKAGED)}"

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dyads.errors import DyadsError, RunError, notice, shortened
+from dyads.errors import DyadsError, RunError, notice, reason_of
 from dyads.reading import read_text
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import MANIFEST, Manifest, remove, seal
@@ -60,7 +60,7 @@ def loading(checkpoint: object) -> Iterator[None]:
     except DyadsError:
         raise
     except Exception as error:  # whatever torch and transformers make of files with any content
-        reason = shortened((str(error).strip() or type(error).__name__).splitlines()[0])
+        reason = reason_of(error)
         raise RunError(
             f"'{checkpoint}' cannot be loaded: {reason}; remove it, and --resume goes on from the checkpoint before it"
         ) from error

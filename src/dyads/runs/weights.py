@@ -117,7 +117,8 @@ def refuse_other_sizes(config: Any, weights: Mapping[str, Tensor], folder: Path)
     ranks = (config.r, *(getattr(config, "rank_pattern", None) or {}).values())
     largest = max(rows.values(), default=0)
     reason = f"r is {max(ranks)}, and lora_A has at most {largest} rows" if rows and max(ranks) > largest else ""
-    for name in rows if isinstance(config, DyadsConfig) and not reason else ():
+    name = next(iter(rows), None)
+    if name is not None and isinstance(config, DyadsConfig) and not reason:
         A, B = weights[name], weights.get(name.replace(".lora_A.", ".lora_B."))
         with torch.device("meta"):
             core = config.core(A.shape[1] * config.feature_blocks)
@@ -125,7 +126,6 @@ def refuse_other_sizes(config: Any, weights: Mapping[str, Tensor], folder: Path)
             reason = f"A and B have {len(A)} and {B.shape[1]} directions, the method {core.p} and {core.q}"
         elif sum(p.numel() for p in core.parameters()) > sum(value.numel() for value in weights.values()):
             reason = "its gates have more parameters than all weights together"
-        break
     if reason:
         raise RunError(
             f"the weights of the adapter in '{folder}' do not fit its {CONFIG} ({reason}): one of the two files belongs"

@@ -185,8 +185,7 @@ class Answerer:
         questions: list[Question] = []
         tokenizer = self.prompt_tokenizer
         for task, examples in zip(tasks, instances, strict=True):
-            limits = [n for n in (task.max_prompt_tokens, tokenizer.max_prompt_tokens) if n is not None]
-            limit = min(limits) if limits else None
+            limit = task.max_prompt_tokens
             if isinstance(tokenizer, PairTokenizer):
                 for_heads += _head_questions(tokenizer, examples, [places[task.name]] * len(examples), limit)
                 continue

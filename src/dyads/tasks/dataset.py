@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from dyads.errors import TaskError, did_you_mean
+from dyads.errors import TaskError, did_you_mean, reason_of
 from dyads.tasks.family import register_family
 from dyads.tasks.own_rows import CHAT_COLUMNS, OwnRow, OwnRowsSpec
 from dyads.tasks.rows import Row
@@ -148,7 +148,7 @@ class DatasetSpec(OwnRowsSpec):
         except TaskError:
             raise
         except Exception as error:  # datasets raises many kinds of errors
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = reason_of(error)
             raise TaskError(
                 f"cannot load {self._source()}: {reason}; give a hub id, a folder that datasets saved, or a .parquet or"
                 " .arrow file"

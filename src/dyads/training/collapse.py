@@ -20,7 +20,7 @@ from dyads.analysis.gates import shares, watch
 from dyads.analysis.routing import DOMINANT
 from dyads.errors import notice
 from dyads.runs.folder import RunFolder
-from dyads.tuner.layer import DyadsLinear
+from dyads.tuner.layer import adapted_layers
 
 __all__ = ["CollapseCallback", "collapsed"]
 
@@ -86,9 +86,8 @@ def collapsed(means: Mapping[str, Tensor]) -> dict[str, tuple[int, float]]:
 def _of_tasks(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """By layer, the mean weights (K n) over all tasks where gates look at the task alone."""
     found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, DyadsLinear) and adapter in module.lora_A:
-            weights = module.choices_of_tasks(adapter)
-            if weights is not None:
-                found[name.removeprefix("base_model.model.")] = shares(weights.double().cpu()).mean(0)
+    for path, layer in adapted_layers(model, adapter).items():
+        weights = layer.choices_of_tasks(adapter)
+        if weights is not None:
+            found[path] = shares(weights.double().cpu()).mean(0)
     return found

@@ -28,7 +28,7 @@ from dyads.tuner.base_layer import features, is_plain
 from dyads.tuner.routing import Routing
 from dyads.tuner.watched_weight import WatchedWeight
 
-__all__ = ["DyadsLinear", "buffers_stay"]
+__all__ = ["DyadsLinear", "adapted_layers", "buffers_stay"]
 
 _FORWARD = nn.Linear.forward
 
@@ -189,12 +189,11 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     def _add(self, adapter: str, x: Tensor, out: Tensor | None, frozen: Frozen | None) -> Tensor:
         core, dropout = self.core(adapter), self.lora_dropout[adapter]
         task = self._task(adapter, core, x)
-        if core.has_auxiliary_loss and self.training:
-            running = self.routing.here.current
-            collect_loss(running.training if running else None, adapter, core, x, task, self.of_decoder)
         A, B = self.factors(adapter)
         if self.training:
             running = self.routing.here.current
+            if core.has_auxiliary_loss:
+                collect_loss(running.training if running else None, adapter, core, x, task, self.of_decoder)
             if running is not None and running.check is not None and not in_backward():
                 running.check.called(self.key, B)
         drops = dropout.training and not isinstance(dropout, nn.Identity)
@@ -213,7 +212,7 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's; while a model with this layer runs, one whose values nobody may read past the adapter."""
+        """The base layer's; while a model with this layer runs, one that no other module can multiply by."""
         weight: Tensor = BaseTunerLayer.weight.fget(self)
         idle = self.disable_adapters or self.merged or not any(name in self.scaling for name in self.active_adapters)
         if idle or torch.compiler.is_compiling() or self.routing.here.current is None:
@@ -361,6 +360,15 @@ def buffers_stay(core: Core) -> Iterator[None]:
             moved = module._buffers[name]
             if moved is not None and moved.is_meta:
                 module._buffers[name] = buffer
+
+
+def adapted_layers(model: nn.Module, adapter: str = "default") -> dict[str, DyadsLinear]:
+    """The layers of a PeftModel that have the adapter, by their paths in the base model."""
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, DyadsLinear) and adapter in module.lora_A
+    }
 
 
 def _is_watched(module: nn.Linear) -> bool:

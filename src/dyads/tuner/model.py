@@ -177,10 +177,9 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
             for name in merging:
                 layer.check_update(name)
             if merging and layer.base_layer is layer.get_base_layer() and not is_plain(layer.base_layer):
-                dequantized(layer.base_layer, layer.key)  # a refusal must not leave half a model changed
-                found.append(layer)
-        for layer in found:
-            layer.base_layer = dequantized(layer.base_layer, layer.key, getattr(self.model, "dtype", None))
+                found.append((layer, dequantized(layer.base_layer, layer.key, getattr(self.model, "dtype", None))))
+        for layer, linear in found:  # at the end: a refusal must not leave half a model changed
+            layer.base_layer = linear
 
     def add_weighted_adapter(
         self,
