@@ -211,6 +211,8 @@ CELLS = {
     "evidence-ladder": 27,
     "evidence-sni": 17,
     "evidence-starter": 44,
+    "evidence-tasks": 15,
+    "few-tasks-paper": 52,
     "glue-ablations-mode": 34,
     "glue-ablations-more": 31,
     "glue-minilm": 19,
@@ -223,11 +225,20 @@ CELLS = {
     "mode-single-paper": 60,
     "mode-sizes-paper": 30,
     "more-ablation-paper": 24,
+    "more-commonsense-paper": 10,
+    "more-fewshot-paper": 108,
     "more-glue-paper": 13,
+    "more-llama-paper": 10,
     "more-sensitivity-cpu": 16,
     "more-sensitivity-paper": 24,
     "sni15": 10,
+    "unseen-paper": 16,
 }
+ADAPTED = {
+    "glue-transfer": ("glue-minilm/study.yaml", "LoRA-18"),
+    "more-fewshot-paper": ("studies/study-more-glue-paper.yaml", "LoRA-8"),
+}
+"""Studies that adapt the runs of another one: its file, and the name of its first run."""
 
 
 def test_every_study_of_the_repository_is_known() -> None:
@@ -238,13 +249,14 @@ def test_every_study_of_the_repository_is_known() -> None:
 def test_every_cell_of_a_shipped_study_is_a_recipe(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     study = load_study(path)
-    if study.spec.name == "glue-transfer":
-        with pytest.raises(
-            DyadsError, match=r"adapt\.run: there is no folder 'runs/studies/glue-minilm/LoRA-18-seed0'"
-        ):
+    if study.spec.name in ADAPTED:
+        source, first = ADAPTED[study.spec.name]
+        trained = load_study(ROOT / "recipes" / source)
+        runs = f"runs/studies/{trained.spec.name}"
+        with pytest.raises(DyadsError, match=rf"adapt\.run: there is no folder '{runs}/{first}-seed0'"):
             study.cells()
-        for cell in load_study(ROOT / "recipes/glue-minilm/study.yaml").cells().values():
-            RunFolder.create(tmp_path / "runs/studies/glue-minilm" / cell.name, cell.recipe, resume=True)
+        for cell in trained.cells().values():
+            RunFolder.create(tmp_path / runs / cell.name, cell.recipe, resume=True)
     cells = study.cells()
     assert len({cell.name for cell in cells.values()}) == CELLS[study.spec.name]
     checked = {}

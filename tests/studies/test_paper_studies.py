@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import GemmaConfig, T5Config
+from transformers import GemmaConfig, LlamaConfig, T5Config
 
 from dyads.models.budget import count
 from dyads.studies.grid import load_study
@@ -31,8 +31,13 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         head_dim=256,
     )
     t5 = T5Config(d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12)
+    llama = LlamaConfig()  # the defaults are the shape of LLaMA2-7B
     folders = {}
-    for name, config in (("google/gemma-2b", gemma), ("google-t5/t5-base", t5)):
+    for name, config in (
+        ("google/gemma-2b", gemma),
+        ("google-t5/t5-base", t5),
+        ("meta-llama/Llama-2-7b-hf", llama),
+    ):
         folders[name] = str(tmp_path_factory.mktemp("shapes"))
         config.save_pretrained(folders[name])
     return folders
