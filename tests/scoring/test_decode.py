@@ -15,7 +15,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dyads.models.attention import GROUPED
-from dyads.scoring.decode import LEAST_SHARED, Question, decode, refusal
+from dyads.scoring.decode import LEAST_SHARED, Decoder, Prefix, Question, decode, refusal
+from dyads.scoring.sampling import Sampling
 from tiny import MLP, TARGETS, TASKS, Variant, tiny_model
 
 PAD, EOS = 0, 2
@@ -249,3 +250,126 @@ def test_untested_attention_is_refused() -> None:
     model = tiny_model("llama")
     model.config._attn_implementation = "flash_attention_2"
     assert refusal(model) == "attention implementation flash_attention_2 is not tested with `decode`"
+
+
+# --- the decoder: answers that come and go ----------------------------------------------------------------------------
+
+
+def drive(decoder: Decoder) -> None:
+    while decoder.running or decoder.waiting:
+        decoder.step()
+
+
+def test_questions_that_join_later_change_no_answer() -> None:
+    model, prompts = model_of("llama"), questions()
+    expected = alone(model, prompts)
+    prefixes = {task: Prefix(prompts[i].prompt[:LEAST_SHARED]) for i, task in enumerate(TASKS) if task != "rte"}
+    answers = []
+    with Decoder(model, slots=4, eos=EOS, pad=PAD) as decoder:
+        for question in prompts:
+            answers.append(decoder.submit(question, prefixes.get(question.task)))
+            decoder.step()
+        drive(decoder)
+    assert [answer.tokens for answer in answers] == expected
+    assert all(answer.ended for answer in answers)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_prompts_with_different_prefixes_are_prefilled_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    prompts = [
+        Question([10 + kind, *range(20, 20 + LEAST_SHARED), *[30] * rest], 3) for kind in (0, 1) for rest in (1, 4)
+    ]
+    expected = alone(model, prompts)
+    shapes = spy(model, monkeypatch)
+    prefixes = [Prefix(question.prompt[: 1 + LEAST_SHARED]) for question in prompts[::2]]
+    with Decoder(model, slots=8, eos=-1, pad=PAD) as decoder:
+        answers = [decoder.submit(question, prefixes[i // 2]) for i, question in enumerate(prompts)]
+        decoder.submit(Question([5, 6], 1))
+        assert len(decoder.step()) == 5
+    assert shapes == [(1, 17), (1, 17), (5, 4)]
+    assert [answer.tokens for answer in answers] == [answer[:1] for answer in expected]
+
+
+def test_a_cancelled_answer_leaves_and_harms_no_other() -> None:
+    model = model_of("llama")
+    prompts = [Question(question.prompt, 12) for question in questions()]
+    expected = decode(model, prompts, batch_size=1, eos=-1, pad=PAD)
+    with Decoder(model, slots=3, eos=-1, pad=PAD) as decoder:
+        answers = [decoder.submit(question) for question in prompts]
+        decoder.step()
+        decoder.step()
+        gone = [decoder.running[0], decoder.waiting[2]]
+        for answer in gone:
+            decoder.cancel(answer)
+            decoder.cancel(answer)
+        assert len(decoder.running) == 2
+        drive(decoder)
+    for answer, tokens in zip(answers, expected, strict=True):
+        assert (answer.tokens == tokens) != (answer in gone)
+    assert [len(answer.tokens) for answer in gone] == [2, 0]
+    assert not any(answer.ended for answer in gone)
+
+
+def test_a_seed_gives_the_same_answer_whatever_runs_beside_it() -> None:
+    model = model_of("llama")
+    prompts = [Question(q.prompt, 12, sampling=Sampling(seed, 1.5, 0.9)) for seed, q in enumerate(questions(rows=3))]
+    alone = [decode(model, [question], batch_size=1, eos=-1, pad=PAD)[0] for question in prompts]
+    assert decode(model, prompts, batch_size=4, eos=-1, pad=PAD) == alone
+    assert decode(model, prompts[::-1], batch_size=16, eos=-1, pad=PAD) == alone[::-1]
+    greedy = [Question(question.prompt, 12) for question in prompts]
+    mixed = decode(model, [*greedy, *prompts], batch_size=32, eos=-1, pad=PAD)
+    assert mixed[len(greedy) :] == alone
+    assert mixed[: len(greedy)] == decode(model, greedy, batch_size=1, eos=-1, pad=PAD) != alone
+    other = Question(prompts[0].prompt, 12, sampling=Sampling(99, 1.5, 0.9))
+    assert decode(model, [other], batch_size=1, eos=-1, pad=PAD)[0] != alone[0]
+
+
+def test_log_probabilities_are_those_of_a_forward_pass_over_the_whole_answer() -> None:
+    model = model_of("llama")
+    prompts = [Question(q.prompt, 6, logprobs=top) for q, top in zip(questions(rows=1), (0, 3, 61), strict=True)]
+    with Decoder(model, slots=2, eos=-1, pad=PAD) as decoder:
+        answers = [decoder.submit(question) for question in prompts]
+        drive(decoder)
+    for question, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([question.prompt + answer.tokens])
+        exact = model(input_ids=ids).logits.detach()[0, len(question.prompt) - 1 : -1].log_softmax(-1)
+        assert len(answer.logprobs) == 6
+        for at, (token, found) in enumerate(zip(answer.tokens, answer.logprobs, strict=True)):
+            assert found.logprob == pytest.approx(float(exact[at, token]), abs=1e-5)
+            assert [id_ for id_, _ in found.top] == exact[at].topk(question.logprobs or 0).indices.tolist()
+            assert all(value == pytest.approx(float(exact[at, id_]), abs=1e-5) for id_, value in found.top)
+
+
+def test_a_decoder_can_be_used_again_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = model_of("llama"), questions()
+    expected = alone(model, prompts[:4])
+    with Decoder(model, slots=4, eos=EOS, pad=PAD) as decoder:
+        for question in prompts:
+            decoder.submit(question)
+        decoder.step()
+        with monkeypatch.context() as broken:
+            broken.setattr(model, "forward", Mock(side_effect=MemoryError))
+            with pytest.raises(MemoryError):
+                decoder.step()
+        decoder.clear()
+        assert not decoder.running
+        assert not decoder.waiting
+        answers = [decoder.submit(question) for question in prompts[:4]]
+        drive(decoder)
+    assert [answer.tokens for answer in answers] == expected
+
+
+def test_short_answers_after_long_ones_read_a_short_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    widths = []
+    forward: Callable[..., Any] = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda **kwargs: widths.append(kwargs["attention_mask"].shape[1]) or forward(**kwargs)
+    )
+    with Decoder(model, slots=4, eos=-1, pad=PAD) as decoder:
+        for length in (60, 5):
+            decoder.submit(Question([7] * length, 3))
+            drive(decoder)
+    assert widths[:3] == [60, 96, 96]
+    assert widths[3:] == [5, 32, 32]

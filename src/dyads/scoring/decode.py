@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy decoding of many prompts with continuous batching; answers equal those of `generate` up to rounding.
+"""Decoder with continuous batching, for scoring (`decode`) and for the server; greedy answers equal those of `generate`
+up to rounding.
 
-- A finished row leaves the batch at once, and as soon as a quarter of the slots are free the next prompts are prefilled
-  and join: one queue over all questions, in which no task waits for the longest answers of another.
+- A finished or cancelled row leaves the batch at once, and the next prompts are prefilled and join while others go on:
+  one queue over all questions, in which no task waits for the longest answers of another.
 - Prompts of a task often share a prefix (the task's definition), which is prefilled once. This is exact: a layer's keys
   and values for a token depend on the tokens before it and on the row's task, and both are the same.
+- A sampled row draws with a random generator of its own (sampling.py), one number per token, so that its answer does
+  not depend on the other rows.
 - Keys and values are not copied from step to step (slots.py) nor repeated for every query head (models/attention.py).
 """
 
@@ -23,10 +26,11 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 from dyads.models.attention import GROUPED, supports_grouped
+from dyads.scoring.sampling import Sampler, Sampling, TokenLogprobs, logprobs_of
 from dyads.scoring.slots import Slots
 from dyads.tasks import Example
 
-__all__ = ["Question", "decode", "refusal"]
+__all__ = ["Answer", "Decoder", "Prefix", "Question", "decode", "refusal", "shared_prefix"]
 
 LEAST_SHARED = 16
 """The shortest shared prefix, in tokens, that is prefilled on its own."""
@@ -58,6 +62,43 @@ class Question:
     """The example whose prompt it is, for the text of the answer."""
     strip: bool = True
     """Whether white space around the answer is removed."""
+    sampling: Sampling | None = None
+    """None: the most likely token."""
+    logprobs: int | None = None
+    """How many of the most likely tokens are reported at every place, with their log-probabilities; None: nothing."""
+
+
+@dataclass(eq=False)
+class Prefix:
+    """The tokens with which several prompts of a task begin, and their keys and values once they are prefilled."""
+
+    ids: list[int]
+    cache: Cache | None = None
+
+
+@dataclass(eq=False)
+class Answer:
+    """A question with the tokens of its answer so far."""
+
+    question: Question
+    prefix: Prefix | None = None
+    """None after the prefill, so that its cache is freed with the last answer that needs it."""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """One for every token, where the question wants them."""
+    ended: bool = False
+    """Whether the last token ends it; False for a cancelled one."""
+    sampler: Sampler | None = None
+
+    @property
+    def rest(self) -> list[int]:
+        """The prompt after the shared prefix."""
+        return self.question.prompt[len(self.prefix.ids) if self.prefix else 0 :]
+
+    @property
+    def cached(self) -> int:
+        """The number of tokens with cached keys and values: all but the newest."""
+        return len(self.question.prompt) + len(self.tokens) - 1
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -91,7 +132,6 @@ def refusal(model: nn.Module) -> str | None:
     return None
 
 
-@torch.inference_mode()
 def decode(
     model: nn.Module,
     questions: Sequence[Question],
@@ -102,98 +142,131 @@ def decode(
     tasks: bool = False,
     done: Callable[[int], object] = lambda rows: None,
 ) -> list[list[int]]:
-    """Greedy answers in tokens, eos included, in the order of the questions, for a model without a `refusal`.
+    """Answers in tokens, eos included, in the order of the questions, for a model without a `refusal`.
 
     `eos` is the token that ends an answer, or several. `tasks`: pass the task of every row to the model. `done(n)` is
     called whenever n answers are finished.
     """
-    ends = {eos} if isinstance(eos, int) else set(eos)
-    batch = _Batch(model, min(batch_size, len(questions)), pad, tasks)
-    queue, rows = _queue(questions), []
-    answers: list[list[int]] = [[] for _ in questions]
-    try:
-        while queue or batch.rows:
-            free = batch_size - len(batch.rows)
-            if queue and (not batch.rows or free >= max(1, batch_size // 4)):
-                rows = _next(queue, free)
-                tokens = batch.read(rows)
-            else:
-                rows = batch.rows
-                tokens = batch.step()
-            for row, token in zip(rows, tokens, strict=True):
-                row.answer.append(token)
-            ended = [row for row in batch.rows if row.answer[-1] in ends or len(row.answer) == row.question.limit]
-            for row in ended:
-                answers[row.number] = row.answer
-            if ended:
-                batch.drop(ended)
-                done(len(ended))
-    finally:
-        batch.attend(batch.own)
-    return answers
+    slots = min(batch_size, len(questions))
+    join = batch_size // 4 - (batch_size - slots)
+    answers: dict[int, Answer] = {}
+    with Decoder(model, slots=slots, eos=eos, pad=pad, tasks=tasks, join=join, mixes=False) as decoder:
+        for number, prefix in _ordered(questions):
+            answers[number] = decoder.submit(questions[number], prefix)
+        while decoder.running or decoder.waiting:
+            if ended := sum(answer.ended for answer in decoder.step()):
+                done(ended)
+    return [answers[number].tokens for number in range(len(questions))]
 
 
-@dataclass(eq=False)
-class _Prefix:
-    """The prefix shared by the prompts of a task, and its keys and values once it is prefilled."""
+class Decoder:
+    """Answers in progress: `submit` adds a question, `step` makes one forward pass, `cancel` drops an answer.
 
-    ids: list[int]
-    cache: Cache | None = None
+    All calls are made in one thread. As a context manager it gives the model its own attention back at the end.
+    """
 
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        slots: int,
+        eos: int | Sequence[int],
+        pad: int,
+        tasks: bool = False,
+        join: int = 1,
+        mixes: bool = True,
+    ) -> None:
+        """`slots` rows are decoded at once. `join`: the free slots from which waiting questions join running rows.
 
-@dataclass(eq=False)
-class _Row:
-    """A question with the tokens of its answer so far; `number` is its place among the questions."""
+        `mixes`: whether questions with different prefixes are prefilled together.
+        """
+        self.ends = {eos} if isinstance(eos, int) else set(eos)
+        self.slots, self.join, self.mixes = slots, max(1, join), mixes
+        self.waiting: deque[Answer] = deque()
+        self._batch = _Batch(model, slots, pad, tasks)
 
-    number: int
-    question: Question
-    prefix: _Prefix | None
-    answer: list[int] = field(default_factory=list)
+    def __enter__(self) -> Decoder:
+        return self
 
-    @property
-    def rest(self) -> list[int]:
-        """The prompt after the shared prefix."""
-        return self.question.prompt[len(self.prefix.ids) if self.prefix else 0 :]
+    def __exit__(self, *error: object) -> None:
+        self._batch.attend(self._batch.own)
 
     @property
-    def cached(self) -> int:
-        """The number of tokens with cached keys and values: all but the newest."""
-        return len(self.question.prompt) + len(self.answer) - 1
+    def running(self) -> list[Answer]:
+        """The answers in the batch."""
+        return self._batch.rows
+
+    def submit(self, question: Question, prefix: Prefix | None = None) -> Answer:
+        """Add a question to the queue; its prompt begins with the prefix, and has at least one token more."""
+        sampler = None if question.sampling is None else Sampler(question.sampling)
+        answer = Answer(question, prefix, sampler=sampler)
+        self.waiting.append(answer)
+        return answer
+
+    @torch.inference_mode()
+    def step(self) -> list[Answer]:
+        """Prefill waiting questions, or add a token to every running answer; returns the answers with a new token.
+
+        Ended answers leave the batch. There is an answer that waits or runs.
+        """
+        batch, free = self._batch, self.slots - len(self._batch.rows)
+        joins = self.waiting and (not batch.rows or free >= self.join)
+        rows = batch.read(self._next(free)) if joins else batch.step()
+        for row in rows:
+            row.ended = row.tokens[-1] in self.ends or len(row.tokens) == row.question.limit
+        batch.drop([row for row in rows if row.ended])
+        return rows
+
+    @torch.inference_mode()
+    def cancel(self, answer: Answer) -> None:
+        """Drop an answer that waits or runs; nothing for another one."""
+        if answer in self.waiting:
+            self.waiting.remove(answer)
+        else:
+            self._batch.drop([row for row in self._batch.rows if row is answer])
+
+    def clear(self) -> None:
+        """Drop all answers; after an error in a forward pass the decoder can be used again."""
+        self.waiting.clear()
+        self._batch.clear()
+
+    def _next(self, most: int) -> list[Answer]:
+        """The answers of the next prefill: of similar length, since padding costs as much as tokens."""
+        queue = self.waiting
+        rows = [queue.popleft()]
+        width = len(rows[0].rest)
+        while queue and len(rows) < most and (self.mixes or queue[0].prefix is rows[0].prefix):
+            shorter, longer = sorted((width, len(queue[0].rest)))
+            if len(rows) * longer >= PREFILL_TOKENS and shorter < 0.8 * longer:
+                break
+            width = longer
+            rows.append(queue.popleft())
+        return rows
 
 
-def _queue(questions: Sequence[Question]) -> deque[_Row]:
-    """Rows grouped by shared prefix, longest prompts first: a batch that does not fit in memory fails at the start."""
+def _ordered(questions: Sequence[Question]) -> list[tuple[int, Prefix | None]]:
+    """The numbers of all questions grouped by shared prefix, longest prompts first: a batch that does not fit in memory
+    fails at the start."""
     members: dict[Any, list[int]] = {}
     for number, question in enumerate(questions):
         members.setdefault(question.task, []).append(number)
-    groups: dict[_Prefix | None, list[_Row]] = {}
+    groups: dict[Prefix | None, list[int]] = {}
     for numbers in members.values():
-        prompts = [questions[i].prompt for i in numbers]
-        shared = _shared(prompts)[: min(map(len, prompts)) - 1]  # every row has at least one token of its own
-        prefix = _Prefix(shared) if len(shared) >= LEAST_SHARED and len(numbers) > 1 else None
-        groups.setdefault(prefix, []).extend(_Row(i, questions[i], prefix) for i in numbers)
-    for rows in groups.values():
-        rows.sort(key=lambda row: -len(row.question.prompt))
-    ordered = sorted(groups.values(), key=lambda rows: -len(rows[0].question.prompt))
-    return deque(row for rows in ordered for row in rows)
+        shared = shared_prefix([questions[i].prompt for i in numbers])
+        prefix = Prefix(shared) if shared and len(numbers) > 1 else None
+        groups.setdefault(prefix, []).extend(numbers)
+    for numbers in groups.values():
+        numbers.sort(key=lambda i: -len(questions[i].prompt))
+    ordered = sorted(groups.items(), key=lambda group: -len(questions[group[1][0]].prompt))
+    return [(number, prefix) for prefix, numbers in ordered for number in numbers]
 
 
-def _shared(prompts: Sequence[list[int]]) -> list[int]:
-    """The longest common prefix of all prompts, which is that of the smallest and the largest of them."""
-    first, last = min(prompts), max(prompts)
+def shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
+    """The longest prefix of all prompts that leaves each a token of its own; empty if it has less than LEAST_SHARED."""
+    first, last = min(prompts), max(prompts)  # their common prefix is that of all
     differing = (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return first[: next(differing, len(first))]
-
-
-def _next(queue: deque[_Row], most: int) -> list[_Row]:
-    """The rows of the next prefill: with one prefix, and of similar length, since padding costs as much as tokens."""
-    rows = [queue.popleft()]
-    width = len(rows[0].rest)
-    while queue and len(rows) < most and queue[0].prefix is rows[0].prefix:
-        if len(rows) * width >= PREFILL_TOKENS and len(queue[0].rest) < 0.8 * width:
-            break
-        rows.append(queue.popleft())
-    return rows
+    shared = first[: min(next(differing, len(first)), min(map(len, prompts)) - 1)]
+    return shared if len(shared) >= LEAST_SHARED else []
 
 
 class _Batch:
@@ -212,52 +285,72 @@ class _Batch:
         # A tensor index, which copies the last positions. With 1, they are a strided slice, for whose product with the
         # LM head torch copies the head's weights once per row.
         self.last = torch.tensor([-1], device=self.device)
-        self.rows: list[_Row] = []
-        self.cache = Slots(len(self._new_cache().layers), slots, self.device)
+        self.slots = slots
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop all rows, with their keys and values."""
+        self.rows: list[Answer] = []
+        self.cache = Slots(len(self._new_cache().layers), self.slots, self.device)
 
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.base.config.get_text_config(decoder=True))
 
-    def read(self, rows: list[_Row]) -> list[int]:
-        """Prefill rows with one prefix; returns the first token of every answer."""
-        prefix = rows[0].prefix
+    def read(self, rows: list[Answer]) -> list[Answer]:
+        """Prefill new rows, each of which gets its first token; returns them."""
         self.attend(self.reading)
-        if prefix and prefix.cache is None:
-            prefix.cache = self._new_cache()
-            ids = torch.tensor([prefix.ids], device=self.device)
-            at = torch.arange(len(prefix.ids), device=self.device)[None]
-            self._forward(rows[:1], ids, torch.ones_like(ids), at, prefix.cache)
+        for prefix in {row.prefix: None for row in rows if row.prefix}:
+            if prefix.cache is None:
+                cache = self._new_cache()
+                ids = torch.tensor([prefix.ids], device=self.device)
+                at = torch.arange(len(prefix.ids), device=self.device)[None]
+                self._forward([row for row in rows if row.prefix is prefix][:1], ids, torch.ones_like(ids), at, cache)
+                prefix.cache = cache
         lengths, width = [len(row.question.prompt) for row in rows], max(len(row.rest) for row in rows)
-        mask = self.cache.reading([row.cached for row in self.rows], lengths, width, prefix and prefix.cache)
+        prefixes = [row.prefix.cache if row.prefix else None for row in rows]
+        mask = self.cache.reading([row.cached for row in self.rows], lengths, width, prefixes)
         ids = torch.tensor([[self.pad] * (width - len(row.rest)) + row.rest for row in rows], device=self.device)
         at = torch.arange(-width, 0, device=self.device) + torch.tensor(lengths, device=self.device)[:, None]
-        tokens = self._forward(rows, ids, mask, at.clamp(min=0), self.cache)
+        logits = self._forward(rows, ids, mask, at.clamp(min=0), self.cache)
         for row in rows:
-            row.prefix = None  # so that its cache is freed with the last row that needs it
+            row.prefix = None
         self.rows = self.rows + rows
-        return tokens
+        self._extend(rows, logits)
+        return rows
 
-    def step(self) -> list[int]:
-        """Returns the next token of every row."""
+    def step(self) -> list[Answer]:
+        """Give every row its next token; returns them."""
         self.attend(self.stepping)
         cached = [row.cached for row in self.rows]
-        ids = torch.tensor([row.answer[-1:] for row in self.rows], device=self.device)
+        ids = torch.tensor([row.tokens[-1:] for row in self.rows], device=self.device)
         at = torch.tensor(cached, device=self.device)[:, None]
-        return self._forward(self.rows, ids, self.cache.stepping(cached), at, self.cache)
+        self._extend(self.rows, self._forward(self.rows, ids, self.cache.stepping(cached), at, self.cache))
+        return self.rows
 
-    def drop(self, ended: Sequence[_Row]) -> None:
-        """Remove finished rows."""
-        slots = [i for i, row in enumerate(self.rows) if row not in ended]
-        self.rows = [self.rows[slot] for slot in self.cache.keep(slots)]
+    def drop(self, ended: Sequence[Answer]) -> None:
+        """Remove rows."""
+        if ended:
+            slots = [i for i, row in enumerate(self.rows) if row not in ended]
+            self.rows = [self.rows[slot] for slot in self.cache.keep(slots)]
 
     def attend(self, name: str) -> None:
         """Set the model's attention implementation."""
         if self.base.config._attn_implementation != name:
             self.base.set_attn_implementation(name)
 
-    def _forward(self, rows: list[_Row], ids: Tensor, mask: Tensor, at: Tensor, cache: Cache) -> list[int]:
+    def _extend(self, rows: Sequence[Answer], logits: Tensor) -> None:
+        """Add the next token to every row, from its logits (b vocabulary)."""
+        tokens: list[int] = logits.argmax(-1).tolist()
+        for i, row in enumerate(rows):
+            token = tokens[i] if row.sampler is None else row.sampler.draw(logits[i])
+            row.tokens.append(token)
+            if row.question.logprobs is not None:
+                row.logprobs.append(logprobs_of(logits[i], token, row.question.logprobs))
+
+    def _forward(self, rows: list[Answer], ids: Tensor, mask: Tensor, at: Tensor, cache: Cache) -> Tensor:
+        """Logits of the next token (b vocabulary)."""
         task = {"task": [row.question.task for row in rows]} if self.tasks else {}
-        logits = self.model(
+        logits: Tensor = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=at,
@@ -266,8 +359,7 @@ class _Batch:
             logits_to_keep=self.last,
             **task,
         ).logits
-        tokens: list[int] = logits[:, -1].argmax(-1).tolist()
-        return tokens
+        return logits[:, -1]
 
 
 def _base(model: nn.Module) -> Any:

@@ -41,8 +41,8 @@ class _View:
     """The first column that the pass writes."""
     new: bool = False
     """Whether its rows are new, so that their slots are cleared first."""
-    prefix: Cache | None = None
-    """Keys and values of the prefix that all new rows share."""
+    prefixes: Sequence[Cache | None] = ()
+    """Keys and values of the prefix of every new row, which it shares with others; None for a row without one."""
     starts: Sequence[int] = ()
     """The first column of every new row."""
 
@@ -73,10 +73,11 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         if view.new:
             slots.zero_()  # a NaN of the finished row would reach the new one through its mask, as 0 · NaN
         slots[:, :, view.at : view.at + new.shape[2]] = new
-        if view.prefix is not None:  # written last, over the padding of shorter rows, so that no row has a gap
-            shared = getattr(view.prefix.layers[self.index], name)[0]
-            for slot, start in zip(slots, view.starts, strict=True):
-                slot[:, start : start + shared.shape[1]] = shared
+        if view.new:  # prefixes are written last, over the padding of shorter rows, so that no row has a gap
+            for slot, start, prefix in zip(slots, view.starts, view.prefixes, strict=True):
+                if prefix is not None:
+                    shared = getattr(prefix.layers[self.index], name)[0]
+                    slot[:, start : start + shared.shape[1]] = shared
         return slots[:, :, view.columns]
 
     def get_seq_length(self) -> int:
@@ -109,21 +110,19 @@ class Slots(Cache):  # type: ignore[misc]
         self.mask = torch.zeros(slots, 0, dtype=torch.long, device=device)
         self.end = 0
 
-    def reading(self, kept: Sequence[int], lengths: Sequence[int], width: int, prefix: Cache | None) -> Tensor:
-        """Attention mask for a pass over the last `width` tokens of new prompts.
+    def reading(
+        self, kept: Sequence[int], lengths: Sequence[int], width: int, prefixes: Sequence[Cache | None]
+    ) -> Tensor:
+        """Attention mask for a pass over the last `width` tokens of new prompts, one for each of the prefixes.
 
-        `kept` has the cached tokens of the rows before them, `lengths` those of the prompts, `prefix` included.
+        `kept` has the cached tokens of the rows before them, `lengths` those of the prompts, with their prefixes.
         """
         n, longest, view = len(kept), max(lengths), self.view
-        if longest > self.end:
+        if longest > self.end or (not kept and self.end > 2 * longest):  # else short rows would follow in a wide buffer
             self._lay_out(kept, longest)
         view.rows, view.columns = slice(n, n + len(lengths)), slice(self.end - longest, self.end)
-        view.new, view.at, view.prefix, view.starts = (
-            True,
-            self.end - width,
-            prefix,
-            [self.end - length for length in lengths],
-        )
+        view.new, view.at, view.prefixes = True, self.end - width, prefixes
+        view.starts = [self.end - length for length in lengths]
         self.mask[view.rows] = 0
         for slot, start in enumerate(view.starts, start=n):
             self.mask[slot, start : self.end] = 1
@@ -136,7 +135,7 @@ class Slots(Cache):  # type: ignore[misc]
             self._lay_out(kept, 0)
         self.mask[:n, self.end] = 1
         view.rows, view.columns, view.at = slice(n), slice(0, view.width), self.end
-        view.new, view.prefix = False, None
+        view.new, view.prefixes = False, ()
         self.end += 1
         return self.mask[:n]
 
