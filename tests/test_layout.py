@@ -34,7 +34,8 @@ ORDER = {  # what a room may import, beside itself and `errors`: the rooms that 
     "training": {"analysis"},
     "studies": {"training"},
     "report": {"studies"},
-    "cli": {"report", "export"},
+    "serving": {"scoring"},
+    "cli": {"report", "export", "serving"},
 }
 
 

@@ -71,9 +71,12 @@ class Majority:
 
 
 class Answerer:
-    """A run's model, adapter and tokenizer, loaded for inference."""
+    """A run's model, adapter and tokenizer, loaded for inference.
 
-    def __init__(self, folder: RunFolder) -> None:
+    `base` is the run's base model where it is loaded already; the adapter is put into it.
+    """
+
+    def __init__(self, folder: RunFolder, base: nn.Module | None = None) -> None:
         recipe = folder.recipe()
         if recipe.method.name == "majority":
             raise ConfigError(f"'{folder.path}' gives the majority answer: it has no model to generate with")
@@ -83,7 +86,7 @@ class Answerer:
             torch.set_num_threads(recipe.train.threads)
         self.recipe: Recipe = recipe
         self.device = launched().device
-        base = load_model(recipe.model)
+        base = load_model(recipe.model) if base is None else base
         self.heads: tuple[Head, ...] = ()
         kind = kind_of(recipe.model.name, base.config, recipe.model.kind)
         if kind == "encoder":
@@ -227,18 +230,18 @@ class Answerer:
         questions = []
         for example, task in zip(examples, tasks, strict=True):
             prompt = self.prompt_tokenizer.prompt(example, max_prompt_tokens)
-            template = self._template(task)
+            template = self.template(task)
             strip = template is None or template.strips_answers
-            most = self.prompt_tokenizer.answer_limit(prompt, max_new_tokens or self._answer_limit(template))
+            most = self.prompt_tokenizer.answer_limit(prompt, max_new_tokens or self.answer_limit(template))
             questions.append(Question(prompt, most, task, example, strip))
         return self._write(questions, spec, reporter)
 
-    def _template(self, task: str | int | None) -> Template | None:
+    def template(self, task: str | int | None) -> Template | None:
         """The template of a task of the run; None for another task."""
         name = self.run_tasks[task] if isinstance(task, int) and 0 <= task < len(self.run_tasks) else task
         return self.templates.get(name) if isinstance(name, str) else None
 
-    def _answer_limit(self, template: Template | None) -> int:
+    def answer_limit(self, template: Template | None) -> int:
         """Tokens of an answer at most, as in the run's evaluation; without a template the most of any task."""
         limits = [t.max_new_tokens for t in ([template] if template is not None else self.templates.values())]
         return self.recipe.evaluate.max_new_tokens or max((n for n in limits if n is not None), default=_LIMIT)

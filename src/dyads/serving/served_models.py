@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Served models: the names that a request may give, and how it becomes a question to a run's model.
+
+The base model answers under its own name, every task of a run under `run/task`, and a run whose gates do not depend on
+the task under `run` too. Runs with the same base model share its weights: each has modules and an adapter of its own
+over one set of parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dyads.data.batches import PromptTokenizer, pad_id_of
+from dyads.errors import ConfigError, DyadsError, TaskError, did_you_mean, listed
+from dyads.models.load import kind_of, load_model, load_tokenizer, model_config
+from dyads.models.packaged import resolve
+from dyads.models.processes import launched
+from dyads.models.prompts import positions_of
+from dyads.recipe.spec import ModelSpec
+from dyads.runs.folder import RunFolder
+from dyads.scoring.answerer import Answerer
+from dyads.scoring.decode import Decoder, Question, refusal
+from dyads.scoring.sampling import Sampling
+from dyads.serving.engine import Batch
+from dyads.serving.errors import ServingError
+from dyads.tasks import Example
+from dyads.tasks.messages import USER, Message
+from dyads.tasks.template import MESSAGES, Template
+
+__all__ = ["Asked", "ServedModel", "ServedModels", "Wish"]
+
+_CHAT = Template(texts=("{input}",), chat=True, conversation=True)
+"""The form of a conversation with a model that has no task."""
+_RAW = Example("", "", ("",))
+_BASE_LIMIT = 128
+"""Tokens of the base model's answers where the request sets none."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a request says about the answer."""
+
+    max_tokens: int | None = None
+    sampling: Sampling | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as a question, with the example that gives its answer's text its form."""
+
+    question: Question
+    example: Example
+    strip: bool
+
+    def limited(self, most: int) -> Asked:
+        """The same with an answer of at most so many tokens."""
+        return replace(self, question=replace(self.question, limit=min(most, self.question.limit)))
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A name that requests may give."""
+
+    name: str
+    batch: Batch
+    tokenizer: PromptTokenizer
+    answer_limit: int
+    """Tokens of an answer where the request sets no limit."""
+    task: str | None = None
+    """The task of the run; None for the base model, and for a run without a task."""
+    takes_task: bool = False
+    """Whether the gates look at the task."""
+    template: Template | None = None
+    strip: bool = False
+    """Whether white space around answers is removed, as `dyads generate` does."""
+
+    def of_prompt(self, prompt: str | list[int], wish: Wish) -> Asked:
+        """The question of a whole prompt, a text or its tokens, which the model reads unchanged."""
+        if isinstance(prompt, str):
+            example = replace(_RAW, prompt=prompt)
+            return self._asked(self._read(example), example, wish)
+        size = len(self.tokenizer.tokenizer)
+        if bad := [token for token in prompt if not 0 <= token < size]:
+            raise ServingError(f"token {bad[0]} is not in the vocabulary of {size} tokens", param="prompt")
+        if len(prompt) > self._most:
+            raise self._too_long(len(prompt), "prompt")
+        return self._asked(prompt, _RAW, wish)
+
+    def of_messages(self, messages: Sequence[Message], columns: Mapping[str, str], wish: Wish) -> Asked:
+        """The question of a conversation: in the form of the task where there is one, else in that of the chat."""
+        rows = [{"role": message.role, "content": message.content} for message in messages]
+        template: Template | None = self.template
+        row: dict[str, Any] = dict(columns)
+        if self.task is not None and template is None:
+            raise ServingError(
+                f"the run keeps no form of task '{self.task}': send the whole prompt to /v1/completions", param="model"
+            )
+        if template is None:
+            if columns:
+                raise ServingError(f"'{self.name}' has no columns: leave `columns` out", param="columns")
+            template, row = _CHAT, {MESSAGES: rows}
+        elif template.conversation and not columns:
+            row = {MESSAGES: rows}
+        else:
+            row |= self._row(template, messages, columns)
+        try:
+            example = template.example(row, place="messages")
+        except TaskError as error:
+            raise ServingError(str(error), param="columns" if columns else "messages") from None
+        return self._asked(self._read(example), example, wish)
+
+    def _row(self, template: Template, messages: Sequence[Message], columns: Mapping[str, str]) -> dict[str, str]:
+        """The columns that the messages fill: the user's text is the input, as --input of `dyads generate`."""
+        *system, last = messages
+        if last.role != USER or any(m.role == USER for m in system) or (system and not template.chat):
+            raise ServingError(
+                f"task '{self.task}' reads one message of the user, which is put into its form; got"
+                f" {listed(message.role for message in messages)}",
+                param="messages",
+            )
+        found = {m.role: m.content for m in system}
+        column = template.input_column or ("input" if "input" in template.columns else None)
+        if column is not None and column not in columns:
+            return found | {column: last.content}
+        if not columns or last.content:
+            raise ServingError(
+                f"the prompts of task '{self.task}' have the columns {', '.join(template.columns)}: give each in"
+                ' `columns` of the body ({"columns": {"NAME": "TEXT"}}), and an empty message',
+                param="columns",
+            )
+        return found
+
+    @property
+    def _most(self) -> int:
+        return self.tokenizer.max_prompt_tokens or 2**31
+
+    def _read(self, example: Example) -> list[int]:
+        """The tokens of a prompt; ServingError where even its shortest version is too long."""
+        with _TOKENIZING:
+            try:
+                ids = self.tokenizer.prompt(example)
+                if len(ids) < self._most:
+                    return ids
+                shortest = replace(example, prompt=(example.prompt, *example.shorter)[-1], shorter=())
+                whole = len(_unlimited(self.tokenizer).prompt(shortest))
+            except DyadsError as error:
+                raise ServingError(str(error), param="messages") from None
+        if whole > self._most:
+            raise self._too_long(whole, "prompt" if not example.messages else "messages")
+        return ids
+
+    def _too_long(self, tokens: int, param: str) -> ServingError:
+        return ServingError(
+            f"the prompt has {tokens} tokens, and '{self.name}' reads {self._most}",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+    def _asked(self, ids: list[int], example: Example, wish: Wish) -> Asked:
+        if not ids:
+            raise ServingError("the prompt is empty: there is nothing to answer", param="prompt")
+        limit = self.tokenizer.answer_limit(ids, wish.max_tokens or self.answer_limit)
+        task = self.task if self.takes_task else None
+        question = Question(ids, limit, task, example, sampling=wish.sampling, logprobs=wish.logprobs)
+        return Asked(question, example, self.strip)
+
+    def text(self, example: Example, tokens: list[int]) -> str:
+        """The text of an answer."""
+        return self.tokenizer.answer_text(example, tokens)
+
+    def token_text(self, token: int) -> str:
+        """The text of one token."""
+        text: str = self.tokenizer.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        return text
+
+
+_TOKENIZING = threading.Lock()
+"""A tokenizer is not safe in several threads."""
+
+
+def _unlimited(tokenizer: PromptTokenizer) -> PromptTokenizer:
+    free = copy.copy(tokenizer)
+    free.max_prompt_tokens = None
+    return free
+
+
+class ServedModels:
+    """The models of some runs, by name."""
+
+    def __init__(self, runs: Mapping[str, RunFolder], *, slots: int) -> None:
+        """`runs` by their names; `slots` requests of a batch are answered at once."""
+        self.models: dict[str, ServedModel] = {}
+        self._slots = slots
+        self._bases: dict[tuple[Any, ...], tuple[nn.Module, Batch]] = {}
+        for folder in runs.values():
+            recipe = folder.recipe()  # all runs are refused before the first model is loaded
+            if recipe.method.name == "majority":
+                raise ConfigError(f"'{folder.path}' gives the majority answer: it has no model to serve")
+            _check_kind(folder, recipe.model)
+        for name, folder in runs.items():
+            self._add_run(name, folder)
+
+    def __getitem__(self, name: str) -> ServedModel:
+        """The model of that name; ServingError where there is none."""
+        if name not in self.models:
+            raise ServingError(
+                f"there is no model '{name}'{did_you_mean(name, self.models)}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        return self.models[name]
+
+    @property
+    def batches(self) -> tuple[Batch, ...]:
+        """The batches, each once."""
+        return tuple(dict.fromkeys(model.batch for model in self.models.values()))
+
+    def limit_prompts(self, most: int) -> None:
+        """Refuse prompts of more tokens."""
+        for tokenizer in {id(m.tokenizer): m.tokenizer for m in self.models.values()}.values():
+            tokenizer.max_prompt_tokens = min(most, tokenizer.max_prompt_tokens or most)
+
+    def _add(self, model: ServedModel) -> None:
+        if model.name in self.models:
+            raise ConfigError(
+                f"two models are called '{model.name}': give a run another name, as NAME=RUN (`dyads serve --help`)"
+            )
+        self.models[model.name] = model
+
+    def _add_run(self, name: str, folder: RunFolder) -> None:
+        recipe = folder.recipe()
+        base, base_batch = self._base(folder, recipe.model)
+        answerer = Answerer(folder, base=_sharing(base))
+        assert isinstance(answerer.prompt_tokenizer, PromptTokenizer)
+        tokenizer = answerer.prompt_tokenizer
+        batch = base_batch
+        if recipe.method.trains:
+            batch = self._batch(folder, answerer.model, tokenizer, tasks=answerer.needs_task)
+        elif not set(tokenizer.ends) <= batch.decoder.ends:
+            batch = self._batch(folder, base, tokenizer, tasks=False)
+        names = dict.fromkeys((*answerer.task_names, *answerer.run_tasks))
+        known = [task for task in names if not answerer.needs_task or task in answerer.task_names]
+        for task in (None, *known):
+            if task is None and answerer.needs_task:
+                continue
+            template = answerer.template(task)
+            self._add(
+                ServedModel(
+                    name=name if task is None else f"{name}/{task}",
+                    batch=batch,
+                    tokenizer=tokenizer,
+                    answer_limit=answerer.answer_limit(template),
+                    task=task,
+                    takes_task=answerer.needs_task,
+                    template=template,
+                    strip=template is None or template.strips_answers,
+                )
+            )
+
+    def _base(self, folder: RunFolder, spec: ModelSpec) -> tuple[nn.Module, Batch]:
+        """The base model of a run and its batch, loaded once for all runs with the same one."""
+        key = (resolve(spec.name), spec.revision, spec.dtype, spec.attention, str(spec.quantization))
+        if key not in self._bases:
+            base = load_model(spec).to(launched().device).eval()
+            tokenizer = load_tokenizer(spec.name, spec.revision)
+            chat = tokenizer.get_chat_template() if isinstance(tokenizer.chat_template, str) else None
+            prompts = PromptTokenizer(
+                tokenizer, chat_template=chat, positions=positions_of(base.config), answer_tokens=1
+            )
+            batch = self._batch(folder, base, prompts, tasks=False)
+            name = Path(spec.name).name if os.path.isdir(spec.name) else spec.name
+            if name in self.models:  # the same model in another precision
+                name = f"{name}@{spec.dtype}"
+            self._add(ServedModel(name, batch, prompts, _BASE_LIMIT))
+            self._bases[key] = base, batch
+        return self._bases[key]
+
+    def _batch(self, folder: RunFolder, model: nn.Module, tokenizer: PromptTokenizer, *, tasks: bool) -> Batch:
+        if reason := refusal(model):
+            raise ConfigError(f"the model of '{folder.path}' cannot be served: {reason}")
+        decoder = Decoder(model, slots=self._slots, eos=tokenizer.ends, pad=pad_id_of(tokenizer.tokenizer), tasks=tasks)
+        return Batch(decoder, model)
+
+
+def _check_kind(folder: RunFolder, spec: ModelSpec) -> None:
+    kind = kind_of(spec.name, model_config(spec.name, spec.revision), spec.kind)
+    if kind != "causal":
+        what = {"seq2seq": "an encoder-decoder", "encoder": "an encoder with heads"}[kind]
+        raise ConfigError(
+            f"the model of '{folder.path}' is {what}, and a server answers with decoders: use `dyads generate`"
+        )
+
+
+def _sharing(model: nn.Module) -> nn.Module:
+    """A copy of a model with modules of its own and the same parameters and buffers."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
