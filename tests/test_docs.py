@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests of docs and the site: code and commands of every page, navigation, links, generated reference, formulas."""
+"""Tests of docs and the site: commands in sentences, navigation, links, generated reference, formulas."""
 
 from __future__ import annotations
 
-import ast
-import builtins
 import importlib
 import importlib.util
 import json
@@ -21,146 +19,28 @@ from typing import Any
 
 import click
 import pytest
-import torch
 import yaml
-from peft import get_peft_model
 
 import dyads
 from dyads.cli import main
 from dyads.methods import DyadsConfig, methods
-from dyads.recipe.load import parse_recipe, recipe_keys
+from dyads.recipe.load import recipe_keys
 from dyads.studies.spec import study_keys
-from tiny import TASKS, batch, tiny_model
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 
 
-def blocks(*languages: str) -> list[Any]:
-    """The fenced blocks in these languages on all pages, with page and line as the test's name."""
-    found = []
-    for page, text in TEXTS.items():
-        for block in re.finditer(r"^( *)```([\w-]*)[^\n]*\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL):
-            if block[2] in languages:
-                code = re.sub(f"^{block[1]}", "", block[3], flags=re.MULTILINE)
-                found.append(pytest.param(code, id=f"{page}:{text[: block.start()].count(chr(10)) + 1}"))
-    return found
-
-
-# --- Python -----------------------------------------------------------------------------------------------------------
-
-
-def free_names(tree: ast.Module) -> set[str]:
-    """Names that a block reads and does not make: it continues other code."""
-    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    made = {node.id for node in names if not isinstance(node.ctx, ast.Load)} | set(dir(builtins))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            made |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
-            made.add(node.name)
-        elif isinstance(node, ast.arg):
-            made.add(node.arg)
-    return {node.id for node in names} - made
-
-
-def runs_alone(code: str) -> bool:
-    """Is the block run here? The others continue code, or load a model, data or a run, and have tests of their own."""
-    return not free_names(ast.parse(code)) and not re.search(r"from_pretrained|load_dataset|Trainer\(|runs/", code)
-
-
-def numbers(value: Any) -> list[float]:
-    return [float(n) for n in re.findall(r"-?\d+(?:\.\d+)?", str(value))]
-
-
-@pytest.mark.parametrize("code", [param for param in blocks("python") if "/tutorials/" not in param.id])
-def test_python_of_a_page_runs_and_prints_what_its_comments_say(code: str) -> None:
-    """Blocks that stand alone are run; of the others, imports and names of dyads exist."""
-    tree = ast.parse(code)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "dyads":
-            module = importlib.import_module(str(node.module))
-            missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
-            assert not missing, f"{node.module} has no {missing}"
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dyads":
-            assert hasattr(dyads, node.attr), f"dyads has no {node.attr}"
-    if not runs_alone(code):
-        return
-    printed: list[Any] = []
-    exec(code, {"print": lambda *values: printed.extend([torch.Size([])] if not values else [values])})
-    said = [line.partition("#")[2] for line in code.splitlines() if line.lstrip().startswith("print(")]
-    assert len(said) == len(printed)
-    for comment, values in zip(said, printed, strict=True):
-        if "[" in comment:
-            seen = [float(n) for v in values for n in torch.as_tensor(v).flatten()]
-            assert seen == pytest.approx(numbers(comment), abs=5e-3)
-
-
-def test_most_blocks_of_python_run_alone() -> None:
-    alone = [param.id for param in blocks("python") if runs_alone(param.values[0])]
-    assert {"docs/formula.md", "docs/papers.md"} <= {one.partition(":")[0] for one in alone}
-
-
-@pytest.mark.parametrize("page", [page for page in TEXTS if "/tutorials/" in page])
-def test_a_tutorial_prints_the_outputs_that_it_shows(page: str, tmp_path: Path) -> None:
-    """Its blocks of Python run in turn in a process of their own; `text` after a block is all that it prints."""
-    parts = re.findall(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", TEXTS[page], re.MULTILINE | re.DOTALL)
-    assert len(re.findall(r"^```text$", TEXTS[page], re.MULTILINE)) == sum(bool(shown) for _, shown in parts) > 0
-    script = "print('\\0', end='')\n".join(code for code, _ in parts)
-    (tmp_path / "tutorial.py").write_text(script, encoding="utf-8")
-    command = [sys.executable, "-W", "ignore", "tutorial.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("\0") == [shown for _, shown in parts]
-
-
-def test_a_task_is_added_and_trained_as_on_the_page_of_transfer() -> None:
-    first, second = (param.values[0] for param in blocks("python") if param.id.startswith("docs/transfer.md"))
-    config = dyads.MoREConfig(r=4, tasks=list(TASKS), target_modules=["q_proj"], task_dim=5)
-    model = get_peft_model(tiny_model("llama"), config)
-    names: dict[str, Any] = {"dyads": dyads, "torch": torch, "model": model, "batch": batch("llama")}
-    exec(first, names)
-    exec(second, names)
-    model(**names["batch"], task="new").logits.sum().backward()
-    for row in names["rows"]:
-        assert row.grad is not None
-        assert not row.grad[:-1].any()
-
-
-# --- recipes ----------------------------------------------------------------------------------------------------------
-
-RECIPE_KEYS = {key.name.split(".")[0] for key in recipe_keys()}
-
-
-@pytest.mark.parametrize("text", blocks("yaml"))
-def test_a_recipe_on_a_page_is_valid(text: str) -> None:
-    """A block whose sections are all those of a recipe. What it leaves out is filled in."""
-    given = yaml.safe_load(text)
-    if not isinstance(given, dict) or not given.keys() <= RECIPE_KEYS - {"extends"}:
-        return  # a study, or another program's file
-    if "name" not in given.get("method", {"name"}):
-        return  # values of a study
-    missing = {"name": "page", "model": {"name": "a"}, "method": {"name": "lora"}, "tasks": {"family": "starter"}}
-    filled = {key: value for key, value in missing.items() if key not in given}
-    whole = text + (yaml.safe_dump(filled) if filled else "")
-    assert parse_recipe(whole, "page").method.name == given.get("method", missing["method"])["name"]
-
-
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
 def commands() -> Iterator[Any]:
+    """Commands in sentences. Those in blocks are run (tests/docs)."""
     for page, text in TEXTS.items():  # in sentences; "…" leaves something out
         for line in re.findall(r"`(dyads [a-z][^`]*|make [a-z-]+)`", text):
             if "…" not in line and "|" not in line:
                 yield pytest.param(" ".join(line.split()), id=f"{page}: {line[:60]}")
-    for param in blocks("", "console", "sh", "bash", "shell"):
-        text = param.values[0].replace("\\\n", " ")
-        for line in text.splitlines():
-            words = re.match(r"(?:\$ )?((?:[A-Z_]+=\S* )*(?:dyads|make|python) .*)", line)
-            if words:
-                yield pytest.param(words[1], id=f"{param.id}: {words[1][:60]}")
 
 
 @pytest.mark.parametrize("line", list(commands()))
