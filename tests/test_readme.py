@@ -19,6 +19,7 @@ from dyads.runs.folder import RunFolder
 from dyads.tasks import families, metric_names
 from dyads.tasks.own_rows import CHAT_COLUMNS
 from dyads.training.adapt import adapt_recipe
+from tiny import VARIANTS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -126,6 +127,57 @@ def test_numbers_of_the_readme_are_those_of_their_tables() -> None:
     ):
         assert text in section, f"the README no longer says {text!r}: change this test with it"
         assert re.search(row, page), f"no table says {text!r}"
+
+
+def table_numbers(page: str) -> set[str]:
+    """The numbers in the tables of a page, without sign."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    return set(re.findall(NUMBER, "\n".join(line for line in lines if line.startswith("|"))))
+
+
+NUMBER = r"\d{1,3}(?:,\d{3})+|\d+\.\d+"
+TABLES = ("docs/results.md", "docs/benchmarks.md", "docs/step-cost.md")
+NO_RESULTS = {"3.10", "1.5", "2.0"}
+"""Of Python, of a model's name and of the licence."""
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/choose.md"])
+def test_every_number_stands_in_a_table_of_results(page: str) -> None:
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    known = NO_RESULTS.union(*map(table_numbers, TABLES))
+    text = text.replace("about 3.9 million parameters", "")  # next test
+    assert not set(re.findall(NUMBER, text)) - known
+
+
+def test_the_adapters_of_the_picture_have_about_as_many_parameters_as_the_readme_says() -> None:
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8").partition("## Fifteen Super-Natural")[2]
+    counts = re.findall(r"^\| (?:LoRA|Mo|Task)[^|]+\|(?:[^|]+\|){4} ([\d,]+) \| 1 \| 60 \|", results, re.MULTILINE)
+    assert len(counts) == 8
+    assert all(3.85e6 < int(count.replace(",", "")) < 4.05e6 for count in counts)
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\| `.*", (ROOT / "docs/choose.md").read_text(), re.MULTILINE))
+def test_differences_on_the_page_of_choices_are_those_of_the_studies(row: str) -> None:
+    """Both columns of a row; the number and its interval stand in one row of the results, for a run of that method."""
+    labels = {"mode": "MoDE", "moelora": "MOELoRA", "more": "MoRE", "task_mode": "TaskMoDE"}
+    name, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+    results = (ROOT / "docs/results.md").read_text(encoding="utf-8")
+    for cell, base in zip(cells, ("LoRA 34", "LoRA 18"), strict=False):
+        if found := re.fullmatch(r"([+-][\d.]+) \((.* to .*)\)", cell):
+            label = labels.get(name.strip("`"), "MoLORA-SD" if "shared_down" in name else "MoLORA")
+            row_of = rf"^\| {label} [^|]*− {base} \|.*\| {re.escape(found[1])} \| {re.escape(found[2])} \|$"
+            assert re.search(row_of, results, re.MULTILINE), f"{name}: {cell}"
+
+
+def test_what_the_gates_of_each_method_look_at_is_on_the_page_of_choices() -> None:
+    page = (ROOT / "docs/choose.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (the task|the token|both) \| ([^|]*)\|", page, re.MULTILINE)
+    shown = {name: what for what, names in rows for name in re.findall(r"`(\w+)`", names)}
+    found: dict[str, set[str]] = {}
+    for variant in VARIANTS:
+        found.setdefault(variant.key, set()).update(variant.config().core(8).looks_at)
+    words = {(True, False): "the task", (False, True): "the token", (True, True): "both"}
+    assert shown == {name: words["task" in looks, bool(looks & {"x", "h"})] for name, looks in found.items()}
 
 
 def test_the_picture_is_drawn_from_the_results() -> None:

@@ -145,8 +145,8 @@ BASE = {
         "validation_per_task": 4,
         "test_per_task": 4,
     },
-    "train": {"steps": 2, "batch_size": 4, "learning_rate": 1e-2, "threads": 1},
-    "evaluate": {"limit": 2, "max_new_tokens": 3},
+    "train": {"steps": 2, "batch_size": 4, "save_steps": None, "learning_rate": 1e-2, "threads": 1},
+    "evaluate": {"limit": 1, "max_new_tokens": 3},
 }
 METHODS = {
     "lora": {"name": "LoRA 9", "method": {"name": "lora", "r": 9}},
@@ -202,4 +202,6 @@ def workspace(
     if request.node.get_closest_marker("slow"):
         for name in METHODS:
             short(Recipe.model_validate({**BASE, **METHODS[name]}), folder / "runs" / "demo" / name)
+        own = {"tasks": {"family": "files", "path": "my-tasks.jsonl"}}
+        short(Recipe.model_validate({**BASE, **METHODS["more"], **own}), folder / "runs" / "mine")
     return folder

@@ -20,10 +20,12 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 from click.testing import CliRunner
 
@@ -76,7 +78,7 @@ class Block:
         """Whether it trains, starts processes or generates tasks: more work than the default suite has time for."""
         if self.language in COMMANDS:
             return any(is_slow(words) for words in commands(self.code))
-        return self.language == "yaml" and "reasoning_gym" in self.code
+        return "reasoning_gym" in self.code or "http://127.0.0.1" in self.code
 
 
 def blocks_of(page: str, text: str) -> Iterator[Block]:
@@ -108,7 +110,7 @@ def is_slow(words: list[str]) -> bool:
     return words[1] in SLOW_VERBS and not {"--status", "--keys"} & set(words)
 
 
-SLOW_VERBS = {"adapt", "export", "report", "study", "train"}
+SLOW_VERBS = {"adapt", "export", "report", "serve", "study", "train"}
 
 
 class Session:
@@ -119,6 +121,7 @@ class Session:
         self.words = words
         self.names = {"__name__": "__main__", **(names or {})}
         self.readers: dict[str, Callable[[str], Any]] = {}
+        self.servers: list[subprocess.Popen[bytes]] = []
 
     def run(self, block: Block) -> str:
         """Run a block; returns what it prints to its standard output."""
@@ -147,6 +150,8 @@ class Session:
         program, *arguments = words
         if program in INSTALLATION:
             return ""
+        if program == "dyads" and arguments[0] == "serve":
+            return self.serve(arguments)
         if program == "dyads":
             result = CliRunner().invoke(main, arguments)
             code, output, error = result.exit_code, result.stdout, result.output
@@ -164,6 +169,23 @@ class Session:
             return output
         (self.folder / target).write_text(output, encoding="utf-8")
         return ""
+
+    def serve(self, arguments: list[str]) -> str:
+        """Start a server, which runs until the page ends, and wait until it takes requests."""
+        with (self.folder / "server.log").open("wb") as log:
+            server = subprocess.Popen([sys.executable, "-m", "dyads.cli", *arguments], stdout=log, stderr=log)
+        self.servers.append(server)
+        while server.poll() is None:
+            with contextlib.suppress(OSError), urlopen("http://127.0.0.1:8000/ready"):
+                return ""
+            time.sleep(0.5)
+        raise AssertionError((self.folder / "server.log").read_text(encoding="utf-8"))
+
+    def close(self) -> None:
+        """End the servers."""
+        for server in self.servers:
+            server.terminate()
+            server.wait()
 
 
 def same(shown: str, printed: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 import textwrap
 from collections import Counter
@@ -110,19 +111,23 @@ def check(block: Block, printed: str) -> None:
     elif block.language == "python":
         said = [line.partition("#")[2] for line in block.code.splitlines() if line.lstrip().startswith("print(")]
         seen = [part for part in re.split(r"\n(?! )", printed.strip()) if part]
-        assert len(said) == len(seen), f"{block.id}: {len(said)} comments for {len(seen)} lines"
+        if not any("[" in comment for comment in said):
+            return
         for comment, line in zip(said, seen, strict=True):
             if "[" in comment:
                 assert numbers(re.sub(r"tensor|grad_fn=\S+", "", line)) == pytest.approx(numbers(comment), abs=5e-3)
 
 
 def run(page: str, blocks: list[Block], workspace: Path) -> None:
+    if page == "README.md":  # it makes its own runs, and compares all that are there
+        shutil.rmtree("runs")
     session = Session(workspace, WORDS, NAMES.get(page, dict)())
     session.readers = {"yaml": read_yaml, "json": read_json}
     try:
         for block in blocks:
             check(block, session.run(block))
     finally:
+        session.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -145,7 +150,8 @@ def test_a_page_runs(page: str, workspace: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page, blocks in RUN.items() if any(b.slow for b in blocks)])
-def test_a_page_runs_with_its_slow_commands(page: str, workspace: Path) -> None:
+def test_a_page_runs_with_its_slow_commands(page: str, workspace: Path, in_process: list[str]) -> None:
+    """Also trainings, exports and launches; the jobs of studies run in this process."""
     run(page, RUN[page], workspace)
 
 
