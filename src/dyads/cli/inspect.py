@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dyads.analysis.inspection import Inspection
     from dyads.analysis.named_array import Table
 
-_QUESTIONS = ("routing", "tasks", "ranks", "redundancy", "tokens", "cost")
+_QUESTIONS = ("routing", "tasks", "ranks", "redundancy", "tokens", "cost", "clusters")
 
 
 @click.command(
@@ -31,9 +31,10 @@ Examples:
   dyads inspect runs/more --layers
   dyads inspect runs/mode --what routing
   dyads inspect runs/mode --what tokens --task sort_words
+  dyads inspect runs/single/* --what clusters
   dyads inspect runs/more/adapter --format csv > ranks.csv""",
 )
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--what",
     type=click.Choice(["summary", *_QUESTIONS]),
@@ -54,7 +55,7 @@ Examples:
 @click.option("--task", help="For tokens: the task. Default: the first.")
 @click.option("--instance", metavar="ID", help="For tokens: the instance. Default: the first that is scored.")
 def command(
-    run: Path,
+    runs: tuple[Path, ...],
     what: str,
     layers: bool,
     form: str,
@@ -72,11 +73,17 @@ def command(
     redundancy  overlap of the projections of experts, and of tasks
     tokens      the experts that each token of one instance used
     cost        parameters, multiplications, memory and time
+    clusters    of several LoRAs: do their ranks stay alike?
 
     A model is loaded only where gates look at the layer's input (MoDE and others): for routing, tasks and ranks over a
     few instances of each task, and for tokens.
     """
     width = min(120, shutil.get_terminal_size((80, 24)).columns)
+    if what == "clusters" and len(runs) < 2:
+        raise click.UsageError("--what clusters compares LoRAs that were trained apart: give two runs or more")
+    if what != "clusters" and len(runs) > 1:
+        raise click.UsageError(f"--what {what} is about one run, and {len(runs)} are given; clusters is about several")
+    run = runs[0]
     if (task is not None or instance is not None) and what != "tokens":
         raise click.UsageError("--task and --instance are for --what tokens")
     if instances is not None and what not in ("routing", "tasks", "ranks"):
@@ -84,9 +91,10 @@ def command(
     if what != "summary":
         if layers:
             raise click.UsageError("--layers is for the summary; --format csv has every layer")
-        result = visible_in(_analysis(run, what, instances, task, instance))
+        result = visible_in(_analysis(runs, what, instances, task, instance))
         text = {"json": _result_json, "csv": _result_csv}[form](what, result) if form != "text" else ""
-        click.echo(text or _result_text(what, run, result, width), nl=False)
+        about = str(run) if len(runs) == 1 else f"{len(runs)} adapters"
+        click.echo(text or _result_text(what, about, result, width), nl=False)
         return
     from dyads.analysis.inspection import inspect
     from dyads.runs.saved import SavedAdapter
@@ -101,11 +109,13 @@ def command(
     click.echo(text, nl=False)
 
 
-def _analysis(run: Path, what: str, instances: int | None, task: str | None, instance: str | None) -> Any:
+def _analysis(runs: Sequence[Path], what: str, instances: int | None, task: str | None, instance: str | None) -> Any:
     """The result of one question."""
-    from dyads.analysis import cost, gates, ranks, redundancy, routing, tasks, tokens
+    from dyads.analysis import clusters, cost, gates, ranks, redundancy, routing, tasks, tokens
 
-    count = instances or gates.INSTANCES
+    run, count = runs[0], instances or gates.INSTANCES
+    if what == "clusters":
+        return clusters.clusters(runs)
     if what == "routing":
         return routing.routing(run, count)
     if what == "tasks":
@@ -145,8 +155,8 @@ def _result_csv(what: str, result: Any) -> str:
     return stream.getvalue()
 
 
-def _result_text(what: str, run: Path, result: Any, width: int) -> str:
-    out = [_wrapped(visible(f"{what} of {run}"), width, bold=True)]
+def _result_text(what: str, about: str, result: Any, width: int) -> str:
+    out = [_wrapped(visible(f"{what} of {about}"), width, bold=True)]
     for table in result.tables:
         out += _result_table(table, width)
     return "\n".join([*out, "", *(_wrapped(f"· {note}", width, indent="  ") for note in result.notes)]).rstrip() + "\n"
