@@ -19,6 +19,7 @@ from dyads.errors import visible
 Examples:
   dyads export runs/more --task sort_words --out loras/sort_words
   dyads export runs/more --all-tasks --out loras
+  dyads export runs/more --task sort_words --gguf --out loras/sort_words
   dyads export runs/more --task sort_words --merge --out models/sort_words
   dyads export runs/mode --approximate data.jsonl --rank 16 --out lora
   dyads inspect runs/more            # which rank each task uses""",
@@ -46,6 +47,11 @@ Examples:
     is_flag=True,
     help="Give every layer its own rank, by rank_pattern, which not every serving engine supports.",
 )
+@click.option(
+    "--gguf",
+    is_flag=True,
+    help="Also write adapter.gguf, the LoRA for llama.cpp, Ollama and LM Studio, beside the files of PEFT.",
+)
 @click.option("--no-verify", is_flag=True, help="Do not reload the result with stock PEFT to compare its logits.")
 @reports
 def command(
@@ -57,6 +63,7 @@ def command(
     data: Path | None,
     rank: int | None,
     trim: bool,
+    gguf: bool,
     no_verify: bool,
     reporter: Reporter,
 ) -> None:
@@ -77,6 +84,11 @@ def command(
         raise click.UsageError("give either --task or --all-tasks")
     if merges and trim:
         raise click.UsageError("--trim is for LoRAs, and --merge writes none: leave one of them out")
+    if merges and gguf:
+        raise click.UsageError(
+            "--gguf is for LoRAs, and --merge writes none: leave one of them out (llama.cpp's convert_hf_to_gguf.py"
+            " converts a merged checkpoint)"
+        )
     if rank is not None and data is None:
         raise click.UsageError(
             "--rank is for --approximate, and an exact export has the rank that it needs: leave it out"
@@ -84,13 +96,14 @@ def command(
     if trim and data is not None:
         raise click.UsageError("--approximate gives all layers one rank: leave --trim out")
     from dyads.export import export, export_all
+    from dyads.export.gguf_adapter import gguf_layout
     from dyads.export.merged import merge, merge_all
     from dyads.export.verify import unverifiable, verify
     from dyads.runs.folder import RunFolder
     from dyads.runs.saved import SavedAdapter
 
     if data is not None:
-        _approximate(run, data, out, rank, task, all_tasks, merges, not no_verify, reporter)
+        _approximate(run, data, out, rank, task, all_tasks, merges, gguf, not no_verify, reporter)
         return
     adapter = SavedAdapter.read(run)
     folder = RunFolder(run) if RunFolder(run).is_run else None
@@ -104,6 +117,7 @@ def command(
             return
         outcome[:] = [verify(folders, adapter, folder, merged=merges).text]
 
+    layout = gguf_layout(adapter, folder) if gguf else None
     lines: list[str]
     if merges:
         many = (
@@ -113,9 +127,9 @@ def command(
         )
         lines = [one.text for one in many]
     elif all_tasks:
-        lines = [one.text for one in export_all(adapter, out, trim=trim, check=check)]
+        lines = [one.text for one in export_all(adapter, out, trim=trim, gguf=layout, check=check)]
     else:
-        lines = [export(adapter, out, task=task, trim=trim, check=check).text]
+        lines = [export(adapter, out, task=task, trim=trim, gguf=layout, check=check).text]
     reporter.result("exported", "\n".join(map(visible, [*lines, *outcome])), folder=str(out))
 
 
@@ -127,6 +141,7 @@ def _approximate(
     task: str | None,
     all_tasks: bool,
     merges: bool,
+    gguf: bool,
     verifies: bool,
     reporter: Reporter,
 ) -> None:
@@ -147,6 +162,7 @@ def _approximate(
         task=task,
         all_tasks=all_tasks,
         merges=merges,
+        gguf=gguf,
         verifies=verifies,
         reporter=reporter,
     )

@@ -32,6 +32,7 @@ from dyads.export.activations import (
     replaced,
     watched,
 )
+from dyads.export.gguf_adapter import GgufLayout, gguf_layout
 from dyads.export.lora import Check, Exported, Lora, refuse_full, write_lora, write_loras
 from dyads.export.merged import Merged, write_merged
 from dyads.export.regression import mean_gates, mean_update, reduced_rank
@@ -154,13 +155,15 @@ def approximate(
     task: str | None = None,
     all_tasks: bool = False,
     merges: bool = False,
+    gguf: bool = False,
     verifies: bool = True,
     reporter: Reporter = SILENT,
 ) -> tuple[list[Exported] | list[Merged], list[Price], Verification | None]:
     """Write the nearest LoRA of a rank, for a task, for every task of the data, or one for all of them, with its price.
 
     `data` is a file of the family `files`; rows of a task that the run knows are put into the task's form. With
-    `merges` it is merged into the base model. RoutingError where the gates look at the task and none is named.
+    `merges` it is merged into the base model; with `gguf` the folder has a GGUF adapter too. RoutingError where the
+    gates look at the task and none is named.
     """
     adapter = SavedAdapter.read(run.path)
     if adapter.method == "lora":
@@ -168,6 +171,7 @@ def approximate(
     if rank < 1:
         raise ConfigError(f"--rank must be at least 1, got {rank}")
     refuse_full(out)
+    layout = gguf_layout(adapter, run) if gguf else None
     tasks = tasks_of(run, data)
     known = [one.name for one in tasks]
     if task is not None and task not in known:
@@ -197,7 +201,7 @@ def approximate(
         if verifies:
             verified.append(compare(folders, prompts, expected, base, merged=merges))
 
-    written = _write(adapter, run, out, prices, all_tasks, merges, check)
+    written = _write(adapter, run, out, prices, all_tasks, merges, layout, check)
     return written, list(prices.values()), verified[0] if verified else None
 
 
@@ -407,6 +411,7 @@ def _write(
     prices: Mapping[str | None, Price],
     all_tasks: bool,
     merges: bool,
+    gguf: GgufLayout | None,
     check: Check,
 ) -> list[Exported] | list[Merged]:
     sections = {name: price.markdown for name, price in prices.items()}
@@ -414,7 +419,14 @@ def _write(
         rank = max(price.rank for price in prices.values())
         names = [str(name) for name in prices]
         return write_loras(
-            adapter, out, names, lambda name: prices[name].chosen.lora, rank, prices=cast("Any", sections), check=check
+            adapter,
+            out,
+            names,
+            lambda name: prices[name].chosen.lora,
+            rank,
+            gguf=gguf,
+            prices=cast("Any", sections),
+            check=check,
         )
     written: list[Any] = []
     with unfinished(out) as folder:
@@ -424,7 +436,8 @@ def _write(
             if merges:
                 written.append(write_merged(adapter, run, lora, *places, task=name, price=sections[name]))
             else:
-                written.append(write_lora(adapter, lora, *places, task=name, rank=price.rank, price=sections[name]))
+                options: dict[str, Any] = {"task": name, "rank": price.rank, "gguf": gguf, "price": sections[name]}
+                written.append(write_lora(adapter, lora, *places, **options))
         check({name: folder / (file_name(str(name)) if all_tasks else "") for name in prices})
     return written
 

@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import Any
 
 import dyads
+from dyads.export.gguf_adapter import GGUF_ADAPTER
 from dyads.models.heads import MODULE as HEADS
 from dyads.models.packaged import hub_id
 from dyads.runs.card import base_model, front_matter, table
@@ -36,6 +37,7 @@ def lora_card(
     *,
     trim: bool,
     heads: bool,
+    gguf: bool,
     price: str | None,
 ) -> str:
     """The card of a LoRA; `price` is the section about what it loses, for one that only approximates the adapter."""
@@ -46,6 +48,7 @@ def lora_card(
     if price is not None:
         does = f"approximates a `{adapter.method}` adapter of dyads{of_task}; the table below has what it loses."
     commands = [] if trim or heads else serve_commands(config, {task or "adapter": "."})
+    commands += [("llama.cpp", _llama_server(config, ["."]))] if gguf else []
     return "\n".join(
         [
             front_matter(adapter.config.base_model_name_or_path, ["lora"]),
@@ -68,11 +71,12 @@ def lora_card(
     )
 
 
-def all_tasks_card(adapter: SavedAdapter, names: Mapping[str, str], rank: int, trim: bool) -> str:
+def all_tasks_card(adapter: SavedAdapter, names: Mapping[str, str], rank: int, trim: bool, gguf: bool) -> str:
     """The card of a folder with a LoRA for every task; `names` has the folder of each."""
     config = adapter.config
     heads = any(f".{HEADS}." in key for key in adapter.others)
     commands = [] if trim or heads else serve_commands(config, {name: name for name in names.values()}, rank)
+    commands += [("llama.cpp", _llama_server(config, list(names.values())))] if gguf else []
     return "\n".join(
         [
             front_matter(config.base_model_name_or_path, ["lora"]),
@@ -129,6 +133,18 @@ def serve_commands(config: Any, folders: Mapping[str, str], rank: int | None = N
     command = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora", "--lora-paths", *paths]
     found.append(("SGLang", shlex.join(command)))
     return found
+
+
+def _llama_server(config: Any, folders: Sequence[str]) -> str:
+    """The shell command that serves GGUF adapters in folders; of several, every request chooses one by its number."""
+    base = PurePath(config.base_model_name_or_path or "model").name
+    command = ["llama-server", "-m", f"path/to/{base}.gguf"]
+    if len(folders) > 1:
+        command.append("--lora-init-without-apply")
+    for folder in folders:
+        path = GGUF_ADAPTER if folder == "." else f"{folder}/{GGUF_ADAPTER}"
+        command += ["--lora", f'"{path}"' if "," in path else path]  # a row of a CSV file
+    return shlex.join(command)
 
 
 def _modules(folders: Mapping[str, str], keys: tuple[str, str]) -> list[str]:

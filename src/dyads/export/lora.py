@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dyads.errors import MergeError, RoutingError, RunError, did_you_mean, visible
 from dyads.export.card import all_tasks_card, lora_card
+from dyads.export.gguf_adapter import GGUF_ADAPTER, GgufLayout, write_gguf
 from dyads.models.heads import MODULE as HEADS
 from dyads.models.load import model_config
 from dyads.models.packaged import hub_id
@@ -71,13 +72,15 @@ class Exported:
     """The rank that all modules have; with `trim`, the largest of `ranks`."""
     ranks: dict[str, int]
     """The rank that every module needs; without `trim` smaller ones are padded with zeros."""
+    gguf: bool = False
+    """Whether the folder has a GGUF adapter too."""
 
     @property
     def text(self) -> str:
         """One line for people."""
         low = min(self.ranks.values())
         ranks = f"rank {self.rank}" if low == self.rank else f"ranks {low} to {self.rank}"
-        return f"{self.path}: {ranks} in {len(self.ranks)} modules"
+        return f"{self.path}: {ranks} in {len(self.ranks)} modules" + (f", and {GGUF_ADAPTER}" if self.gguf else "")
 
 
 @dataclass(frozen=True)
@@ -96,25 +99,38 @@ class Lora:
 
 
 def export(
-    adapter: SavedAdapter, out: Path, *, task: str | None = None, trim: bool = False, check: Check | None = None
+    adapter: SavedAdapter,
+    out: Path,
+    *,
+    task: str | None = None,
+    trim: bool = False,
+    gguf: GgufLayout | None = None,
+    check: Check | None = None,
 ) -> Exported:
     """Write the adapter as a LoRA into an empty or new folder; `task` is needed where its gates look at the task.
 
     All layers get the largest rank that one of them needs, padded with zeros, as serving engines require; with `trim`
-    each has its own (`rank_pattern`). MergeError where the gates look at the layer's input; RoutingError where the task
-    is missing or unknown, or given although the gates do not look at it; RunError where the folder is not empty, unless
-    it holds this export already.
+    each has its own (`rank_pattern`). With `gguf` (gguf_adapter.py) the folder has a GGUF adapter too. MergeError where
+    the gates look at the layer's input; RoutingError where the task is missing or unknown, or given although the gates
+    do not look at it; RunError where the folder is not empty, unless it holds this export already.
     """
     check_exact(adapter, task)
     refuse_full(out)
     with unfinished(out) as folder:
-        written = write_lora(adapter, lora_of(adapter, task), folder, out, task=task, trim=trim)
+        written = write_lora(adapter, lora_of(adapter, task), folder, out, task=task, trim=trim, gguf=gguf)
         if check is not None:
             check({task: folder})
     return written
 
 
-def export_all(adapter: SavedAdapter, out: Path, *, trim: bool = False, check: Check | None = None) -> list[Exported]:
+def export_all(
+    adapter: SavedAdapter,
+    out: Path,
+    *,
+    trim: bool = False,
+    gguf: GgufLayout | None = None,
+    check: Check | None = None,
+) -> list[Exported]:
     """`export` for every task, each into a folder named after it (recipe/file_names.py), and one card for all.
 
     Without `trim` the LoRAs of all tasks have the same rank, so that a server can hold any of them in one buffer.
@@ -124,7 +140,9 @@ def export_all(adapter: SavedAdapter, out: Path, *, trim: bool = False, check: C
     refuse_full(out)
     # The ranks first, and then one LoRA after the other: those of a thousand tasks need not fit into memory.
     rank = max(max(lora_of(adapter, task).ranks.values()) for task in tasks)
-    return write_loras(adapter, out, list(tasks), lambda task: lora_of(adapter, task), rank, trim=trim, check=check)
+    return write_loras(
+        adapter, out, list(tasks), lambda task: lora_of(adapter, task), rank, trim=trim, gguf=gguf, check=check
+    )
 
 
 def write_loras(
@@ -135,6 +153,7 @@ def write_loras(
     rank: int,
     *,
     trim: bool = False,
+    gguf: GgufLayout | None = None,
     prices: Mapping[str, str] | None = None,
     check: Check | None = None,
 ) -> list[Exported]:
@@ -153,13 +172,14 @@ def write_loras(
                 task=task,
                 trim=trim,
                 rank=rank,
+                gguf=gguf,
                 price=(prices or {}).get(task),
             )
             for name, task in zip(names, tasks, strict=True)
         ]
         if check is not None:
             check({task: folder / name for name, task in zip(names, tasks, strict=True)})
-        card = all_tasks_card(adapter, dict(zip(tasks, names, strict=True)), rank, trim)
+        card = all_tasks_card(adapter, dict(zip(tasks, names, strict=True)), rank, trim, gguf is not None)
         (folder / CARD).write_text(visible(card, "\n"), encoding="utf-8")
     return written
 
@@ -238,9 +258,13 @@ def write_lora(
     task: str | None,
     trim: bool = False,
     rank: int | None = None,
+    gguf: GgufLayout | None = None,
     price: str | None = None,
 ) -> Exported:
-    """Write a LoRA of the adapter's layers into `folder`, whose final name is `out`; a `rank` above its own pads it."""
+    """Write a LoRA of the adapter's layers into `folder`, whose final name is `out`; a `rank` above its own pads it.
+
+    With `gguf` a GGUF adapter too, whose layers all have the largest rank, as its alpha is one number.
+    """
     ranks = lora.ranks
     largest = max(ranks.values()) if rank is None or trim else rank
     # PEFT matches the keys as regular expressions at the end of a module's name; "^" makes them match whole names.
@@ -257,10 +281,12 @@ def write_lora(
     with writing(out):
         _write_files(folder, config, state)
         heads = write_task_heads(adapter, folder)
-        card = lora_card(adapter, config, task, ranks, trim=trim, heads=heads, price=price)
+        if gguf is not None:
+            write_gguf(gguf, lora.downs, lora.ups, largest, folder / GGUF_ADAPTER, task)
+        card = lora_card(adapter, config, task, ranks, trim=trim, heads=heads, gguf=gguf is not None, price=price)
         (folder / CARD).write_text(visible(card, "\n"), encoding="utf-8")
         seal(folder)
-    return Exported(out, task, largest, ranks)
+    return Exported(out, task, largest, ranks, gguf is not None)
 
 
 def copy_lora(adapter: SavedAdapter, folder: Path) -> None:
