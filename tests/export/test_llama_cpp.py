@@ -128,7 +128,7 @@ def peft_answers(folders: dict[str, Path], prompts: dict[str, list[list[int]]], 
 
 
 def compare(run: RunFolder, prompts: dict[str, list[list[int]]], ends: list[int], place: Path) -> dict[str, Any]:
-    """Answers to every task's prompts by PEFT, by llama.cpp with the task's adapter, and by its base model."""
+    """Answers to every task's prompts by PEFT and llama.cpp, and to every fifth by llama.cpp without an adapter."""
     adapter, python = SavedAdapter.read(run.path), engine()
     assert python is not None
     write_base(place / "base.gguf")
@@ -137,7 +137,7 @@ def compare(run: RunFolder, prompts: dict[str, list[list[int]]], ends: list[int]
     every = [ids for task in prompts for ids in prompts[task]]
     given = {
         "base": str(place / "base.gguf"),
-        "cases": [[None, every], *[[str(loras[task] / GGUF_ADAPTER), prompts[task]] for task in prompts]],
+        "cases": [[None, every[::5]], *[[str(loras[task] / GGUF_ADAPTER), prompts[task]] for task in prompts]],
         "texts": [tokenizer.decode(ids) for ids in every],
         "ends": ends,
         "longest": LONGEST,
@@ -179,6 +179,6 @@ def test_llama_cpp_answers_as_peft_does_on_fifty_prompts(tmp_path: Path) -> None
     prompts = {task.name: [reader.prompt(example) for example in task.test] for task in load(recipe.tasks)}
     found = compare(run, prompts, list(reader.ends), tmp_path)
     assert len(found["peft"]) == 50
-    changed = sum(ours != base for ours, base in zip(found["peft"], found["llama.cpp, base"], strict=True))
-    assert changed > 25, "the adapter changes most answers"
+    changed = sum(ours != base for ours, base in zip(found["peft"][::5], found["llama.cpp, base"], strict=True))
+    assert changed > 5, "the adapter changes most answers"
     assert found["llama.cpp"] == found["peft"]

@@ -9,6 +9,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -323,3 +324,37 @@ def test_examples(example: str, kind: str, tmp_path: Path, monkeypatch: pytest.M
     runpy.run_path(str(EXAMPLES / f"{example}.py"))
     loaded = PeftModel.from_pretrained(tiny_model("llama"), str(tmp_path / "out"))
     assert loaded.peft_config["default"].tasks == sorted({row["task"] for row in rows(kind, count=4)})
+
+
+def test_the_example_with_vllm_exports_a_lora_for_every_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Engine:
+        """Its answers are the names of the LoRAs that the requests name."""
+
+        def __init__(self, **options: Any) -> None:
+            self.options = options
+
+        def generate(self, prompts: list[str], params: Any, lora_request: list[Any]) -> list[Any]:
+            for _, number, folder in lora_request:
+                config = LoraConfig.from_pretrained(folder)
+                assert config.r <= self.options["max_lora_rank"]
+                assert not config.rank_pattern
+                assert number > 0
+            names = [name for name, _, _ in lora_request]
+            assert len(names) == len(prompts)
+            return [SimpleNamespace(outputs=[SimpleNamespace(text=name)]) for name in names]
+
+    request = SimpleNamespace(LoRARequest=lambda *fields: fields)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=dict))  # type: ignore[misc]
+    monkeypatch.setitem(sys.modules, "vllm.lora", SimpleNamespace(request=request))  # type: ignore[misc]
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", request)  # type: ignore[misc]
+    tiny_model("llama").save_pretrained("base")
+    tokenizer().save_pretrained("base")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows("sft", count=4)))
+    monkeypatch.setattr(sys, "argv", ["example", "base", "rows.jsonl", "out"])
+    runpy.run_path(str(EXAMPLES / "serve_vllm.py"))
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.partition(":")[0] for line in lines] == [line.rpartition(" ")[2] for line in lines]
+    assert [line.partition(":")[0] for line in lines] == [row["task"] for row in rows("sft", count=4)]
+    assert "vllm serve" in (tmp_path / "out" / "loras" / "README.md").read_text()
