@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from dyads.runs.folder import RunFolder
 from dyads.runs.lock import LockedError
 from dyads.runs.manifest import MANIFEST, Manifest, seal, unfinished, write_text
 from dyads.runs.saved import SavedAdapter
+from dyads.runs.weights import read_config
 from dyads.scoring.evaluate import evaluate, generate
 
 Make = Callable[..., Recipe]
@@ -345,6 +347,23 @@ def test_a_config_larger_than_its_weights_is_refused_before_an_adapter_of_its_si
     for command in (lambda: evaluate(folder), lambda: SavedAdapter.read(folder.path)):
         with pytest.raises(RunError, match=r"numbers up to 1,000,000 are read|do not fit its adapter_config\.json"):
             command()
+
+
+@pytest.mark.parametrize("method", ["mode", "lora"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank_pattern": {"a": {"b": 1}}}, r"'rank_pattern': .* valid integer, got \{'a': \{'b': 1\}\}"),
+        ({"alpha_pattern": {"a": [2]}}, r"'alpha_pattern': .* valid number, got \{'a': \[2\]\}"),
+    ],
+)
+def test_patterns_with_values_that_are_no_numbers_are_refused(
+    trained: Trained, method: str, changes: dict[str, Any], message: str
+) -> None:
+    path = trained(method).adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(RunError, match=message):
+        read_config(path.parent)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ _CHECKED = (
     *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
 )
 """Fields of PEFT's LoraConfig whose types are checked; others also take values that their annotations lack."""
+_PATTERNS = {"rank_pattern": dict[str, int] | None, "alpha_pattern": dict[str, float] | None}
+"""The types of fields that PEFT's LoraConfig annotates as any dict."""
 
 
 def read_config(folder: Path) -> Any:
@@ -80,7 +82,7 @@ def read_config(folder: Path) -> Any:
 
 def _check_types(config: type[Any], content: dict[str, Any], path: Path) -> None:
     """RunError for the first option whose value is not of its field's type; PEFT takes any."""
-    hints = get_type_hints(config)
+    hints = {**get_type_hints(config), **_PATTERNS}
     checked = [f.name for f in dataclasses.fields(config)] if issubclass(config, DyadsConfig) else _CHECKED
     key = ""
     try:
