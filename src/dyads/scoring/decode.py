@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ from dyads.models.attention import GROUPED, supports_grouped
 from dyads.scoring.sampling import Sampler, Sampling, TokenLogprobs, logprobs_of
 from dyads.scoring.slots import Slots
 from dyads.tasks import Example
+from dyads.tuner.row_adapters import RowAdapters
 
 __all__ = ["Answer", "Decoder", "Prefix", "Question", "decode", "refusal", "shared_prefix"]
 
@@ -66,6 +68,10 @@ class Question:
     """None: the most likely token."""
     logprobs: int | None = None
     """How many of the most likely tokens are reported at every place, with their log-probabilities; None: nothing."""
+    adapter: str | None = None
+    """The adapter of its row, in a model whose rows have adapters of their own; None: the base model."""
+    ends: frozenset[int] = frozenset()
+    """Tokens that end the answer, beside those of the decoder."""
 
 
 @dataclass(eq=False)
@@ -173,17 +179,19 @@ class Decoder:
         eos: int | Sequence[int],
         pad: int,
         tasks: bool = False,
+        adapters: RowAdapters | None = None,
         join: int = 1,
         mixes: bool = True,
     ) -> None:
         """`slots` rows are decoded at once. `join`: the free slots from which waiting questions join running rows.
 
+        `tasks`: pass the task of every row to the model. `adapters`: those that the rows of this model have.
         `mixes`: whether questions with different prefixes are prefilled together.
         """
         self.ends = {eos} if isinstance(eos, int) else set(eos)
         self.slots, self.join, self.mixes = slots, max(1, join), mixes
         self.waiting: deque[Answer] = deque()
-        self._batch = _Batch(model, slots, pad, tasks)
+        self._batch = _Batch(model, slots, pad, tasks, adapters)
 
     def __enter__(self) -> Decoder:
         return self
@@ -213,9 +221,13 @@ class Decoder:
         joins = self.waiting and (not batch.rows or free >= self.join)
         rows = batch.read(self._next(free)) if joins else batch.step()
         for row in rows:
-            row.ended = row.tokens[-1] in self.ends or len(row.tokens) == row.question.limit
+            row.ended = self.is_end(row) or len(row.tokens) == row.question.limit
         batch.drop([row for row in rows if row.ended])
         return rows
+
+    def is_end(self, answer: Answer) -> bool:
+        """Whether the last token of an answer is one that ends it."""
+        return answer.tokens[-1] in self.ends or answer.tokens[-1] in answer.question.ends
 
     @torch.inference_mode()
     def cancel(self, answer: Answer) -> None:
@@ -272,8 +284,10 @@ def shared_prefix(prompts: Sequence[list[int]]) -> list[int]:
 class _Batch:
     """The rows in progress: row i has slot i of the cache."""
 
-    def __init__(self, model: nn.Module, slots: int, pad: int, tasks: bool) -> None:
-        self.model, self.pad, self.tasks = model, pad, tasks
+    def __init__(
+        self, model: nn.Module, slots: int, pad: int, tasks: bool, adapters: RowAdapters | None = None
+    ) -> None:
+        self.model, self.pad, self.tasks, self.adapters = model, pad, tasks, adapters
         self.base = _base(model)
         self.device = self.base.device
         # Grouped attention materialises all scores of a prompt, as eager attention does. sdpa does not, so it is kept
@@ -349,16 +363,21 @@ class _Batch:
 
     def _forward(self, rows: list[Answer], ids: Tensor, mask: Tensor, at: Tensor, cache: Cache) -> Tensor:
         """Logits of the next token (b vocabulary)."""
-        task = {"task": [row.question.task for row in rows]} if self.tasks else {}
-        logits: Tensor = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=at,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=self.last,
-            **task,
-        ).logits
+        given = [row.question.task for row in rows]
+        own: AbstractContextManager[None] = nullcontext()
+        task = {"task": given} if self.tasks else {}
+        if self.adapters is not None:
+            own = self.adapters.use([row.question.adapter for row in rows], given)
+        with own:
+            logits: Tensor = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=at,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=self.last,
+                **task,
+            ).logits
         return logits[:, -1]
 
 

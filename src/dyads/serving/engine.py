@@ -219,8 +219,7 @@ class Engine:
         if job.state == "waiting":
             job.state = "running"
             self.metrics.first_token(job.model, time.monotonic() - job.came)
-        token = answer.tokens[-1]
-        is_end = token in job.batch.decoder.ends
+        token, is_end = answer.tokens[-1], job.batch.decoder.is_end(answer)
         text = job.text.extend(answer.tokens, ended=answer.ended)
         finish = "stop" if is_end or job.text.stopped else "length" if answer.ended else None
         if finish and not answer.ended:

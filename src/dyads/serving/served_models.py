@@ -2,8 +2,9 @@
 """Served models: the names that a request may give, and how it becomes a question to a run's model.
 
 The base model answers under its own name, every task of a run under `run/task`, and a run whose gates do not depend on
-the task under `run` too. Runs with the same base model share its weights: each has modules and an adapter of its own
-over one set of parameters.
+the task under `run` too. Requests of all runs with the same base model, whatever their methods, share a batch in which
+every row has its adapter. A run whose adapter does more than add to linear layers (DoRA, trained embeddings) has a
+batch of its own; it still shares the weights of the base model.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import copy
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
 
 from dyads.data.batches import PromptTokenizer, pad_id_of
@@ -34,6 +36,7 @@ from dyads.serving.errors import ServingError
 from dyads.tasks import Example
 from dyads.tasks.messages import USER, Message
 from dyads.tasks.template import MESSAGES, Template
+from dyads.tuner.row_adapters import RowAdapters
 
 __all__ = ["Asked", "ServedModel", "ServedModels", "Wish"]
 
@@ -77,6 +80,8 @@ class ServedModel:
     """Tokens of an answer where the request sets no limit."""
     task: str | None = None
     """The task of the run; None for the base model, and for a run without a task."""
+    adapter: str | None = None
+    """The adapter of its rows, in a batch of several."""
     takes_task: bool = False
     """Whether the gates look at the task."""
     template: Template | None = None
@@ -170,7 +175,16 @@ class ServedModel:
             raise ServingError("the prompt is empty: there is nothing to answer", param="prompt")
         limit = self.tokenizer.answer_limit(ids, wish.max_tokens or self.answer_limit)
         task = self.task if self.takes_task else None
-        question = Question(ids, limit, task, example, sampling=wish.sampling, logprobs=wish.logprobs)
+        question = Question(
+            ids,
+            limit,
+            task,
+            adapter=self.adapter,
+            ends=frozenset(self.tokenizer.ends),
+            example=example,
+            sampling=wish.sampling,
+            logprobs=wish.logprobs,
+        )
         return Asked(question, example, self.strip)
 
     def text(self, example: Example, tokens: list[int]) -> str:
@@ -200,7 +214,7 @@ class ServedModels:
         """`runs` by their names; `slots` requests of a batch are answered at once."""
         self.models: dict[str, ServedModel] = {}
         self._slots = slots
-        self._bases: dict[tuple[Any, ...], tuple[nn.Module, Batch]] = {}
+        self._bases: dict[tuple[Any, ...], _Base] = {}
         for folder in runs.values():
             recipe = folder.recipe()  # all runs are refused before the first model is loaded
             if recipe.method.name == "majority":
@@ -239,15 +253,15 @@ class ServedModels:
 
     def _add_run(self, name: str, folder: RunFolder) -> None:
         recipe = folder.recipe()
-        base, base_batch = self._base(folder, recipe.model)
-        answerer = Answerer(folder, base=_sharing(base))
+        base = self._base(folder, recipe.model)
+        answerer = Answerer(folder, base=_sharing(base.model))
         assert isinstance(answerer.prompt_tokenizer, PromptTokenizer)
-        tokenizer = answerer.prompt_tokenizer
-        batch = base_batch
-        if recipe.method.trains:
-            batch = self._batch(folder, answerer.model, tokenizer, tasks=answerer.needs_task)
-        elif not set(tokenizer.ends) <= batch.decoder.ends:
-            batch = self._batch(folder, base, tokenizer, tasks=False)
+        tokenizer, batch, adapter = answerer.prompt_tokenizer, base.batch, None
+        if isinstance(answerer.model, PeftModel):
+            adapter = f"run{len(base.runs)}"  # a name of a run may have dots, which names of modules may not
+            base.runs.append(name)
+            if not base.adapters.take(adapter, answerer.model):
+                adapter, batch = None, self._batch(folder, answerer.model, tokenizer, tasks=answerer.needs_task)
         names = dict.fromkeys((*answerer.task_names, *answerer.run_tasks))
         known = [task for task in names if not answerer.needs_task or task in answerer.task_names]
         for task in (None, *known):
@@ -261,35 +275,47 @@ class ServedModels:
                     tokenizer=tokenizer,
                     answer_limit=answerer.answer_limit(template),
                     task=task,
+                    adapter=adapter,
                     takes_task=answerer.needs_task,
                     template=template,
                     strip=template is None or template.strips_answers,
                 )
             )
 
-    def _base(self, folder: RunFolder, spec: ModelSpec) -> tuple[nn.Module, Batch]:
-        """The base model of a run and its batch, loaded once for all runs with the same one."""
+    def _base(self, folder: RunFolder, spec: ModelSpec) -> _Base:
+        """The base model of a run, loaded once for all runs with the same one."""
         key = (resolve(spec.name), spec.revision, spec.dtype, spec.attention, str(spec.quantization))
         if key not in self._bases:
-            base = load_model(spec).to(launched().device).eval()
+            model = load_model(spec).to(launched().device).eval()
             tokenizer = load_tokenizer(spec.name, spec.revision)
             chat = tokenizer.get_chat_template() if isinstance(tokenizer.chat_template, str) else None
             prompts = PromptTokenizer(
-                tokenizer, chat_template=chat, positions=positions_of(base.config), answer_tokens=1
+                tokenizer, chat_template=chat, positions=positions_of(model.config), answer_tokens=1
             )
-            batch = self._batch(folder, base, prompts, tasks=False)
+            adapters = RowAdapters(_sharing(model))
+            batch = self._batch(folder, adapters.model, prompts, adapters=adapters)
             name = Path(spec.name).name if os.path.isdir(spec.name) else spec.name
             if name in self.models:  # the same model in another precision
                 name = f"{name}@{spec.dtype}"
             self._add(ServedModel(name, batch, prompts, _BASE_LIMIT))
-            self._bases[key] = base, batch
+            self._bases[key] = _Base(model, adapters, batch)
         return self._bases[key]
 
-    def _batch(self, folder: RunFolder, model: nn.Module, tokenizer: PromptTokenizer, *, tasks: bool) -> Batch:
+    def _batch(self, folder: RunFolder, model: nn.Module, tokenizer: PromptTokenizer, **how: Any) -> Batch:
         if reason := refusal(model):
             raise ConfigError(f"the model of '{folder.path}' cannot be served: {reason}")
-        decoder = Decoder(model, slots=self._slots, eos=tokenizer.ends, pad=pad_id_of(tokenizer.tokenizer), tasks=tasks)
+        decoder = Decoder(model, slots=self._slots, eos=(), pad=pad_id_of(tokenizer.tokenizer), **how)
         return Batch(decoder, model)
+
+
+@dataclass
+class _Base:
+    """A base model as it was loaded, and the one whose rows have the adapters of runs."""
+
+    model: nn.Module
+    adapters: RowAdapters
+    batch: Batch
+    runs: list[str] = field(default_factory=list)
 
 
 def _check_kind(folder: RunFolder, spec: ModelSpec) -> None:

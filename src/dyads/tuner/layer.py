@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from dyads.errors import MergeError
+from dyads.errors import MergeError, RoutingError
 from dyads.methods.config import DyadsConfig
 from dyads.methods.core import Core
 from dyads.ops import CachedOperator, Frozen, autocast_dtype, fused, in_backward
 from dyads.tuner.auxiliary import collect_loss
 from dyads.tuner.base_layer import features, is_plain
-from dyads.tuner.routing import Routing
+from dyads.tuner.routing import Routing, RowGroups
 from dyads.tuner.watched_weight import WatchedWeight
 
 __all__ = ["DyadsLinear", "adapted_layers", "buffers_stay"]
@@ -160,6 +160,8 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         return weight, bias
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if (groups := self.routing.here.rows) is not None:
+            return self._forward_by_row(x, groups)
         if self.disable_adapters and self.merged:
             self.unmerge()
         for adapter in self.merged_adapters:
@@ -178,12 +180,36 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             if cache is None:
                 out = self._add(adapter, x, out, frozen)
             else:
-                if adapter not in cache:
-                    cache[adapter] = CachedOperator(*self.factors(adapter), self.core(adapter), self.scaling[adapter])
-                operator = cache[adapter]
+                operator = self._operator(adapter, cache)
                 out = operator.core(operator, x, self._task(adapter, operator.core, x), out=out, frozen=frozen)
             frozen = None  # the first adapter adds to the frozen layer, the others to the first one's result
         assert out is not None
+        return out
+
+    def _operator(self, adapter: str, cache: dict[str, CachedOperator]) -> CachedOperator:
+        if adapter not in cache:
+            cache[adapter] = CachedOperator(*self.factors(adapter), self.core(adapter), self.scaling[adapter])
+        return cache[adapter]
+
+    def _forward_by_row(self, x: Tensor, given: RowGroups) -> Tensor:
+        """The frozen layer's output for all rows, to which each adapter adds on its own rows."""
+        if x.shape[0] != given.count:
+            raise RoutingError(
+                f"layer {self.key} sees an input of shape {tuple(x.shape)} in a batch of {given.count} rows, so which"
+                " row has which adapter is unknown"
+            )
+        out: Tensor = self.base_layer(x)
+        cache = self._cache(x)
+        for group in given.groups:
+            if group.adapter not in self.scaling:
+                continue
+            operator, rows, task = self._operator(group.adapter, {} if cache is None else cache), group.rows, None
+            if group.tasks is not None and "task" in operator.core.looks_at:
+                task = group.tasks.ids(group.adapter, self.routing.names[group.adapter], x.device)
+            if rows is None:
+                out = operator.core(operator, x, task, out=out)
+            else:
+                out[rows] = operator.core(operator, x[rows], task, out=out[rows])
         return out
 
     def _add(self, adapter: str, x: Tensor, out: Tensor | None, frozen: Frozen | None) -> Tensor:

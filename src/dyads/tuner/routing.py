@@ -14,9 +14,10 @@ the model's call makes, and which layers find by their thread: passes of several
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -30,7 +31,16 @@ from dyads.tuner.backward_check import BackwardCheck
 from dyads.tuner.batch_tasks import BatchTasks, TaskLike
 from dyads.tuner.packing import can_be_read
 
-__all__ = ["ForwardPass", "OperatorCache", "Routing", "auxiliary_loss", "find_routing", "use_task"]
+__all__ = [
+    "ForwardPass",
+    "OperatorCache",
+    "Routing",
+    "RowGroup",
+    "RowGroups",
+    "auxiliary_loss",
+    "find_routing",
+    "use_task",
+]
 
 OperatorCache = dict[int, dict[str, CachedOperator]]
 """Operators by layer and adapter."""
@@ -45,6 +55,26 @@ class ForwardPass:
         self.check: BackwardCheck | None = None
 
 
+@dataclass(frozen=True)
+class RowGroup:
+    """The rows of a forward pass that have the same adapter."""
+
+    adapter: str
+    rows: Tensor | None
+    """Their places in the batch; None: all rows."""
+    tasks: BatchTasks | None
+    """Their tasks, where the gates look at them."""
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """The adapters of the rows of a forward pass (row_adapters.py)."""
+
+    count: int
+    """Rows in the batch, with those that have no adapter."""
+    groups: Sequence[RowGroup]
+
+
 class _Thread(threading.local):
     """What one thread runs. Not context variables, which torch.compile cannot trace (torch 2.13)."""
 
@@ -55,6 +85,8 @@ class _Thread(threading.local):
     check: BackwardCheck | None = None
     kept: list[Tensor] | None = None
     """The auxiliary losses of `keeping_losses`."""
+    rows: RowGroups | None = None
+    """The adapters of the rows, where they differ; the active adapters then do not count."""
     untaken: Tensor | None = None
     """The auxiliary loss of the last call, where the model returned no loss to add it to."""
 
