@@ -32,9 +32,7 @@ Examples:
 @click.argument("runs", nargs=-1, required=True, metavar="[NAME=]RUN...")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Others than this machine need --api-keys.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
-@click.option(
-    "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Answers at once, per adapter."
-)
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Answers at once.")
 @click.option("--queue", type=click.IntRange(min=1), default=256, show_default=True, help="Requests that wait.")
 @click.option(
     "--max-prompt-tokens", type=click.IntRange(min=1), help="Default: as many as the run's model reads in training."

@@ -128,7 +128,6 @@ def _add_paths(app: FastAPI, state: _State) -> None:
         prompt = body.prompt
         if isinstance(prompt, list) and isinstance(prompt[0], str):
             (prompt,) = prompt
-        _check_unicode("prompt", prompt if isinstance(prompt, str) else "")
         wish = Wish(_limited(body.max_tokens, "max_tokens", state), body.sampling, body.logprobs)
         engine.check()
         asked = await run_in_threadpool(model.of_prompt, prompt, wish)  # type: ignore[arg-type]
@@ -143,8 +142,6 @@ def _add_paths(app: FastAPI, state: _State) -> None:
     async def chat_completions(body: ChatBody) -> Response:
         model = models[body.model]
         messages = [Message(SYSTEM if m.role == "developer" else m.role, m.text) for m in body.messages]
-        for text in (*(m.content for m in messages), *body.columns, *body.columns.values()):
-            _check_unicode("messages", text)
         if body.top_logprobs is not None and not body.logprobs:
             raise ServingError("top_logprobs needs logprobs: true", param="top_logprobs")
         wanted = _limited(body.max_tokens, "max_tokens", state)
@@ -200,13 +197,6 @@ def _limited(wanted: int | None, param: str, state: _State) -> int | None:
     return wanted
 
 
-def _check_unicode(param: str, text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ServingError(f"{param} has half of a surrogate pair, which is no Unicode text", param=param) from None
-
-
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServingError)
     return error_response(error)
@@ -216,8 +206,9 @@ async def _invalid(request: Request, error: Exception) -> Response:
     """The first contradiction between the body and its form, without the values that were given."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = [str(step) for step in first["loc"] if step != "body"]
-    param = place[0] if place else None
+    steps = [str(step) for step in first["loc"][1:]]
+    place = [step for step in steps if step.isidentifier() or step.isdigit()]  # without the types of a union
+    param = shortened(place[0], 60) if place else None
     where = shortened(".".join(place), 100)
     if first["type"] == "json_invalid":
         refusal = ServingError("the body is not JSON: send an object with the header Content-Type: application/json")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -15,6 +16,8 @@ from dyads.serving.metrics import Metrics
 from dyads.serving.responses import error_response
 
 __all__ = ["Door"]
+
+_PORT = re.compile(r"(?<=[^:]):\d*$")
 
 
 class Door:
@@ -55,14 +58,12 @@ class Door:
 
     def _check(self, scope: Scope) -> None:
         limits, headers = self.limits, Headers(scope=scope)
-        host = (
-            headers.get("host", "").rsplit(":", 1)[0] if not headers.get("host", "").endswith("]") else headers["host"]
-        )
+        host = _PORT.sub("", headers.get("host", ""))
         if limits.hosts is not None and host.lower() not in limits.hosts:
             raise ServingError("the header Host names another server", status=400, code="wrong_host")
         path: str = scope["path"]
         if path.startswith("/v1/") or path == "/metrics":
-            key = limits.keys.check(headers.get("authorization", ""))
+            key = limits.keys.check(dict(scope["headers"]).get(b"authorization", b""))
             client: Any = key if key is not None else (scope.get("client") or ("",))[0]
             limits.rate.check(client)
 

@@ -44,16 +44,16 @@ class Keys:
         """Whether requests need a key."""
         return bool(self._keys)
 
-    def check(self, authorization: str) -> int | None:
+    def check(self, authorization: bytes) -> int | None:
         """The number of the key in the header `Authorization`; None where no key is needed, else ServingError."""
         if not self._keys:
             return None
-        scheme, _, given = authorization.partition(" ")
+        scheme, _, given = authorization.partition(b" ")
         found = None
         for number, key in enumerate(self._keys):  # all of them, so that the time does not tell which one is near
-            if hmac.compare_digest(key, given.strip().encode("utf-8", "surrogateescape")):
+            if hmac.compare_digest(key, given.strip()):
                 found = number
-        if found is None or scheme.lower() != "bearer":
+        if found is None or scheme.lower() != b"bearer":
             raise ServingError(
                 "the API key is missing or not one of this server's: send it as `Authorization: Bearer KEY`",
                 status=401,

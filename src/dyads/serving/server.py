@@ -37,7 +37,7 @@ class Options:
     port: int = 8000
     """0: any that is free."""
     slots: int = 32
-    """Requests that are answered at once, for every adapter."""
+    """Requests that are answered at once, by one base model."""
     waiting: int = 256
     """Requests that wait at most."""
     prompt_tokens: int | None = None
@@ -57,6 +57,8 @@ class Server(uvicorn.Server):
     def __init__(self, runs: Mapping[str, RunFolder], options: Options) -> None:
         self.options = options
         self.socket = _bound(options.host, options.port)  # before the models are loaded, which takes longer
+        host, port = self.socket.getsockname()[:2]
+        self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self.models = ServedModels(runs, slots=options.slots)
         if options.prompt_tokens is not None:
             self.models.limit_prompts(options.prompt_tokens)
@@ -81,12 +83,6 @@ class Server(uvicorn.Server):
                 h11_max_incomplete_event_size=1 << 16,
             )
         )
-
-    @property
-    def address(self) -> str:
-        """The URL of the server."""
-        host, port = self.socket.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run(self, sockets: Any = None) -> None:
         """Serve until `should_exit`, which a signal sets in the main thread."""
