@@ -84,7 +84,7 @@ def gate(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
         (b'{"model": "tiny-llama", "prompt": "a", "seed": ' + b"9" * 60 + b"}", "seed: "),
         (b'{"model": "tiny-llama", "prompt": "a", "max_tokens": true}', "max_tokens: "),
         (b'{"model": "tiny-llama", "prompt": [5, 100000]}', "token 100000 is not in the vocabulary of"),
-        (b'{"model": "tiny-llama", "prompt": [5, -1]}', "token -1 is not in the vocabulary of"),
+        (b'{"model": "tiny-llama", "prompt": [5, -1]}', "prompt.1: "),
         (b'{"model": "tiny-llama", "prompt": ["a", "b"]}', "prompt"),
         (b'{"model": "tiny-llama", "prompt": " "}', "the prompt is empty"),
         (b'{"model": null, "prompt": "a"}', "model: "),

@@ -85,7 +85,7 @@ class CompletionBody(_Body):
 
     prompt: (
         Annotated[str, Field(min_length=1)]
-        | Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1)]
+        | Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1)]
         | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1)]
     )
     """A text, or its tokens."""

@@ -94,7 +94,7 @@ class ServedModel:
             example = replace(_RAW, prompt=prompt)
             return self._asked(self._read(example), example, wish)
         size = len(self.tokenizer.tokenizer)
-        if bad := [token for token in prompt if not 0 <= token < size]:
+        if bad := [token for token in prompt if token >= size]:
             raise ServingError(f"token {bad[0]} is not in the vocabulary of {size} tokens", param="prompt")
         if len(prompt) > self._most:
             raise self._too_long(len(prompt), "prompt")
