@@ -14,7 +14,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from benchmarks import counted, page, scoring, startup, training
+from benchmarks import counted, page, scoring, serving, startup, training
 from benchmarks.contenders import SETTINGS, Contender, resolved
 from benchmarks.environment import commit, environment, is_committed, machine
 from benchmarks.plan import BY_NAME, PARTS, Job, estimate, plan
@@ -78,7 +78,8 @@ def main(
     """Measure dyads beside its rivals: PEFT's LoRA, Poly, MHR, X-LoRA and Arrow, and TRL's SFTTrainer.
 
     Step time, forward time, greedy decoding, bytes kept for backward, peak memory and trainable parameters; whole
-    training runs, scoring and start-up; and, counted instead of timed, the operations and bytes of one layer in bf16.
+    training runs, scoring, serving and start-up; and, counted instead of timed, the operations and bytes of one layer
+    in bf16.
     TRL is needed for the part `training` only (`pip install 'dyads[trl]'`).
     """
     console = Console(width=None if os.isatty(1) else 100)
@@ -176,6 +177,10 @@ class Measurement:
             options = scoring.job(quick=self.quick, run=self.scored, out=self.out)
             settings = {**options, "rounds": job.rounds}
             self._keep(job, settings, lambda: scoring.measure(options, job.rounds, self.logs, self.say))
+        elif job.part == "serving":
+            served = serving.job(quick=self.quick, out=self.out)
+            settings = {**served, "rounds": job.rounds}
+            self._keep(job, settings, lambda: serving.measure(served, job.rounds, self.logs, self.say))
         elif job.part == "counted":
             self._keep(job, {}, counted.measure)
         else:

@@ -12,7 +12,7 @@ class Bar:
 
     what: str
     part: str
-    """Where it is measured: a setting, training, scoring, startup or counted."""
+    """Where it is measured: a setting, training, scoring, serving, startup or counted."""
     metric: str
     top: str
     bottom: str | None
@@ -41,6 +41,16 @@ BARS = (
     Bar("training run: dyads ÷ TRL, examples/s", "training", "examples", "dyads-mode", "trl", 2.0, False),
     Bar("scoring: dyads ÷ a loop of generate, examples/s", "scoring", "per_second", "dyads", "plain", 3.0, False),
     Bar("scoring in fp32: answers that differ", "scoring", "differing_fp32", "dyads", None, 0),
+    Bar(
+        "serving: 32 clients at once ÷ one request after the other, tokens/s",
+        "serving",
+        "per_second",
+        "dyads",
+        "sequential",
+        3.0,
+        False,
+    ),
+    Bar("serving: MoDE ÷ plain LoRA, tokens/s of 32 clients", "serving", "per_second", "dyads", "lora", 1.0, False),
     Bar("launches: MoDE 8×4 ÷ PEFT LoRA, fp32 adapters", "counted", "launches", "mode-8x4", "lora", 1.3),
     Bar("launches: MoDE 8×4 ÷ PEFT LoRA, bf16 adapters", "counted", "launches", "mode-8x4-bf16", "lora-bf16", 1.5),
     Bar("bytes moved: MoDE 8×4 ÷ PEFT LoRA, fp32 adapters", "counted", "bytes", "mode-8x4", "lora", 0.305),

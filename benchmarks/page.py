@@ -25,6 +25,7 @@ from benchmarks.environment import machine
 from benchmarks.plan import Job
 from benchmarks.profile import KINDS, NEW_TOKENS, PROFILED
 from benchmarks.scoring import METRICS as SCORING_METRICS
+from benchmarks.serving import LABELS as SERVING_LABELS
 from benchmarks.training import GROUPS as TRAINING_GROUPS
 from benchmarks.training import LABELS as TRAINING_LABELS
 
@@ -235,6 +236,27 @@ def scoring(results: list[dict[str, Any]]) -> str:
     return ""
 
 
+def serving(results: list[dict[str, Any]]) -> str:
+    """The comparison in words."""
+    for group in of_part(results, "serving"):
+        rate = {side: spread([group], "serving", "per_second", side) for side in SERVING_LABELS}
+        wait = spread([group], "serving", "first_token_p95", "dyads")
+        if wait is None or not all(rate.values()):
+            return ""
+        facts = group["facts"]["dyads"]
+        said = ", ".join(f"{label} {found.text(digits=1)}" for label, found in _labelled(rate) if found)
+        return (
+            f"{facts['clients']} clients at once over {facts['tasks']} tasks of one run, {facts['new_tokens']} new"
+            f" tokens each, SmolLM2-135M in {facts['dtype']}; tokens/s: {said}. Time to the first token, 95th"
+            f" percentile of the clients, who all come at the same moment: {wait.text()} s."
+        )
+    return ""
+
+
+def _labelled(rate: dict[str, Spread | None]) -> list[tuple[str, Spread | None]]:
+    return [(label, rate[side]) for side, label in SERVING_LABELS.items()]
+
+
 def profiles(results: list[dict[str, Any]]) -> dict[str, list[tuple[str, ...]]]:
     """By profile: (side, time, ratio, floor, ratio of the floor, milliseconds by kind of work …) of every side.
 
@@ -374,7 +396,9 @@ def to_terminal(results: list[dict[str, Any]], console: Console) -> None:
             console.print(line, markup=False)
     if said := scoring(results):
         console.print(f"scoring: {said}", markup=False)
-    for part in ("profile", "scoring"):
+    if said := serving(results):
+        console.print(f"serving: {said}", markup=False)
+    for part in ("profile", "scoring", "serving"):
         for line in failures(results, part):
             console.print(line, markup=False)
     table = Table("what", "bar", "measured", "", title="bars")
@@ -471,7 +495,11 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         lines += [text for line in failures(results, "training") for text in ("", line)]
     if said := scoring(results):
         lines += ["", "## Scoring", "", said]
-    lines += [text for part in ("profile", "scoring") for line in failures(results, part) for text in ("", line)]
+    if said := serving(results):
+        lines += ["", "## Serving", "", said]
+    lines += [
+        text for part in ("profile", "scoring", "serving") for line in failures(results, part) for text in ("", line)
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -14,7 +14,7 @@ from benchmarks.contenders import SETTINGS, Contender, Setting
 from benchmarks.rounds import metrics_of
 from benchmarks.training import GROUPS as TRAINING_GROUPS
 
-PARTS = ("counted", "startup", "smollm2", "llama", "training", "scoring", "profile", "tiny")
+PARTS = ("counted", "startup", "smollm2", "llama", "training", "scoring", "serving", "profile", "tiny")
 BY_NAME = ("profile", "tiny")
 """Parts that are measured only when they are named."""
 
@@ -24,6 +24,7 @@ SECONDS = {"counted": 70.0, "profile": 150.0}
 """Of a whole group that has no rounds of its own."""
 TRAINING_SIDE = 36.0
 SCORING_ROUND = 16.0
+SERVING_ROUND = 45.0
 STARTUP_ROUND = 2.0
 
 
@@ -59,6 +60,8 @@ def plan(parts: tuple[str, ...], *, rounds: int, other_rounds: int, profiles: tu
             for group, sides in TRAINING_GROUPS.items():
                 n = rounds if group == "main" else other_rounds
                 jobs.append(Job(part, group, n, group == "main", n * len(sides) * TRAINING_SIDE))
+        elif part == "serving":
+            jobs.append(Job(part, "all", other_rounds, True, other_rounds * SERVING_ROUND))
         else:
             jobs.append(Job(part, "all", rounds, True, rounds * SCORING_ROUND))
     return sorted(jobs, key=lambda job: not job.has_bar)

@@ -55,6 +55,9 @@ def expected(made: dict[str, RunFolder]) -> dict[tuple[str, str], str]:
 
 def test_models_are_the_base_and_every_task_of_every_run(client: OpenAI, made: dict[str, RunFolder]) -> None:
     names = {model.id for model in client.models.list()}
+    assert client.models.retrieve("more/first_word").id == "more/first_word"
+    with pytest.raises(NotFoundError):
+        client.models.retrieve("more/last_word")
     assert names == {"tiny-llama", "mode", "lora", *(f"{run}/{task}" for run in made for task in TASKS)}
 
 

@@ -24,7 +24,15 @@ from dyads.serving.engine import Engine, Job, Piece
 from dyads.serving.errors import ServingError, log
 from dyads.serving.limits import Limits
 from dyads.serving.page import PAGE
-from dyads.serving.protocol import ChatBody, ChatCompletion, Completion, CompletionBody, ErrorBody, ModelList
+from dyads.serving.protocol import (
+    ChatBody,
+    ChatCompletion,
+    Completion,
+    CompletionBody,
+    ErrorBody,
+    ModelList,
+    ModelObject,
+)
 from dyads.serving.responses import AnswerResponse, Form, error_response
 from dyads.serving.served_models import Asked, ServedModel, ServedModels, Wish
 from dyads.tasks.messages import SYSTEM, Message
@@ -45,6 +53,10 @@ _REFUSALS: dict[int | str, dict[str, Any]] = {
         503: "the queue is full, or the server is stopping",
     }.items()
 }
+
+
+def _some(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: _REFUSALS[status] for status in statuses}
 
 
 @dataclass
@@ -95,7 +107,7 @@ def _add_paths(app: FastAPI, state: _State) -> None:
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready", summary="Whether requests are taken", responses={503: _REFUSALS[503]})
+    @app.get("/ready", summary="Whether requests are taken", responses=_some(503))
     async def ready() -> dict[str, str]:
         engine.check()
         return {"status": "ready"}
@@ -104,19 +116,19 @@ def _add_paths(app: FastAPI, state: _State) -> None:
         "/metrics",
         summary="Metrics for Prometheus",
         response_class=PlainTextResponse,
-        responses={401: _REFUSALS[401], 429: _REFUSALS[429]},
+        responses=_some(401, 429),
     )
     async def metrics() -> Response:
         return PlainTextResponse(engine.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    refusals_of_list: dict[int | str, dict[str, Any]] = {status: _REFUSALS[status] for status in (401, 429)}
-
-    @app.get("/v1/models", summary="The base model, and every task of every run", responses=refusals_of_list)
+    @app.get("/v1/models", summary="The base model, and every task of every run", responses=_some(401, 429))
     async def list_models() -> ModelList:
-        data = [
-            {"id": name, "object": "model", "created": state.created, "owned_by": "dyads"} for name in models.models
-        ]
-        return ModelList.model_validate({"object": "list", "data": data})
+        data = [ModelObject(id=name, object="model", created=state.created, owned_by="dyads") for name in models.models]
+        return ModelList(object="list", data=data)
+
+    @app.get("/v1/models/{name:path}", summary="One model", responses=_some(401, 404, 429))
+    async def one_model(name: str) -> ModelObject:
+        return ModelObject(id=models[name].name, object="model", created=state.created, owned_by="dyads")
 
     responses = _REFUSALS | {
         200: {"content": {"text/event-stream": {}}, "description": "The answer, whole or as a stream"}
@@ -205,7 +217,9 @@ async def _refused(request: Request, error: Exception) -> Response:
 async def _invalid(request: Request, error: Exception) -> Response:
     """The first contradiction between the body and its form, without the values that were given."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
+    errors = error.errors()
+    # Of a value that may have several types, the error that lies deepest: it is of the type that was meant.
+    first = max((one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]), key=lambda one: len(one["loc"]))
     steps = [str(step) for step in first["loc"][1:]]
     place = [step for step in steps if step.isidentifier() or step.isdigit()]  # without the types of a union
     param = shortened(place[0], 60) if place else None

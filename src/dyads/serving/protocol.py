@@ -21,6 +21,7 @@ __all__ = [
     "CompletionBody",
     "ErrorBody",
     "ModelList",
+    "ModelObject",
     "Usage",
 ]
 
@@ -192,7 +193,9 @@ class ChatCompletion(BaseModel):
     usage: Usage | None = None
 
 
-class _Model(BaseModel):
+class ModelObject(BaseModel):
+    """A model of /v1/models."""
+
     id: str
     object: Literal["model"]
     created: int
@@ -203,7 +206,7 @@ class ModelList(BaseModel):
     """The response of /v1/models."""
 
     object: Literal["list"]
-    data: list[_Model]
+    data: list[ModelObject]
 
 
 class _Error(BaseModel):
