@@ -183,7 +183,7 @@ def of_architecture(folder: Path, model_type: str, **options: Any) -> tuple[Save
         if isinstance(module, nn.Linear | Conv1D) and name != "lm_head"
     ]
     lora = LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=str(folder))
-    return SavedAdapter(folder, lora, "lora", tuple(linear), {}), [layer.module for layer in linear]
+    return SavedAdapter(folder, lora, "more", tuple(linear), {}), [layer.module for layer in linear]
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -243,6 +243,12 @@ def test_modules_that_are_no_tensors_of_the_base_model_are_refused(tmp_path: Pat
     config.tie_word_embeddings = False
     config.save_pretrained(tmp_path / "base")
     assert gguf_layout(with_layer("lm_head", 61), None).names == {"lm_head": "output.weight"}
+
+
+def test_pefts_own_lora_is_left_to_llama_cpps_script(tmp_path: Path) -> None:
+    get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    with pytest.raises(RunError, match=r"is PEFT's own LoRA: leave --gguf out, .* convert_lora_to_gguf\.py"):
+        gguf_layout(SavedAdapter.read(tmp_path), None)
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

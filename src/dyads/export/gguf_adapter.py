@@ -72,6 +72,11 @@ def gguf_layout(adapter: SavedAdapter, run: RunFolder | None) -> GgufLayout:
         raise RunError("--gguf needs the package gguf, which is not installed: run `pip install gguf`")
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
+    if adapter.method == "lora":
+        raise RunError(
+            f"the adapter in '{adapter.path}' is PEFT's own LoRA: leave --gguf out, and convert that folder with"
+            " llama.cpp's convert_lora_to_gguf.py"
+        )
     base, task_type = base_of(adapter, run), adapter.config.task_type
     if base.kind != "causal" or task_type not in (None, "CAUSAL_LM"):
         given = {"seq2seq": "an encoder-decoder", "encoder": "an encoder"}.get(base.kind, f"used for {task_type}")
