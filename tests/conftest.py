@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 
+import forked
 from tiny import MLP, PLACED, UNLIKE, VARIANTS, Variant
 
 pytest_plugins = ["made_runs", "made_studies"]
@@ -36,6 +38,12 @@ def placed(request: pytest.FixtureRequest) -> tuple[Variant, str]:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def reload_in_fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that reloads an export starts at once; export/test_merged.py starts the real one."""
+    monkeypatch.setattr("dyads.export.verify.subprocess", SimpleNamespace(run=forked.script))
 
 
 @pytest.fixture

@@ -1,30 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainings in several processes: `torchrun tests/launched.py FILE` runs every job of a JSON file in each process.
+"""Trainings in several processes: forks that torch.distributed connects, or commands started by torchrun.
 
 A job is a recipe (YAML), the run's folder, and optionally `resume`, `evaluate` and `cut`, the call of the loss at which
-every process fails, as if the power went. Beside the file, each process leaves the files that it changed.
+every process fails, as if the power went. Each process runs all jobs, and leaves a file with the files that it changed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import forked
+
 PROCESSES = 2
 
 
 def launch(jobs: Sequence[dict[str, Any]], folder: Path) -> dict[int, list[str]]:
     """Run jobs in two processes; returns what each of them changed, as paths below `folder`."""
-    path = folder / "jobs.json"
-    path.write_text(json.dumps(list(jobs)))
-    done = torchrun([__file__, str(path)])
-    assert done.returncode == 0, done.stderr[-6000:]
-    return {rank: json.loads(path.with_suffix(f".{rank}").read_text()) for rank in range(PROCESSES)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    variables = {"WORLD_SIZE": str(PROCESSES), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        forked.Fork(
+            lambda rank=rank: _run_all(jobs, folder, rank),  # type: ignore[misc]
+            env={**environment(), **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(PROCESSES)
+    ]
+    for process in processes:
+        _, err = process.communicate()
+        assert process.returncode == 0, err[-6000:]
+    return {rank: json.loads((folder / f"changed.{rank}").read_text()) for rank in range(PROCESSES)}
 
 
 def torchrun(command: Sequence[str], processes: int = PROCESSES) -> subprocess.CompletedProcess[str]:
@@ -67,8 +80,8 @@ def _run(job: dict[str, Any]) -> None:
         trainer.label_loss = loss
 
 
-def main(path: Path) -> None:
-    root, changed = f"{path.parent}{os.sep}", set()
+def _run_all(jobs: Sequence[dict[str, Any]], folder: Path, rank: int) -> None:
+    root, changed = f"{folder}{os.sep}", set()
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         names: tuple[Any, ...] = ()
@@ -79,11 +92,6 @@ def main(path: Path) -> None:
         changed.update(str(name).removeprefix(root) for name in names if str(name).startswith(root))
 
     sys.addaudithook(watch)
-    for job in json.loads(path.read_text()):
+    for job in jobs:
         _run(job)
-    written = sorted(name for name in changed if name)
-    path.with_suffix(f".{os.environ['RANK']}").write_text(json.dumps(written))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (folder / f"changed.{rank}").write_text(json.dumps(sorted(name for name in changed if name)))

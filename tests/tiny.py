@@ -100,23 +100,23 @@ TARGETS = {
 }
 
 
-def tiny_model(kind: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_model(kind: str, dtype: torch.dtype = torch.float32, blocks: int = 2) -> PreTrainedModel:
     """The same weights every time."""
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     common: dict[str, Any] = {"vocab_size": 61, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     model: PreTrainedModel
     if kind == "llama":
-        sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": blocks, "num_attention_heads": 4}
         model = LlamaForCausalLM(LlamaConfig(**common, **sizes, num_key_value_heads=2, max_position_embeddings=64))
     elif kind == "gpt2":
         drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        model = GPT2LMHeadModel(GPT2Config(**common, **drops, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+        model = GPT2LMHeadModel(GPT2Config(**common, **drops, n_embd=32, n_layer=blocks, n_head=4, n_positions=64))
     elif kind == "t5":
-        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 44, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 44, "num_layers": blocks, "num_heads": 4, "dropout_rate": 0.0}
         model = T5ForConditionalGeneration(T5Config(**{**common, "decoder_start_token_id": 0}, **sizes))
     else:
-        sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4}
+        sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": blocks, "num_attention_heads": 4}
         drops = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         model = BertForSequenceClassification(
             BertConfig(vocab_size=61, pad_token_id=0, **sizes, **drops, max_position_embeddings=64)

@@ -44,6 +44,7 @@ def test_all_tasks_become_a_folder_each(adapter: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "loras").iterdir()) == sorted(["README.md", *TASKS])
 
 
+@pytest.mark.usefixtures("reload_in_fork")
 def test_the_export_of_a_run_is_verified_on_its_prompts(trained: Callable[..., RunFolder], tmp_path: Path) -> None:
     run = trained("more")
     result = export(run.path, "--all-tasks", "--out", tmp_path / "loras")
@@ -57,6 +58,7 @@ def test_the_export_of_a_run_is_verified_on_its_prompts(trained: Callable[..., R
     assert result.output.splitlines()[-1] == "not verified (--no-verify)"
 
 
+@pytest.mark.usefixtures("reload_in_fork")
 def test_merged_runs_are_checkpoints_that_answer_alike(trained: Callable[..., RunFolder], tmp_path: Path) -> None:
     run = trained("more")
     result = export(run.path, "--merge", "--task", "has_animal", "--out", tmp_path / "model")

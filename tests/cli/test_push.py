@@ -7,7 +7,6 @@ import base64
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from huggingface_hub import close_session, constants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import dyads  # noqa: F401  # registers the methods with PEFT
+import forked
 from dyads.cli import main
 from dyads.runs.folder import RunFolder
 
@@ -97,9 +98,13 @@ def hub() -> Iterator[Hub]:
 
 def push(hub: Hub, run: RunFolder, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k.lower() not in ("http_proxy", "https_proxy", "all_proxy")}
-    environment |= {"HF_ENDPOINT": hub.address, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_stand_in"}
-    command = [sys.executable, "-m", "dyads.cli", "push", str(run.path), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+    def work() -> None:
+        constants.ENDPOINT, constants.HF_HUB_OFFLINE = hub.address, False  # read from the environment at import
+        close_session()
+        main(["push", str(run.path), *arguments])
+
+    return forked.run(work, env={**environment, "HF_TOKEN": "hf_stand_in"})
 
 
 def test_a_pushed_adapter_is_loaded_from_its_files(hub: Hub, trained: Trained, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Screens of real processes: a training in a terminal, in a log, interrupted, and in a terminal without UTF-8."""
+"""Screens of processes: a training in a terminal, in a log, interrupted, and in a terminal without UTF-8."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ import pytest
 from click.testing import CliRunner
 
 import dyads.cli
+import forked
 from dyads.cli import main
 from dyads.recipe.spec import Recipe
 from dyads.runs.folder import RunFolder
@@ -40,15 +41,14 @@ def recipe(tiny: Callable[..., Recipe], tmp_path: Path) -> Path:
     return path
 
 
-def in_terminal(command: list[str], cwd: Path, columns: int = 80) -> tuple[int, str]:
-    """The exit code of a process in a terminal of this width, and everything that it drew."""
-    child, terminal = pty.fork()
+def in_terminal(arguments: list[str], cwd: Path, columns: int = 80) -> tuple[int, str]:
+    """The exit code of a command in a terminal of this width, and everything that it drew."""
+    with forked.threads():
+        child, terminal = pty.fork()
     if child == 0:
-        os.chdir(cwd)
-        os.environ.pop("COLUMNS", None)
-        os.environ["TERM"] = "xterm"
-        os.execv(command[0], command)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+        forked.child(lambda: main(arguments), cwd, {**environment, "TERM": "xterm"})
     drawn, ends = b"", time.monotonic() + 600
     while time.monotonic() < ends:
         if select.select([terminal], [], [], 1)[0]:
@@ -69,7 +69,7 @@ def lines_of(drawn: str) -> list[str]:
 
 
 def test_a_training_in_a_terminal_fits_80_columns(recipe: Path, tmp_path: Path) -> None:
-    code, drawn = in_terminal([*DYADS, "train", "recipe.yaml", "--out", "run"], tmp_path)
+    code, drawn = in_terminal(["train", "recipe.yaml", "--out", "run"], tmp_path)
     lines = lines_of(drawn)
     assert code == 0, drawn
     ours = [line for line in lines if not line.startswith("[transformers]")]
@@ -87,21 +87,13 @@ def test_a_training_in_a_terminal_fits_80_columns(recipe: Path, tmp_path: Path) 
 
 
 def test_an_interrupted_training_names_the_command_that_continues_it(recipe: Path, tmp_path: Path) -> None:
-    command = [*DYADS, "train", "recipe.yaml", "--set", "train.steps=4000", "--out", "my run"]
-    with subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        # A shell starts its background jobs with SIGINT ignored, and processes inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    ) as process:
-        checkpoints, ends = tmp_path / "my run" / "checkpoints", time.monotonic() + 300
-        while not any(checkpoints.glob("*/manifest.json")) and process.poll() is None and time.monotonic() < ends:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=300)
+    command = ["train", "recipe.yaml", "--set", "train.steps=4000", "--out", "my run"]
+    process = forked.Fork(lambda: main(command), tmp_path)
+    checkpoints, ends = tmp_path / "my run" / "checkpoints", time.monotonic() + 300
+    while not any(checkpoints.glob("*/manifest.json")) and process.poll() is None and time.monotonic() < ends:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate()
     assert (process.returncode, out) == (130, ""), err
     *_, state, remedy, again = err.splitlines()
     assert re.fullmatch(r"interrupted in the training; last checkpoint: step \d+ of 4,000", state)

@@ -176,6 +176,7 @@ def export(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, ["export", *map(str, arguments)])
 
 
+@pytest.mark.usefixtures("reload_in_fork")
 def test_a_run_is_exported_with_its_price_and_verified(
     trained: Callable[..., RunFolder], data: Path, tmp_path: Path
 ) -> None:
@@ -242,6 +243,7 @@ def test_inputs_are_put_into_the_form_that_the_task_had_in_training(
     assert example.references == (row["output"],)
 
 
+@pytest.mark.usefixtures("reload_in_fork")
 def test_gates_that_look_at_the_task_too_need_one_and_merge_for_it(
     trained: Callable[..., RunFolder], data: Path, tmp_path: Path
 ) -> None:

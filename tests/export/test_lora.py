@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
+import forked
 from dyads.errors import MergeError, RoutingError, RunError
 from dyads.export import export, export_all, factors
 from dyads.export.card import serve_commands
@@ -45,12 +44,12 @@ IDS = [f"{variant.id}-{kind}-{str(dtype)[6:]}" for variant, kind, dtype in CASES
 
 # A process in which dyads cannot be imported and a warning of PEFT's, such as one about Conv1D, is an error.
 STRANGER = """
-import sys, warnings
+import json, sys, warnings
 sys.modules["dyads"] = None
-import json, torch, transformers
+import torch, transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-cases = json.load(open(sys.argv[1]))
+cases = json.load(open(path))
 for case in cases:
     base = getattr(transformers, case["auto"]).from_pretrained(case["base"], dtype=getattr(torch, case["dtype"]))
     with warnings.catch_warnings():
@@ -106,8 +105,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Ten
             whole = {key: str(place / path) for key, path in paths.items()}
             cases.append({"auto": auto, "dtype": str(dtype)[6:], **whole})
     (folder / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-c", STRANGER, str(folder / "cases.json")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    done = forked.run(lambda: exec(STRANGER, {"path": folder / "cases.json"}))
     assert done.returncode == 0, done.stderr
     for name, logits in expected.items():
         for form in ("padded", "trimmed"):

@@ -142,6 +142,7 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_written(saved: Call
 # --- verification -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("reload_in_fork")
 def test_a_folder_of_another_task_does_not_pass_for_the_adapter(saved: Callable[..., Any], tmp_path: Path) -> None:
     _, adapter = saved(config(Variant("moelora")))
     merge(adapter, None, tmp_path / "rte", task="rte")

@@ -6,7 +6,9 @@ The models are made from their published shapes on the meta device, so no weight
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -47,16 +49,21 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def sizes(shapes: dict[str, str]) -> Callable[[str], dict[str, int]]:
     """Trained parameters by label, of a study of the papers' scale."""
 
+    counted: dict[str, int] = {}
+
     def of(name: str) -> dict[str, int]:
         found: dict[str, int] = {}
         for cell in load_study(STUDIES / f"study-{name}.yaml").cells().values():
             recipe = cell.recipe
             if recipe.method.trains and cell.label not in found:
-                model = shapes[recipe.model.name]
-                found[cell.label] = count(model, recipe.method.name, recipe.method.options, TASKS).trainable
+                model, method = shapes[recipe.model.name], recipe.method
+                key = json.dumps([model, method.name, method.options])  # the studies have methods in common
+                if key not in counted:
+                    counted[key] = count(model, method.name, method.options, TASKS).trainable
+                found[cell.label] = counted[key]
         return found
 
-    return of
+    return cache(of)
 
 
 @pytest.mark.parametrize(

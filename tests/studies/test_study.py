@@ -13,14 +13,16 @@ from click.testing import CliRunner, Result
 
 from dyads.cli import main
 from dyads.errors import ConfigError
+from dyads.recipe.yaml_source import to_yaml
 from dyads.runs.folder import RunFolder
+from dyads.studies import jobs
 from dyads.studies.grid import load_study
 from dyads.studies.jobs import Job
 from dyads.studies.progress import StudyFolder, seconds_left, state_of
 from dyads.studies.run import Runner
 from dyads.training import trainer as trainer_module
 from made_runs import write_run
-from made_studies import LORA, MODE, TARGETS, InProcess, Write
+from made_studies import LORA, MODE, TARGETS, InProcess, Write, content_of
 
 MORE = {"method": {"name": "more", "r": 2, "target_modules": TARGETS}}
 CELLS = ["LoRA-4-seed0", "MoDE-2x2-seed0", "LoRA-4-seed1", "MoDE-2x2-seed1"]
@@ -30,6 +32,17 @@ def study(*arguments: str | Path, code: int = 0) -> Result:
     result = CliRunner().invoke(main, ["study", *map(str, arguments)])
     assert result.exit_code == code, result.output
     return result
+
+
+@pytest.fixture(scope="module")
+def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study that ran to its end."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "study.yaml").write_text(to_yaml(content_of(llama)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(jobs.ENGINES, "local", InProcess)
+        study(folder / "study.yaml", "--out", folder / "out")
+    return folder / "out"
 
 
 def test_a_study_ends_in_tables_curves_and_verdicts(
@@ -63,15 +76,10 @@ def test_a_study_ends_in_tables_curves_and_verdicts(
     assert (out / "verdict.json").read_bytes() == before
 
 
-class _PowerCutError(BaseException):
-    pass
-
-
 def test_an_interrupted_study_ends_in_the_same_verdicts(
-    write: Write, llama: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
+    write: Write, llama: Path, finished: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(llama)
-    study(path, "--out", tmp_path / "through")
     loss, calls = trainer_module.label_loss, 0
 
     def cut(*args: Any) -> Any:
@@ -97,7 +105,7 @@ def test_an_interrupted_study_ends_in_the_same_verdicts(
 
     study(path, "--out", tmp_path / "cut", "--workers", "2")
     for name in ("verdict.json",):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "through" / name).read_bytes()
+        assert (tmp_path / "cut" / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_only_runs_some_cells_and_claims_about_others_are_open(
@@ -127,11 +135,9 @@ def test_a_failed_run_is_named_with_its_last_line_and_the_others_run(
 
 
 def test_a_changed_study_keeps_equal_runs_and_refuses_others(
-    write: Write, llama: Path, tmp_path: Path, in_process: list[str]
+    write: Write, llama: Path, finished: Path, tmp_path: Path, in_process: list[str]
 ) -> None:
-    out = tmp_path / "out"
-    study(write(llama), "--out", out)
-    del in_process[:]
+    out = shutil.copytree(finished, tmp_path / "out")
     more = {"method": {"LoRA 4": LORA, "MoDE 2x2": MODE, "MoRE 2": MORE}, "seed": [0, 1]}
     study(write(llama, vary=more), "--out", out)
     assert in_process == ["MoRE-2-seed0", "MoRE-2-seed1"]

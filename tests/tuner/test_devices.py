@@ -98,7 +98,7 @@ def labels(inputs: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
 
 def adapted(variant: Variant, kind: str) -> PeftModel:
     config = variant.config(target_modules=TARGETS[kind], init_weights=False, lora_dropout=0.0)
-    return get_peft_model(tiny_model(kind), config)
+    return get_peft_model(tiny_model(kind, blocks=1), config)
 
 
 @pytest.mark.parametrize(

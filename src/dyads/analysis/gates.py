@@ -197,6 +197,7 @@ def watch(model: nn.Module, seen: Seen, adapter: str = "default") -> Iterator[No
             handle.remove()
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled blocks call it as it is
 @torch.no_grad()
 def _observe(seen: Seen, path: str, adapter: str, layer: DyadsLinear, args: tuple[Any, ...]) -> None:
     x = args[0]

@@ -30,6 +30,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timezone
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
@@ -598,6 +599,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
 def _git_hash() -> str | None:
     """The commit of dyads' own checkout, with "+changes" if files differ from it; None if installed otherwise."""
     source = Path(__file__).resolve()
