@@ -22,11 +22,20 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh recipes/demo/demo.sh
 
-test: $(VENV)/installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+# The extra `quantised`, in a folder of its own: transformers and PEFT import what is installed, and every start would wait.
+QUANTISED := build/quantised
+TESTS_QUANTISED := tests/models/test_quantization.py
+$(QUANTISED)/installed: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade -c constraints.txt --target $(QUANTISED) bitsandbytes torchao
+	touch $@
 
-test-all: $(VENV)/installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'slow or not slow'
+test: $(VENV)/installed $(QUANTISED)/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	PYTHONPATH=$(QUANTISED) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m quantised $(TESTS_QUANTISED)
+
+test-all: $(VENV)/installed $(QUANTISED)/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m 'not quantised'
+	PYTHONPATH=$(QUANTISED) HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m quantised $(TESTS_QUANTISED)
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -27,27 +27,27 @@ from dyads.tuner import use_task
 
 Tiny = Callable[..., Recipe]
 INT8 = {"quant_method": "torchao", "quant_type": "Int8WeightOnlyConfig"}
-FORMATS: dict[str, dict[str, Any]] = {
-    "bitsandbytes 4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"},
-    "bitsandbytes 8": {"quant_method": "bitsandbytes", "load_in_8bit": True},
-    "torchao": INT8,
-    "torchao with options": {**INT8, "quant_type": {"Int8WeightOnlyConfig": {"set_inductor_config": False}}},
-    "quanto": {"quant_method": "quanto", "weights": "int8"},
-}
+OPTIONS = {"Int8WeightOnlyConfig": {"set_inductor_config": False}}
+QUANTO = {"quant_method": "quanto", "weights": "int8"}
 
 
-def available(given: dict[str, Any]) -> bool:
-    return bool(quantization._PACKAGES[given.get("quant_method", "bitsandbytes")][1]())
-
-
-@pytest.fixture(params=FORMATS.values(), ids=FORMATS.keys())
-def form(request: pytest.FixtureRequest) -> dict[str, Any]:
-    if not available(request.param):
-        pytest.skip(f"{request.param.get('quant_method', 'bitsandbytes')} is not installed")
-    return request.param
+def form(given: dict[str, Any], *more: Any, name: str | None = None) -> Any:
+    """A parameter; quanto is in the environment of all tests, the other packages in that of `quantised` tests."""
+    marks = [] if given.get("quant_method") == "quanto" else [pytest.mark.quantised]
+    return pytest.param(given, *more, id=name, marks=marks)
 
 
 @pytest.mark.filterwarnings("ignore")  # of the packages
+@pytest.mark.parametrize(
+    "form",
+    [
+        form({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}, name="4 bit"),
+        form({"quant_method": "bitsandbytes", "load_in_8bit": True}, name="8 bit"),
+        form(INT8, name="torchao"),
+        form({**INT8, "quant_type": OPTIONS}, name="torchao with options"),
+        form(QUANTO, name="quanto"),
+    ],
+)
 def test_a_run_over_a_quantised_model_trains_scores_and_exports(
     form: dict[str, Any], tiny: Tiny, other_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -102,24 +102,19 @@ def test_contradictions_are_refused_with_their_line(given: str, message: str) ->
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
+        form(
             {"load_in_4bit": True, "bnb_4bit_quant_typ": "nf4"},
             "unknown key 'model.quantization.bnb_4bit_quant_typ' – did",
         ),
-        (
-            {"quant_method": "quanto", "weights": "int7"},
-            "transformers refuses model.quantization: Only support weights",
-        ),
-        ({**INT8, "quant_type": "Int8WeightOnly"}, "quant_type must be a config of torchao.quantization"),
-        ({**INT8, "quant_type": {"Int8WeightOnlyConfig": {"size": 3}}}, "torchao refuses the options of"),
-        ({**INT8, "quant_type": {"Int8WeightOnlyConfig": {"group_size": 3}}}, "torchao refuses the options of"),
+        form({**QUANTO, "weights": "int7"}, "transformers refuses model.quantization: Only support weights"),
+        form({**INT8, "quant_type": "Int8WeightOnly"}, "quant_type must be a config of torchao.quantization"),
+        form({**INT8, "quant_type": {"Int8WeightOnlyConfig": {"size": 3}}}, "torchao refuses the options of"),
+        form({**INT8, "quant_type": {"Int8WeightOnlyConfig": {"group_size": 3}}}, "torchao refuses the options of"),
     ],
 )
 def test_options_that_the_package_does_not_know_are_refused_before_the_folder_is_touched(
     given: dict[str, Any], message: str, tiny: Tiny, tmp_path: Path
 ) -> None:
-    if not available(given):
-        pytest.skip("its package is not installed")
     with pytest.raises(ConfigError, match=re.escape(message)):
         train(tiny("lora", model_={"quantization": given}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
