@@ -1,14 +1,14 @@
 # The two commands for a fresh machine with Python and git:
 #   make demo    train LoRA, MoDE and MTL-LoRA on the starter suite and compare them
 #   make test    the tests
-# and for those who change the code: make check, make test-all, make bench, make docs, make wheel, make attack.
+# and for those who change the code: make check, make test-all, make bench, make docs, make wheel, make extras, make attack.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 KILLS ?= 2000
 
-.PHONY: demo test test-all check format bench docs wheel attack clean
+.PHONY: demo test test-all check format bench docs wheel extras attack clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -61,6 +61,10 @@ wheel: $(VENV)/installed
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet --no-compile -c constraints.txt dist/*.whl
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 build/wheel/bin/python -I .ci/smoke.py
+
+# After `make wheel`: each extra in an environment of its own, installed and imported. EXTRAS='serve trl' are those alone.
+extras: $(VENV)/installed
+	$(BIN)/python .ci/extras.py build/wheel dist/*.whl $(EXTRAS)
 
 # Kills and hostile files, about an hour on one core (docs/reliability.md); a cut-off run goes on. Results: build/attack.
 attack: $(VENV)/installed

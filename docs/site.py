@@ -226,11 +226,23 @@ def formulas(content: str) -> str:
 
 # --- notebooks --------------------------------------------------------------------------------------------------------
 
-FENCE = re.compile(r"^```(python|text|math)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r'^```([\w-]*)(?: title="([^"\n]+)")?\n(.*?)^```\n', re.MULTILINE | re.DOTALL)
+
+
+def cell_code(language: str, title: str | None, content: str) -> str | None:
+    """A block as the source of a code cell: Python, a file that is written, or commands; None for any other block."""
+    if language == "python":
+        return content
+    if title is not None:
+        return f"%%writefile {title}\n{content}"
+    if language in ("", "sh"):
+        starts = re.sub(r"^(?=\S)(?<!\\\n)", "!", content, flags=re.MULTILINE)
+        return re.sub(r"^!pip ", "%pip ", starts, flags=re.MULTILINE)
+    return None
 
 
 def notebook(markdown: str) -> str:
-    """A tutorial as a notebook: blocks of Python are its cells, and `text` after one is its output."""
+    """A tutorial as a notebook: blocks of code, files and commands are its cells, `text` after one is its output."""
     cells: list[dict[str, Any]] = []
     text = ""
 
@@ -242,17 +254,22 @@ def notebook(markdown: str) -> str:
         text = ""
 
     parts = FENCE.split(markdown)
-    for before, kind, content in zip(parts[::3], [*parts[1::3], ""], [*parts[2::3], ""], strict=True):
+    for before, language, title, content in zip(
+        parts[::4], [*parts[1::4], "end"], [*parts[2::4], None], [*parts[3::4], ""], strict=True
+    ):
         text += before
-        if kind == "math":
-            text += f"$${content}$$\n"
-            continue
-        close()
-        if kind == "python":
-            cell = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": content}
+        code = cell_code(language, title, content)
+        if code is not None:
+            close()
+            cell = {"cell_type": "code", "execution_count": None, "metadata": {}, "outputs": [], "source": code}
             cells.append(cell)
-        elif kind == "text":
+        elif language == "text" and not text.strip():
             cells[-1]["outputs"] = [{"name": "stdout", "output_type": "stream", "text": content}]
+        elif language == "math":
+            text += f"$${content}$$\n"
+        elif language != "end":
+            text += f"```{language}\n{content}```\n"
+    close()
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     whole = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 4}
     return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"

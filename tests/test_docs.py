@@ -122,6 +122,23 @@ def test_every_page_is_in_the_navigation_once(site: ModuleType) -> None:
     assert not missing, f"add {', '.join(missing)} to nav in mkdocs.yml"
 
 
+def test_the_questions_of_a_new_user_are_headings() -> None:
+    headings = re.findall(r"^## (.*)", TEXTS["docs/questions.md"], re.MULTILINE)
+    for words in (
+        "own chat data",
+        "two GPUs",
+        "Which method",
+        "without dyads",
+        "resume",
+        "interval",
+        "add a metric",
+        "memory",
+        "serve",
+        "cite",
+    ):
+        assert any(words in heading for heading in headings), f"no question about {words!r}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
@@ -201,6 +218,18 @@ def test_a_notebook_has_the_code_and_the_outputs_of_its_tutorial(site: ModuleTyp
     assert prose.count("$$") == 2
     assert "](" not in prose
     assert "```" not in prose
+
+
+def test_files_and_commands_of_a_tutorial_are_cells(site: ModuleType) -> None:
+    text = '# A\n\n```yaml title="a.yaml"\nx: 1\n```\n\nRun:\n\n'
+    text += "```\npip install b\ndyads c \\\n    --d  # e\ndyads f\n```\n\n```text\nout\n```\n"
+    text += "\n```json\n{}\n```\n\n```text\na drawing\n```\n"
+    first, file, _, run, last = json.loads(site.notebook(text))["cells"]
+    assert first["source"] == "# A"
+    assert file["source"] == "%%writefile a.yaml\nx: 1\n"
+    assert run["source"] == "%pip install b\n!dyads c \\\n    --d  # e\n!dyads f\n"
+    assert run["outputs"] == [{"name": "stdout", "output_type": "stream", "text": "out\n"}]
+    assert last["source"] == "```json\n{}\n```\n\n```text\na drawing\n```"
 
 
 def test_formulas_become_mathml(site: ModuleType) -> None:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,13 @@ def test_what_make_installs_is_pinned() -> None:
     lines = [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["quantised"]]
     needed = {re.sub(r"[-_.]+", "-", r.name).lower() for r in requirements(lines)}
     assert sorted(needed - pinned) == [], "constraints.txt does not pin them"
+
+
+def test_make_extras_checks_every_extra() -> None:
+    modules = runpy.run_path(str(ROOT / ".ci/extras.py"))["MODULES"]
+    assert set(modules) == set(EXTRAS) - {"dev"}
+    ours = [name for names in modules.values() for name in names if name.startswith("dyads.")]
+    assert [name for name in ours if find_spec(name) is None] == []
 
 
 def test_extras_that_messages_and_pages_name_exist() -> None:

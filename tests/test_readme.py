@@ -141,7 +141,7 @@ NO_RESULTS = {"3.10", "1.5", "2.0"}
 """Of Python, of a model's name and of the licence."""
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/choose.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/choose.md", "docs/questions.md"])
 def test_every_number_stands_in_a_table_of_results(page: str) -> None:
     text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     known = NO_RESULTS.union(*map(table_numbers, TABLES))

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import textwrap
 from collections import Counter
@@ -189,6 +191,22 @@ def test_a_tutorial_prints_the_outputs_that_it_shows(page: str, fresh: Path) -> 
         assert not block.reason
         printed = session.run(block)
         assert same(block.shown or "", printed), f"{block.id} shows\n{block.shown}\nand prints\n{printed}"
+
+
+@pytest.mark.slow
+def test_the_demo_of_the_makefile_runs(workspace: Path) -> None:
+    """`make demo` calls this script; here with a tiny model in place of SmolLM2."""
+    command = workspace / "bin" / "dyads"
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dyads.cli "$@"\n', encoding="utf-8")
+    command.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{command.parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["sh", str(ROOT / "recipes/demo/demo.sh")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for text in ("5 runs of packaged:smollm2-135m", "Differences from LoRA 9", "What the table says"):
+        assert text in done.stdout
 
 
 # --- what is not run --------------------------------------------------------------------------------------------------
