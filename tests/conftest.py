@@ -15,7 +15,7 @@ import torch
 import forked
 from tiny import MLP, PLACED, UNLIKE, VARIANTS, Variant
 
-pytest_plugins = ["made_runs", "made_studies"]
+pytest_plugins = ["browsers", "made_runs", "made_studies"]
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda v: v.id)
