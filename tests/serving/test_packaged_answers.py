@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from dyads.models.load import load_tokenizer
 from dyads.models.packaged import whereabouts
 from dyads.recipe.spec import Recipe
 from dyads.scoring.evaluate import generate
@@ -51,5 +52,11 @@ def test_answers_do_not_depend_on_the_batch(tmp_path: Path) -> None:
 
         with ThreadPoolExecutor(len(asked)) as pool:
             found = list(pool.map(said, *zip(*asked, strict=True)))
+        messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}]
+        body = {"model": MODEL, "messages": messages, "max_tokens": 12}
+        chat = http.post("/v1/chat/completions", json=body).json()
+    template = load_tokenizer(MODEL).apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert chat["usage"]["prompt_tokens"] == len(template)
+    assert "4" in chat["choices"][0]["message"]["content"]
     assert len(set(found)) > 12
     assert found == expected
