@@ -59,7 +59,11 @@ class Server(uvicorn.Server):
         self.socket = _bound(options.host, options.port)  # before the models are loaded, which takes longer
         host, port = self.socket.getsockname()[:2]
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self.models = ServedModels(runs, slots=options.slots)
+        try:
+            self.models = ServedModels(runs, slots=options.slots)
+        except BaseException:
+            self.socket.close()
+            raise
         if options.prompt_tokens is not None:
             self.models.limit_prompts(options.prompt_tokens)
         self.engine = Engine(

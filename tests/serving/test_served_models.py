@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs become models: shared weights, batches of their own where they must, names, columns, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner
+
+from dyads.cli import main
+from dyads.errors import ConfigError
+from dyads.runs.folder import RunFolder
+from dyads.scoring.evaluate import generate
+from dyads.serving.errors import ServingError
+from dyads.serving.served_models import ServedModels, Wish
+from dyads.tasks.messages import Message
+from dyads.tasks.template import Template
+from dyads.training.train import train
+from made_runs import tiny_recipe
+from made_servers import served
+
+
+def test_runs_share_the_weights_of_their_base_model_and_a_batch(made: dict[str, RunFolder]) -> None:
+    models = ServedModels(made, slots=2)
+    (batch,) = models.batches
+    (base,) = models._bases.values()
+    theirs = {p.data_ptr() for p in batch.model.parameters()}
+    assert {p.data_ptr() for p in base.model.parameters()} <= theirs
+    assert len({model.adapter for model in models.models.values()}) == 1 + len(made)
+
+
+def test_an_adapter_that_cannot_be_mixed_has_a_batch_of_its_own(made: dict[str, RunFolder], tmp_path: Path) -> None:
+    base = Path(made["more"].recipe().model.name)
+    recipe = tiny_recipe("lora", base, options={"use_dora": True}, train={"steps": 2, "learning_rate": 0.05})
+    dora = train(recipe, tmp_path / "dora", evaluate=False)
+    prompt = "Words: fox lamp"
+    expected = {"dora": generate(dora, [prompt], [None]), "lora": generate(made["lora"], [prompt], [None])}
+    with served({"dora": dora, "lora": made["lora"]}) as server:
+        assert len(server.models.batches) == 2
+        for name, answers in expected.items():
+            body = {"model": name, "prompt": prompt}
+            answer = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60).json()
+            assert [answer["choices"][0]["text"]] == answers
+
+
+def test_a_form_with_several_columns_takes_them_beside_an_empty_message(made: dict[str, RunFolder]) -> None:
+    models = ServedModels({"more": made["more"]}, slots=1)
+    model = models["more/first_word"]
+    form = Template(texts=("{premise} / {hypothesis}",), defaults={}, strips_answers=True)
+    two = replace(model, template=form)
+    columns = {"premise": "fox", "hypothesis": "lamp"}
+    asked = two.of_messages([Message("user", "")], columns, Wish())
+    assert asked.example.prompt == "fox / lamp"
+    for messages, given in (([Message("user", "fox")], {}), ([Message("user", "fox")], columns)):
+        with pytest.raises(ServingError, match="have the columns premise, hypothesis: give each in `columns`"):
+            two.of_messages(messages, given, Wish())
+    with pytest.raises(ServingError, match="unknown column 'premises' – did you mean 'premise'"):
+        two.of_messages([Message("user", "")], {"premises": "a", "hypothesis": "b"}, Wish())
+    chat = replace(model, template=Template(texts=("{input}",), chat=True, conversation=True))
+    talk = [Message("system", "fox"), Message("user", "lamp"), Message("assistant", "tree"), Message("user", "river")]
+    assert chat.of_messages(talk, {}, Wish()).example.messages == tuple(talk)
+    with pytest.raises(ServingError, match="the last message must be the user's"):
+        chat.of_messages(talk[:3], {}, Wish())
+    with pytest.raises(ServingError, match="the run keeps no form of task 'first_word'"):
+        replace(model, template=None).of_messages(talk, {}, Wish())
+
+
+def test_two_models_of_one_name_are_refused(made: dict[str, RunFolder]) -> None:
+    with pytest.raises(ConfigError, match="two models are called 'tiny-llama': give a run another name, as NAME=RUN"):
+        ServedModels({"tiny-llama": made["mode"]}, slots=1)
+
+
+def test_runs_that_a_server_cannot_answer_for_are_refused_before_a_model_is_loaded(
+    made: dict[str, RunFolder],
+    run: Callable[..., Path],
+    bert: Path,
+    t5: Path,
+    pairs: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def loaded(*given: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("dyads.serving.served_models.load_model", loaded)
+    majority = run("majority", {"first_word": [100.0]}, method="majority")
+    encoder = RunFolder.create(tmp_path / "encoder", tiny_recipe("mode", bert, tasks=pairs)).path
+    seq2seq = RunFolder.create(tmp_path / "seq2seq", tiny_recipe("mode", t5)).path
+    for path, message in (
+        (majority, "gives the majority answer: it has no model to serve"),
+        (encoder, "is an encoder with heads, and a server answers with decoders: use `dyads generate`"),
+        (seq2seq, "is an encoder-decoder, and a server answers with decoders"),
+    ):
+        result = CliRunner().invoke(main, ["serve", str(made["more"].path), str(path), "--port", "0"])
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())
