@@ -14,7 +14,7 @@ from dyads.runs.folder import RunFolder
 from made_servers import served
 
 MADE_UP = settings(
-    max_examples=10,
+    max_examples=30,
     deadline=None,
     database=None,
     derandomize=True,
@@ -36,6 +36,7 @@ def checked(name: str, kind: str, answered: Counter[str]) -> Callable[[Any], Non
     return check
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["positive", "negative"])
 def test_every_response_is_one_that_is_described(made: dict[str, RunFolder], kind: str) -> None:
     schemathesis = pytest.importorskip("schemathesis")
