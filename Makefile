@@ -30,7 +30,7 @@ $(QUANTISED)/installed: $(VENV)/installed
 	touch $@
 
 test: $(VENV)/installed $(QUANTISED)/installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 	PYTHONPATH=$(QUANTISED) HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m quantised $(TESTS_QUANTISED)
 
 test-all: $(VENV)/installed $(QUANTISED)/installed

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def real_step(model: Path, method: str, *, checkpointing: bool) -> tuple[_Record
     return recorder, flops.get_total_flops(), sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
+@cache
 def counted(model: Path, method: str, **how: Any) -> StepCost:
     sizes: dict[str, Any] = {"dtype": "float32", "attention": "eager", "examples": 4, "tokens": 48, "labels": 8}
     return step_cost(str(model), method, {**METHODS[method], **ATTENTION}, **{**sizes, **how})

@@ -248,7 +248,9 @@ def test_figures_are_written_in_every_format(
     pytest.importorskip("matplotlib", reason="needs `pip install matplotlib`")
     from dyads.report.figures import write_figures
 
-    written = write_figures(compare(learned[1:]), tmp_path / "figures", ("png", "svg", "pdf"))
+    comparison = compare(learned[1:])
+    written = write_figures(comparison, tmp_path / "figures", ("svg",))
+    written += write_figures(comparison, tmp_path / "others", ("png", "pdf"), model=False)
     names = {path.stem for path in written}
     assert {"scores", "scores-by-task", "win-rates", "curve-training-loss", "more-ranks-that-tasks-chose"} <= names
     heads = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +294,17 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path, llama: Path) -> None
 
 # --- the lock ---------------------------------------------------------------------------------------------------------
 
+REFUSED = """
+import sys
+from dyads.runs.folder import RunFolder
+from dyads.runs.lock import LockedError
+for path in sys.argv[1:]:
+    try:
+        with RunFolder(path).locked():
+            sys.exit(f"{path} was not locked")
+    except LockedError as error:
+        print(error)
+"""
 HOLDER = """
 import sys, time
 from dyads.runs.folder import RunFolder
@@ -386,12 +398,13 @@ def test_a_lock_file_alone_locks_nothing_whatever_it_says(content: bytes, tmp_pa
 
 
 def test_the_holder_of_a_lock_is_named_without_control_characters(tmp_path: Path, recipe: Make) -> None:
-    folder = RunFolder.create(tmp_path / "a", recipe("a"))
-    for content in (b'{"pid": 1, "host": "\\u001b[2J", "since": "", "command": ""}', b"\xff", b"[]", b'{"pid": [1]}'):
-        with folder.locked():
+    contents = (b'{"pid": 1, "host": "\\u001b[2J", "since": "", "command": ""}', b"\xff", b"[]", b'{"pid": [1]}')
+    folders = [RunFolder.create(tmp_path / f"{number}a", recipe("a")) for number in range(len(contents))]
+    with ExitStack() as stack:
+        for folder, content in zip(folders, contents, strict=True):
+            stack.enter_context(folder.locked())
             (folder.path / ".lock").write_bytes(content)
-            script = "import sys; from dyads.runs.folder import RunFolder\nwith RunFolder(sys.argv[1]).locked(): pass"
-            done = subprocess.run([sys.executable, "-c", script, str(folder.path)], capture_output=True, check=False)
-        assert b"LockedError: " in done.stderr
-        assert b"a' is in use by " in done.stderr
-        assert b"\x1b" not in done.stderr
+        command = [sys.executable, "-c", REFUSED, *(str(folder.path) for folder in folders)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.count("a' is in use by ") == len(contents)
+    assert "\x1b" not in done.stdout

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -187,17 +188,25 @@ def test_sigterm_to_one_process_saves_a_checkpoint_of_all(tiny: Tiny, tmp_path: 
     recipe = tiny("mode", train={"steps": 20_000, "save_steps": 100_000, **STEADY})
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     running = subprocess.Popen(
-        [*start, *_command(recipe, tmp_path)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*start, *_command(recipe, tmp_path)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
     run, deadline = RunFolder(tmp_path / "run"), time.monotonic() + 120
-    while len(losses(run)) < 3:
-        assert running.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-    other = [pid for pid in workers if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
-    os.kill(int(other[0]), signal.SIGTERM)
-    output = running.communicate(timeout=180)[0].decode()
+    try:
+        while len(losses(run)) < 3:
+            assert running.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        workers = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        other = [pid for pid in workers if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")]
+        os.kill(int(other[0]), signal.SIGTERM)
+        output = running.communicate(timeout=180)[0].decode()
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(running.pid, signal.SIGKILL)  # a worker that hangs would run on
     assert running.returncode != 0
     assert re.search(r"was stopped by SIGTERM at step \d+ of 20000; --resume goes on from step \d+", output)
     assert len(list((run.checkpoints).glob("*/manifest.json"))) == 1

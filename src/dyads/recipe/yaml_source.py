@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -86,12 +88,18 @@ def read_text(text: str, name: str) -> YamlSource:
     """A YAML text alone; `name` stands for it in errors."""
     if len(text) > _LARGEST:
         raise ConfigError(f"{name}: more than {_LARGEST:,} characters, the limit for a recipe")
-    data, origins = _parsed(text, name)
+    data, origins = deepcopy(_kept(text, name))
     if data is None:
         data = {}
     if not isinstance(data, dict):
         raise ConfigError(f"{name}: a recipe is a list of `key: value` lines, got {type(data).__name__}")
     return YamlSource(data, origins)
+
+
+@lru_cache(maxsize=8)
+def _kept(text: str, name: str) -> tuple[Any, dict[KeyPath, str]]:
+    """Kept for the same text: a run reads its config.yaml at half a dozen places, each for 20 ms."""
+    return _parsed(text, name)
 
 
 def _parsed(text: str, name: str, *, lines: bool = True) -> tuple[Any, dict[KeyPath, str]]:
