@@ -326,6 +326,33 @@ def test_an_error_of_the_model_ends_its_requests_and_no_others(
     assert "Traceback" not in caplog.text
 
 
+def test_an_error_in_the_text_of_one_answer_ends_that_one_only(
+    client: httpx.Client, server: Server, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = server.models.models["more/first_word"]
+    monkeypatch.setattr(type(model.tokenizer), "answer_text", _failing_for(model.tokenizer))
+    chat = {"model": "more/first_word", "messages": [{"role": "user", "content": "fox"}]}
+    with ThreadPoolExecutor(2) as pool:
+        broken = pool.submit(client.post, "/v1/chat/completions", json=chat)
+        sound = pool.submit(client.post, "/v1/completions", json=PROMPT)
+        wait_until(lambda: server.engine.waiting == 2)
+        gate.opened.set()
+        error_of(broken.result(), 500)
+        assert sound.result().json()["usage"]["completion_tokens"] == 4
+
+
+def _failing_for(tokenizer: Any) -> Callable[..., str]:
+    right = type(tokenizer).answer_text
+
+    def answer_text(self: Any, example: Any, ids: Any) -> str:
+        if self is tokenizer:
+            raise ValueError("no text")
+        text: str = right(self, example, ids)
+        return text
+
+    return answer_text
+
+
 def test_text_is_logged_only_where_it_is_wanted(
     client: httpx.Client, server: Server, made: dict[str, RunFolder], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -189,6 +189,12 @@ class Engine:
                 self._submit(job)
 
     def _submit(self, job: Job) -> None:
+        try:
+            self._queue(job)
+        except Exception as error:
+            self._fail(job, ServingError.internal(error))
+
+    def _queue(self, job: Job) -> None:
         prefix = self.prefixes.prefix((id(job.batch), job.question.task, job.model), job.question.prompt)
         job.answer = job.batch.decoder.submit(job.question, prefix)
         job.batch.jobs[job.answer] = job
@@ -216,6 +222,14 @@ class Engine:
             self._advance(batch.jobs[answer], answer)
 
     def _advance(self, job: Job, answer: Answer) -> None:
+        """Hand a new token over; an error in the text of one answer ends that one only."""
+        try:
+            self._hand_over(job, answer)
+        except Exception as error:
+            job.batch.decoder.cancel(answer)
+            self._fail(job, ServingError.internal(error))
+
+    def _hand_over(self, job: Job, answer: Answer) -> None:
         if job.state == "waiting":
             job.state = "running"
             self.metrics.first_token(job.model, time.monotonic() - job.came)
