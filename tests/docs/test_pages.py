@@ -196,6 +196,7 @@ def test_a_tutorial_prints_the_outputs_that_it_shows(page: str, fresh: Path) -> 
 @pytest.mark.slow
 def test_the_demo_of_the_makefile_runs(workspace: Path) -> None:
     """`make demo` calls this script; here with a tiny model in place of SmolLM2."""
+    shutil.rmtree("runs")
     command = workspace / "bin" / "dyads"
     command.parent.mkdir()
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dyads.cli "$@"\n', encoding="utf-8")
