@@ -101,10 +101,15 @@ def commands(code: str) -> list[list[str]]:
     return [words for line in code.replace("\\\n", " ").splitlines() if (words := shlex.split(line, comments=True))]
 
 
+def runs_elsewhere(words: list[str]) -> bool:
+    """Whether a command installs or measures, which `.ci/run` and the release checklist do, or calls the tests."""
+    return words[0] in INSTALLATION or (words[:2] == ["python", "-m"] and words[2].split(".")[0] == "benchmarks")
+
+
 def is_slow(words: list[str]) -> bool:
     """Whether a command is one for the slow tests."""
     if words[0] != "dyads":
-        return words[0] not in INSTALLATION
+        return not runs_elsewhere(words)
     if "--gpu" in words:
         return True
     return words[1] in SLOW_VERBS and not {"--status", "--keys"} & set(words)
@@ -148,7 +153,7 @@ class Session:
         if target is not None:
             words.pop()
         program, *arguments = words
-        if program in INSTALLATION:
+        if runs_elsewhere(words):
             return ""
         if program == "dyads" and arguments[0] == "serve":
             return self.serve(arguments)

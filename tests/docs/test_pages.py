@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from pages import BLOCKS, COMMANDS, INSTALLATION, LANGUAGES, ROOT, Block, Session, blocks_of, commands, same
+from pages import BLOCKS, COMMANDS, LANGUAGES, ROOT, Block, Session, blocks_of, commands, runs_elsewhere, same
 from peft import get_peft_model, mapping
 from torch.distributed.fsdp import fully_shard
 
@@ -232,14 +232,17 @@ def test_the_blocks_that_are_not_run_are_counted() -> None:
     }
 
 
-def test_installations_name_extras_and_targets_that_exist() -> None:
-    """Commands that install are run by `make wheel` and `make extras`; here their names are checked."""
+def test_installations_and_measurements_name_what_exists() -> None:
+    """`make wheel`, `make extras` and `make bench` run such commands; here the names in them are checked."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     for blocks in BLOCKS.values():
-        for words in (w for b in blocks if b.language in COMMANDS for w in commands(b.code) if w[0] in INSTALLATION):
+        for words in (w for b in blocks if b.language in COMMANDS for w in commands(b.code) if runs_elsewhere(w)):
             if words[0] == "make":
                 assert words[1] in targets, f"there is no target {words[1]}"
+            elif words[0] == "python":
+                module = ROOT.joinpath(*words[2].split("."))
+                assert module.is_dir() or module.with_suffix(".py").exists(), f"there is no module {words[2]}"
             for named in re.findall(r"\[([\w,-]+)\]", " ".join(words)):
                 assert set(named.split(",")) <= extras.keys(), f"no extra {named}"
 
