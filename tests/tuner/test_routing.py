@@ -446,11 +446,12 @@ def test_an_adapter_merged_for_one_task_refuses_another() -> None:
 # --- compile ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_whole_model_is_traced_as_one_graph(unlike: Variant) -> None:
+@pytest.mark.parametrize("key", ["more", "smora"])  # tasks and nested modules; gates of tokens and buffers
+def test_a_whole_model_is_traced_as_one_graph(key: str) -> None:
     torch._dynamo.reset()
-    model, inputs = adapted(unlike, blocks=1), batch("llama")
+    model, inputs = adapted(Variant(key), blocks=1), batch("llama")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    task = {"task": torch.tensor([2, 0, 1])} if unlike.config().task_names else {}
+    task = {"task": torch.tensor([2, 0, 1])} if key == "more" else {}
     with torch.no_grad():
         assert_close(compiled(**inputs, **task).logits, model(**inputs, **task).logits)
 
