@@ -258,6 +258,12 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         gguf_layout(saved(tmp_path), None)
 
 
+def test_a_package_too_old_for_the_architecture_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gguf.MODEL_ARCH_NAMES", {})
+    with pytest.raises(RunError, match=r"does not know llama\.cpp's architecture 'llama': run `pip install -U gguf`"):
+        gguf_layout(saved(tmp_path), None)
+
+
 def command(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, ["export", *map(str, arguments)])
 

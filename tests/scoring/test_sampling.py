@@ -59,3 +59,9 @@ def test_log_probabilities_sum_to_one() -> None:
     assert sum(torch.tensor([value for _, value in found.top]).exp()) == pytest.approx(1)
     assert found.top[1] == (3, found.logprob)
     assert logprobs_of(LOGITS, 2, 0).top == []
+    assert logprobs_of(LOGITS, 3, 20) == logprobs_of(LOGITS, 3, len(LOGITS))
+
+
+def test_the_smallest_temperatures_draw_the_most_likely_token() -> None:
+    for temperature in (1e-310, 5e-324):
+        assert Sampler(Sampling(0, temperature)).draw(LOGITS) == int(LOGITS.argmax())

@@ -3,9 +3,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
+from dyads.scoring.sampling import TokenLogprobs
 from dyads.serving.answer_text import AnswerText
+from dyads.serving.engine import Piece
+from dyads.serving.responses import Form
 
 
 def parts(whole: str | bytes, stops: tuple[str, ...] = (), strip: bool = False) -> tuple[list[str], bool]:
@@ -56,3 +62,16 @@ def test_a_token_of_several_characters_may_hold_a_stop_string_and_more() -> None
     text = AnswerText(lambda tokens: "".join(["one ", "two three", " four"][t] for t in tokens), ["o th"], strip=False)
     assert [text.extend([0], ended=False), text.extend([0, 1], ended=False)] == ["one ", "tw"]
     assert text.stopped
+
+
+def test_white_space_that_later_turns_out_to_be_the_prompts_is_not_given_out() -> None:
+    tokens = [" ", " ", "fox"]  # after a prompt whose two spaces at the end were left to the answer
+    text = AnswerText(lambda ids: "".join(tokens[i] for i in ids).removeprefix("  "))
+    assert [text.extend(list(range(n)), ended=n == 3) for n in (1, 2, 3)] == ["", "", "fox"]
+
+
+def test_a_token_that_is_part_of_a_character_has_no_bytes() -> None:
+    job: Any = SimpleNamespace(model="m")
+    form = Form(job, chat=True, logprobs=0, token_text=["é", "\ufffd"].__getitem__)
+    (chunk,) = form.chunk(Piece(tokens=((0, TokenLogprobs(-1.0, [])), (1, TokenLogprobs(-1.0, [])))))
+    assert [token["bytes"] for token in chunk["choices"][0]["logprobs"]["content"]] == [[0xC3, 0xA9], None]

@@ -89,6 +89,7 @@ def gate(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
         (b'{"model": "tiny-llama", "prompt": " "}', "the prompt is empty"),
         (b'{"model": null, "prompt": "a"}', "model: "),
         (b'{"model": "tiny-llama"}', "prompt: "),
+        (b'{"model": "tiny-llama", "prompt": "a", "top-k": 5}', "unknown key 'top-k'"),
         (
             b'{"model": "tiny-llama", "prompt": "' + b"fox " * 60 + b'"}',
             "the prompt has 60 tokens, and 'tiny-llama' reads 40",

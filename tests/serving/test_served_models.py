@@ -66,6 +66,11 @@ def test_a_form_with_several_columns_takes_them_beside_an_empty_message(made: di
     assert chat.of_messages(talk, {}, Wish()).example.messages == tuple(talk)
     with pytest.raises(ServingError, match="the last message must be the user's"):
         chat.of_messages(talk[:3], {}, Wish())
+    form = replace(model, template=Template(texts=("{input}",), chat=True))
+    assert form.of_messages([talk[0], talk[1]], {}, Wish()).example.messages == (talk[0], talk[1])
+    for messages in ([talk[0], talk[0], talk[1]], [talk[2], talk[1]]):
+        with pytest.raises(ServingError, match="reads one message of the user"):
+            form.of_messages(messages, {}, Wish())
     with pytest.raises(ServingError, match="the run keeps no form of task 'first_word'"):
         replace(model, template=None).of_messages(talk, {}, Wish())
 

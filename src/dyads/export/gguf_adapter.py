@@ -92,7 +92,12 @@ def gguf_layout(adapter: SavedAdapter, run: RunFolder | None) -> GgufLayout:
             " for llama.cpp's convert_hf_to_gguf.py"
         )
     architecture, interleaved = ARCHITECTURES[config.model_type]
-    number = next(key for key, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    number = next((key for key, name in MODEL_ARCH_NAMES.items() if name == architecture), None)
+    if number is None:
+        raise RunError(
+            f"the installed package gguf does not know llama.cpp's architecture '{architecture}': run"
+            " `pip install -U gguf`, or leave --gguf out"
+        )
     tensors = get_tensor_name_map(number, config.num_hidden_layers)
     names, heads = {}, {}
     for layer in adapter.layers:

@@ -50,8 +50,8 @@ class Sampler:
     def draw(self, logits: Tensor) -> int:
         """The next token, from the logits (vocabulary)."""
         u = torch.rand((), generator=self._generator, dtype=torch.float64).item()
-        scaled = logits.double() / self.sampling.temperature
-        p = (scaled - scaled.max()).exp()
+        below = logits.double() - logits.max().double()  # before the division, which may overflow
+        p = (below / self.sampling.temperature).exp()
         if self.sampling.top_p < 1:
             p = torch.where(p >= _least_kept(p, self.sampling.top_p), p, 0.0)
         sums = p.cumsum(-1)
@@ -73,5 +73,5 @@ def _least_kept(p: Tensor, top_p: float) -> Tensor:
 def logprobs_of(logits: Tensor, token: int, top: int) -> TokenLogprobs:
     """The log-probability of the token, and the `top` most likely tokens, from the logits (vocabulary)."""
     all_ = logits.float().log_softmax(-1)
-    values, ids = all_.topk(top)
+    values, ids = all_.topk(min(top, len(all_)))
     return TokenLogprobs(float(all_[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))

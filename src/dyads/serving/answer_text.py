@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text of an answer while its tokens arrive: what is certain is given out, up to a stop string.
 
-Held back is what later tokens may change: a character of which bytes are missing, the beginning of a stop string, and,
-where white space around answers is removed, white space at the end.
+Held back is what later tokens may change: a character of which bytes are missing, the beginning of a stop string, white
+space at the start, which may be that of the prompt's end, and, where white space around answers is removed, at the end.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class AnswerText:
         elif not ended:
             whole = whole.rstrip(_INCOMPLETE)
             whole = whole[: len(whole) - self._begun(whole)]
+            if not whole.strip():
+                return ""
         if self._strip:
             whole = whole.strip()
         if not whole.startswith(self.text):

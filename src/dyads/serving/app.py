@@ -222,6 +222,8 @@ async def _invalid(request: Request, error: Exception) -> Response:
     first = max((one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]), key=lambda one: len(one["loc"]))
     steps = [str(step) for step in first["loc"][1:]]
     place = [step for step in steps if step.isidentifier() or step.isdigit()]  # without the types of a union
+    if first["type"] == "extra_forbidden" and place[-1:] != steps[-1:]:
+        place.append(steps[-1])  # a key that is no identifier
     param = shortened(place[0], 60) if place else None
     where = shortened(".".join(place), 100)
     if first["type"] == "json_invalid":

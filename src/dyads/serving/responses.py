@@ -123,7 +123,8 @@ class Form:
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         text = self.token_text(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(text.encode())}
+        # Of a part of a character, the text has not the bytes.
+        return {"token": text, "logprob": _finite(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}
 
 
 def _finite(value: float) -> float:

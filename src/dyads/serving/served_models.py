@@ -34,7 +34,7 @@ from dyads.scoring.sampling import Sampling
 from dyads.serving.engine import Batch
 from dyads.serving.errors import ServingError
 from dyads.tasks import Example
-from dyads.tasks.messages import USER, Message
+from dyads.tasks.messages import SYSTEM, USER, Message
 from dyads.tasks.template import MESSAGES, Template
 from dyads.tuner.row_adapters import RowAdapters
 
@@ -126,7 +126,7 @@ class ServedModel:
     def _row(self, template: Template, messages: Sequence[Message], columns: Mapping[str, str]) -> dict[str, str]:
         """The columns that the messages fill: the user's text is the input, as --input of `dyads generate`."""
         *system, last = messages
-        if last.role != USER or any(m.role == USER for m in system) or (system and not template.chat):
+        if last.role != USER or any(m.role != SYSTEM for m in system) or len(system) > template.chat:
             raise ServingError(
                 f"task '{self.task}' reads one message of the user, which is put into its form; got"
                 f" {listed(message.role for message in messages)}",
