@@ -18,6 +18,7 @@ import re
 import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TypeVar
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "notice",
     "reason_of",
     "shortened",
+    "similar_file",
     "visible",
     "visible_in",
 ]
@@ -166,3 +168,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     shown = ", ".join(shortened(n, 60) for n in names[:20])
     shown += f", … ({len(names)} in all)" if len(names) > 20 else ""
     return f" – known: {shown}"
+
+
+def similar_file(path: Path) -> str:
+    """The end of an error about a missing file: the files of its folder with the most similar names, if any."""
+    try:
+        names = [file.name for file in path.parent.iterdir()]
+    except (OSError, ValueError):  # a name with a null character
+        return ""
+    near = get_close_matches(path.name, names, n=3, cutoff=0.7) if len(path.name) < 100 else []
+    return did_you_mean(path.name, near)

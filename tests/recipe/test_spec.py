@@ -175,9 +175,25 @@ def test_recipes_that_extend_each_other_in_a_circle_are_refused(tmp_path: Path) 
         load_recipe(tmp_path / "a.yaml")
 
 
+def test_a_recipe_without_a_method_says_how_to_add_one(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("name: a\nmodel: {name: m}\ntasks: {family: starter}\n")
+    added = (
+        r"'method' is missing \(.*\): add --set method\.name=lora, or `method: \{name: lora\}`; see `dyads methods`$"
+    )
+    with pytest.raises(ConfigError, match=added):
+        load_recipe(tmp_path / "a.yaml")
+    assert load_recipe(tmp_path / "a.yaml", ["method.name=lora"]).method.name == "lora"
+    (tmp_path / "a.yaml").write_text("name: a\nmethod: {name: lora}\ntasks: {family: starter}\n")
+    with pytest.raises(ConfigError, match=r"'model' is missing \(The frozen base model\)$"):
+        load_recipe(tmp_path / "a.yaml")
+
+
 def test_a_missing_recipe_is_named_with_the_one_that_extends_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"there is no recipe at '.*none\.yaml'$"):
         load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    with pytest.raises(ConfigError, match=r"there is no recipe at '.*mine\.yml' – did you mean 'mine\.yaml'\?$"):
+        load_recipe(tmp_path / "mine.yml")
     (tmp_path / "a.yaml").write_text("extends: none.yaml\n")
     with pytest.raises(ConfigError, match=r"none\.yaml' \(extended by .*a\.yaml\)"):
         load_recipe(tmp_path / "a.yaml")

@@ -130,6 +130,7 @@ def test_text_parts_are_joined(tmp_path):
         ),
         (conversation("Hi", "a", spilt="test"), "unknown column 'spilt' – did you mean 'split'"),
         ({"instruction": "x"}, r"column 'output' is missing; .* a row needs output, or messages, and may have"),
+        ({"instruction": "x", "ouput": "y"}, r"column 'output' is missing \(is it 'ouput'\?\); it has"),
         ({"instruction": " ", "output": "y"}, "line 1: 'input' is empty"),
         (
             {"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "a"}]},

@@ -325,8 +325,14 @@ def test_bad_csv_is_refused_with_its_place(tmp_path, rows, message):
 
 
 def test_bad_paths_are_refused(tmp_path):
-    with pytest.raises(TaskError, match=r"no file or folder .*nowhere"):
+    with pytest.raises(TaskError, match=r"no file or folder .*nowhere\.jsonl$"):
         read(tmp_path / "nowhere.jsonl")
+    (tmp_path / "my-chats.jsonl").touch()
+    with pytest.raises(TaskError, match=r"my-chat\.jsonl – did you mean 'my-chats\.jsonl'\?$"):
+        read(tmp_path / "my-chat.jsonl")
+    (tmp_path / "my-chats.jsonl").unlink()
+    with pytest.raises(TaskError, match="no file or folder"):
+        read(tmp_path / "a\0b" / "c.jsonl")
     with pytest.raises(TaskError, match=r"no \*.jsonl or \*.csv file in folder"):
         read(tmp_path)
     with pytest.raises(TaskError, match=r"`path` has a file twice: .*c.jsonl; give every file once"):

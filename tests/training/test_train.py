@@ -378,7 +378,10 @@ def test_resuming_without_a_checkpoint_starts_again(
 def test_a_folder_without_a_run_is_not_resumed(tiny: Tiny, tmp_path: Path) -> None:
     recipe = tiny("majority")
     train(recipe, tmp_path / "majority-seed0", resume="auto")
-    with pytest.raises(RunError, match=r"nothing to resume: there is no folder '.*sed0' – did you mean .*--resume out"):
+    with pytest.raises(
+        RunError,
+        match=r"nothing to resume: there is no folder '.*sed0' – did you mean '[^']*'\? To start .*--resume out",
+    ):
         train(recipe, tmp_path / "majority-sed0", resume=True)
     (tmp_path / "notes").mkdir()
     with pytest.raises(RunError, match=r"nothing to resume: '.*notes' is no run: it has no config\.yaml"):

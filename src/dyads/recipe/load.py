@@ -25,13 +25,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check: bool 
     source = read_file(path)
     if overrides:
         source = read_overrides(overrides).over(source)
-    recipe = validated(Recipe, source, str(path), recipe_keys)
+    recipe = validated(Recipe, source, str(path), recipe_keys, remedy=_how_to_add)
     try:
         if check:
             recipe.check()
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     return recipe
+
+
+def _how_to_add(key: str) -> str:
+    """Examples for a section that a recipe for several methods leaves to `--set`."""
+    return "add --set method.name=lora, or `method: {name: lora}`; see `dyads methods`" if key == "method" else ""
 
 
 def parse_recipe(text: str, name: str) -> Recipe:

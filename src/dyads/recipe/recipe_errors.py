@@ -88,7 +88,7 @@ def validated(
     """The section that a source holds, or a ConfigError with a line for every error in it.
 
     `name` stands for the source where an error has no line of its own, `keys` lists the keys to suggest, and `remedy`
-    says how to add a missing key.
+    says how to add a missing key, or nothing.
     """
     try:
         return model.model_validate(source.data)
@@ -121,7 +121,8 @@ def _explained(
     if kind == "missing":
         info = model.model_fields.get(str(path[-1])) if model else None
         what = f" ({info.description.rstrip('.')})" if info is not None and info.description else ""
-        return origin, f"'{dotted}' is missing{what}" + (f": {remedy(str(path[-1]))}" if remedy else "")
+        mended = remedy(str(path[-1])) if remedy else ""
+        return origin, f"'{dotted}' is missing{what}" + (f": {mended}" if mended else "")
     if kind == "union_tag_not_found":
         return origin, f"'{dotted}.{context['discriminator'].strip(chr(39))}' is missing"
     if kind == "union_tag_invalid":

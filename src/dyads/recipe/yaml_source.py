@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from dyads.errors import ConfigError, shortened
+from dyads.errors import ConfigError, shortened, similar_file
 from dyads.reading import DEEPEST
 from dyads.reading import read_text as read_file_text
 
@@ -61,7 +61,7 @@ def read_file(path: Path, extended_by: tuple[Path, ...] = (), size: int = 0) -> 
     try:
         text = read_file_text(path, error=ConfigError, most=_LARGEST)
     except FileNotFoundError:
-        raise ConfigError(f"there is no recipe at '{shortened(str(path))}'{by}") from None
+        raise ConfigError(f"there is no recipe at '{shortened(str(path))}'{by}{similar_file(path)}") from None
     size += len(text)
     if size > _LARGEST:
         raise ConfigError(

@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from dyads.errors import TaskError
+from dyads.errors import TaskError, similar_file
 from dyads.tasks.family import register_family
 from dyads.tasks.own_rows import QUESTION_COLUMNS, OwnRow, OwnRowsSpec
 from dyads.tasks.rows import Row, read_csv, read_json, read_jsonl, shortened
@@ -99,7 +99,7 @@ def _files(paths: tuple[Path, ...], suffixes: tuple[str, ...]) -> list[Path]:
                 raise TaskError(f"no {' or '.join(f'*{suffix}' for suffix in suffixes)} file in folder {path}")
             found += inside
         elif not path.exists():
-            raise TaskError(f"no file or folder {path}")
+            raise TaskError(f"no file or folder {path}{similar_file(path)}")
         elif path.suffix.lower() not in suffixes:
             hint = "; family: dataset reads it" if path.suffix.lower() in (".parquet", ".arrow") else ""
             raise TaskError(f"{path}: cannot read '{path.suffix}' files; use {' or '.join(suffixes)}{hint}")

@@ -198,8 +198,10 @@ class OwnRowsSpec(FamilySpec):
         needed.append(self._name("output"))
         for name in needed:
             if name not in given:
+                near = get_close_matches(str(name), [n for n in given if n not in self.known], n=1)
+                meant = f" (is it '{listed(near)}'?)" if near else ""
                 raise TaskError(
-                    f"{place}: column '{name}' is missing; it has {listed(given) or 'none'}, a row needs "
+                    f"{place}: column '{name}' is missing{meant}; it has {listed(given) or 'none'}, a row needs "
                     f"{', '.join(map(str, needed))}{self._other_form()} and may have "
                     f"{', '.join(n for n in self.known if n not in needed and n not in (MESSAGES, 'conversations'))}"
                 )

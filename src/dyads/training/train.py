@@ -156,7 +156,8 @@ def _nothing_to_resume(folder: RunFolder) -> RunError:
     try:
         RunFolder.open(folder.path)
     except RunError as error:
-        return RunError(f"nothing to resume: {error}; to start the run, leave --resume out")
+        end = " To" if str(error).endswith("?") else "; to"
+        return RunError(f"nothing to resume: {error}{end} start the run, leave --resume out")
     raise AssertionError("a folder that opens is a run")
 
 
