@@ -212,6 +212,17 @@ def test_trained_adapters_have_heat_maps_task_maps_and_tokens(learned: list[Path
     assert next(e for e in without["learned"] if e["name"] == "mode")["tokens"] is None
 
 
+def test_many_tasks_are_not_compared_pair_by_pair(learned: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dyads.report.learned._MOST_PAIRED", 1)
+    page = page_of(compare(learned), model=False)
+    entries = data_of(page)["learned"]
+    titles = {m["title"] for entry in entries for m in entry["maps"]}
+    assert "Experts by task" in titles
+    assert not [title for title in titles if "Similarity" in title or "Overlap of tasks" in title]
+    assert not any(entry["taskmaps"] for entry in entries)
+    assert "tasks are too many for a map of their pairs" in page
+
+
 def test_an_adapter_that_cannot_be_read_is_a_note(learned: list[Path]) -> None:
     (learned[0] / "adapter" / "adapter_model.safetensors").write_bytes(b"half")
     page = page_of(compare(learned))

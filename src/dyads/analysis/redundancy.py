@@ -64,8 +64,11 @@ class Redundancy:
         return (Table(title, ("between", "down-projections", "up-projections"), tuple(rows)),)
 
 
-def redundancy(run: str | Path | RunFolder) -> Redundancy:
-    """The overlaps of an adapter's experts and tasks; no model is loaded."""
+def redundancy(run: str | Path | RunFolder, *, tasks: bool = True) -> Redundancy:
+    """The overlaps of an adapter's experts and tasks; no model is loaded.
+
+    Without `tasks` only experts are compared: for T tasks in L layers the overlaps are 2 L T² numbers.
+    """
     path = run.path if isinstance(run, RunFolder) else Path(run)
     adapter = SavedAdapter.read(path)
     if adapter.layers[0].core is None:
@@ -75,19 +78,19 @@ def redundancy(run: str | Path | RunFolder) -> Redundancy:
         )
     names = [layer.module for layer in adapter.layers]
     experts = _of_experts(adapter, names)
-    tasks = None
+    of_tasks = None
     notes = []
-    if adapter.looks_at == {"task"} and len(adapter.task_names) > 1:
+    if tasks and adapter.looks_at == {"task"} and len(adapter.task_names) > 1:
         gates = exact_gates(adapter)
         found = [overlap(layer, G) for layer, G in zip(adapter.layers, gates.matrices, strict=True)]
-        tasks = NamedArray.of(
+        of_tasks = NamedArray.of(
             np.stack(found, axis=1), side=SIDES, layer=names, task=adapter.task_names, other=adapter.task_names
         )
-    elif adapter.looks_at:
+    elif adapter.looks_at & {"x", "h"}:
         notes.append("gates depend on the layer's input: an update belongs to a token, so tasks are not compared")
-    if experts is None and tasks is None:
+    if experts is None and of_tasks is None:
         raise RunError(f"the adapter in '{path}' has one expert and one update for all tasks: nothing can overlap")
-    return Redundancy(experts, tasks, tuple(notes))
+    return Redundancy(experts, of_tasks, tuple(notes))
 
 
 def _of_experts(adapter: SavedAdapter, names: Sequence[str]) -> NamedArray | None:

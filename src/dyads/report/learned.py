@@ -27,6 +27,8 @@ _TOKENS = 3
 """Instances whose tokens are shown, each of another task."""
 _LONGEST = 400
 """Tokens of an instance that are shown."""
+_MOST_PAIRED = 100
+"""Tasks that are compared pair by pair; pairs of more would make the page large, and their squares cannot be read."""
 Numbers = npt.NDArray[np.float64]
 
 
@@ -71,12 +73,19 @@ def _of_column(column: Column, model: bool) -> dict[str, Any]:
     by_token = bool(adapter.looks_at & {"x", "h"})
     if by_token and not model:
         content["notes"].append("its gates depend on the layer's input, and no model was to be loaded (--no-model)")
-        content["maps"] = _overlaps(folder)
+        content["maps"] = _overlaps(folder, pairs=False)  # gates of tokens have no update of a task
         return content
     reader = Reader(folder) if by_token else None
     gates = gates_of(folder, INSTANCES, reader)
     content["notes"] += gates.notes
-    content["maps"] = [*_routing(gates), *_ranks(gates), *_similarities(gates, content), *_overlaps(folder)]
+    pairs = len(gates.tasks) <= _MOST_PAIRED
+    if not pairs:
+        content["notes"].append(
+            f"{len(gates.tasks):,} tasks are too many for a map of their pairs;"
+            f" `dyads inspect {folder.path} --what tasks` compares them"
+        )
+    similarities = _similarities(gates, content) if pairs else []
+    content["maps"] = [*_routing(gates), *_ranks(gates), *similarities, *_overlaps(folder, pairs=pairs)]
     if reader is not None:
         content["tokens"] = _tokens(reader)
     return content
@@ -223,9 +232,9 @@ def plane(similarity: Numbers) -> tuple[list[float], list[float]]:
     return [round(float(v), 3) for v in scaled[:, 0]], [round(float(v), 3) for v in scaled[:, 1]]
 
 
-def _overlaps(folder: RunFolder) -> list[dict[str, Any]]:
+def _overlaps(folder: RunFolder, *, pairs: bool) -> list[dict[str, Any]]:
     try:
-        found = redundancy(folder)
+        found = redundancy(folder, tasks=pairs)
     except DyadsError:  # one expert, and one update for all tasks
         return []
     maps = []
