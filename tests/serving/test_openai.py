@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from openai import BadRequestError, NotFoundError, OpenAI
 
 from dyads.runs.folder import RunFolder
+from dyads.scoring.decode import Answer, Decoder
 from dyads.scoring.evaluate import generate
 from dyads.serving.server import Server
 from made_runs import TASKS
@@ -219,7 +221,14 @@ def test_a_conversation_with_a_model_without_a_task(client: OpenAI) -> None:
     assert answer.choices[0].message.content == transcript.choices[0].text
 
 
-def test_a_cancelled_stream_frees_its_row(client: OpenAI, server: Server) -> None:
+def test_a_cancelled_stream_frees_its_row(client: OpenAI, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Decoder.step
+
+    def slowly(self: Decoder) -> list[Answer]:  # or the answer ends before its client is gone
+        time.sleep(0.02)
+        return step(self)
+
+    monkeypatch.setattr(Decoder, "step", slowly)
     stream = client.completions.create(model="tiny-llama", prompt="fox", max_tokens=100, stream=True)
     next(iter(stream))
     stream.close()

@@ -28,7 +28,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from dyads.models.attention import GROUPED, supports_grouped
 from dyads.scoring.sampling import Sampler, Sampling, TokenLogprobs, logprobs_of
-from dyads.scoring.slots import Slots
+from dyads.scoring.slots import Slots, cache_argument
 from dyads.tasks import Example
 from dyads.tuner.row_adapters import RowAdapters
 
@@ -47,7 +47,7 @@ HARMLESS = {
 """Generation settings that `decode` sets itself, or that greedy decoding does not use."""
 TESTED = ("eager", "sdpa", GROUPED)
 """Attention implementations that ignore masked keys at any position."""
-REQUIRED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
+REQUIRED = ("attention_mask", "position_ids", "use_cache", "logits_to_keep")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,8 @@ def refusal(model: nn.Module) -> str | None:
         return "it overrides generate"
     if kind.prepare_inputs_for_generation is not GenerationMixin.prepare_inputs_for_generation:
         return "it overrides prepare_inputs_for_generation"
-    if lacking := [name for name in REQUIRED if name not in inspect.signature(kind.forward).parameters]:
+    required = (*REQUIRED, cache_argument(kind))
+    if lacking := [name for name in required if name not in inspect.signature(kind.forward).parameters]:
         return f"its forward pass takes no {lacking[0]}"
     if not kind._supports_attention_backend:
         return "it does not support transformers' attention interface"
@@ -289,6 +290,7 @@ class _Batch:
     ) -> None:
         self.model, self.pad, self.tasks, self.adapters = model, pad, tasks, adapters
         self.base = _base(model)
+        self.cache_argument = cache_argument(type(self.base))
         self.device = self.base.device
         # Grouped attention materialises all scores of a prompt, as eager attention does. sdpa does not, so it is kept
         # for prefills.
@@ -373,9 +375,9 @@ class _Batch:
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=at,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=self.last,
+                **{self.cache_argument: cache},
                 **task,
             ).logits
         return logits[:, -1]

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from dyads.scoring.decode import refusal
+from dyads.scoring.slots import cache_argument
 
 __all__ = ["ChoiceQuestion", "log_likelihoods"]
 
@@ -119,7 +120,7 @@ def _decoder(call: _Call) -> Tensor:
     ids, mask = _padded(call.prompts, call.pad, call.base.device, left=True)
     at = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=call.base.config.get_text_config(decoder=True))
-    kept = {"past_key_values": cache, "use_cache": True}
+    kept = {cache_argument(type(call.base)): cache, "use_cache": True}
     # A tensor rather than 1, for the reason given in scoring/decode.py.
     last = {"logits_to_keep": torch.tensor([-1], device=ids.device)}
     logits = call.model(input_ids=ids, attention_mask=mask, position_ids=at, **kept, **last, **call.task).logits

@@ -13,6 +13,7 @@ the columns that no row uses.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +22,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-__all__ = ["Slots"]
+__all__ = ["Slots", "cache_argument"]
 
 SPARE = 16
 """The fewest columns that a new buffer has free for later steps; its width is a multiple of twice as many."""
+
+
+def cache_argument(model: type) -> str:
+    """The name of the argument of a transformers model's forward pass that takes the cache; before 5.24 the second."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # type: ignore[attr-defined]
 
 
 @dataclass
