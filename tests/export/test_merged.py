@@ -152,6 +152,7 @@ def test_a_folder_of_another_task_does_not_pass_for_the_adapter(saved: Callable[
         verify({"cola": tmp_path / "rte"}, adapter, None, merged=True)
 
 
+@pytest.mark.slow
 def test_the_process_that_reloads_cannot_import_dyads(saved: Callable[..., Any]) -> None:
     _, adapter = saved(config(Variant("mode")))
     with pytest.raises(RunError, match=r"PEFT cannot load it without dyads: KeyError: 'DYADS_MODE'"):

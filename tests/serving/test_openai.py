@@ -230,7 +230,7 @@ def test_a_cancelled_stream_frees_its_row(client: OpenAI, server: Server, monkey
 
     monkeypatch.setattr(Decoder, "step", slowly)
     stream = client.completions.create(model="tiny-llama", prompt="fox", max_tokens=100, stream=True)
-    next(iter(stream))
+    wait_until(lambda: server.engine.running == 1)  # not for text: the first tokens may have none
     stream.close()
     wait_until(lambda: server.engine.is_idle)
     assert 'dyads_requests_total{model="tiny-llama",outcome="cancelled"}' in server.engine.metrics.text().decode()

@@ -78,6 +78,7 @@ def test_more_training_examples_change_no_other_split_and_seeds_differ(suite):
     assert not {e.prompt for e in other.train} & {e.prompt for e in first.train}
 
 
+@pytest.mark.slow
 def test_the_package_scores_the_answers(suite):
     task = suite.tasks[1]
     right = task.test[0].references[0]

@@ -446,7 +446,8 @@ def test_an_adapter_merged_for_one_task_refuses_another() -> None:
 # --- compile ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["more", "smora"])  # tasks and nested modules; gates of tokens and buffers
+# Tasks and nested modules; gates of tokens and buffers.
+@pytest.mark.parametrize("key", ["more", pytest.param("smora", marks=pytest.mark.slow)])
 def test_a_whole_model_is_traced_as_one_graph(key: str) -> None:
     torch._dynamo.reset()
     model, inputs = adapted(Variant(key), blocks=1), batch("llama")
