@@ -24,6 +24,7 @@ import click
 from benchmarks.environment import environment
 from benchmarks.many_tasks import PAGE, replaced
 from benchmarks.rounds import ROOT, child_environment
+from benchmarks.training import TARGETS
 
 RESULTS = ROOT / "docs" / "growth.json"
 BEGIN, END = "<!-- growth: begin -->", "<!-- growth: end -->"
@@ -75,7 +76,7 @@ def train(row: Row) -> dict[str, float]:
     torch.manual_seed(0)
     spec = ModelSpec(name="packaged:smollm2-135m", dtype="bfloat16", attention="eager")
     names = tuple(f"task-{k:04d}" for k in range(row.tasks)) or None
-    options = {**dict(row.options), "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+    options = {**dict(row.options), "target_modules": TARGETS}
     model: Any = get_peft_model(load_model(spec), build_config(row.method, options, names))
     vocabulary = model.config.vocab_size
     trained = [p for p in model.parameters() if p.requires_grad]

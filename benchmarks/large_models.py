@@ -26,6 +26,7 @@ import click
 from transformers import GemmaConfig, LlamaConfig, PretrainedConfig
 
 from benchmarks.many_tasks import PAGE, replaced
+from benchmarks.training import TARGETS
 from dyads.models.budget import count
 from dyads.models.step_cost import OWN_MEMORY, step_cost
 
@@ -55,7 +56,6 @@ SHAPES: dict[str, PretrainedConfig] = {
         num_key_value_heads=8,
     ),
 }
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA 16": ("lora", {"r": 16}),
     "MoDE 4x4": ("mode", {"num_experts": 4, "r": 4}),
@@ -104,7 +104,7 @@ def measured(name: str, folder: Path) -> Large:
     path = folder / name
     config.save_pretrained(path)
     trained = {
-        (label, tasks): count(str(path), method, {**options, "target_modules": LAYERS}, _names(tasks)).trainable
+        (label, tasks): count(str(path), method, {**options, "target_modules": TARGETS}, _names(tasks)).trainable
         for label, (method, options) in METHODS.items()
         for tasks in TASKS
     }
@@ -112,7 +112,7 @@ def measured(name: str, folder: Path) -> Large:
     cost = step_cost(
         str(path),
         method,
-        {**options, "target_modules": LAYERS},
+        {**options, "target_modules": TARGETS},
         examples=EXAMPLES,
         tokens=TOKENS,
         checkpointing=True,

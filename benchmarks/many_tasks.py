@@ -26,13 +26,13 @@ import click
 
 from benchmarks.environment import environment
 from benchmarks.rounds import ROOT, child_environment
+from benchmarks.training import TARGETS
 
 METHODS: dict[str, dict[str, Any]] = {
     "LoRA 9": {"name": "lora", "r": 9},
     "TaskMoDE h 4x4": {"name": "task_mode", "score": "h+task", "num_experts": 4, "r": 4, "task_dim": 8},
     "MTL-LoRA 4x4": {"name": "mtl_lora", "num_experts": 4, "r": 4},
 }
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TRAIN_ROWS, TEST_ROWS, SHORT, STEPS = 24, 2, 5, 20
 WORDS = [
     "apple",
@@ -87,7 +87,7 @@ def recipe(name: str, method: dict[str, Any], rows: Path) -> dict[str, Any]:
     return {
         "name": name,
         "model": {"name": "packaged:smollm2-135m", "dtype": "bfloat16", "attention": "eager"},
-        "method": {**method, "target_modules": LAYERS},
+        "method": {**method, "target_modules": TARGETS},
         "tasks": {"family": "files", "path": str(rows), "metric": "exact_match"},
         "mixture": {"kind": "uniform", "batches": "mixed"},
         "train": {"steps": STEPS, "batch_size": 16, "learning_rate": 2e-3, "save_steps": None, "threads": 1},

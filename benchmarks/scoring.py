@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import Worker, WorkerError, rotated
+from benchmarks.training import TARGETS
 
 LABELS = {"dyads": "dyads", "plain": "a plain loop of generate"}
 METRICS = {"per_second": False, "per_second_kept": True}
@@ -67,31 +68,32 @@ def measure(job: dict[str, Any], rounds: int, logs: Path, say: Callable[[str], N
 
 def trained_run(job: dict[str, Any]) -> Path:
     """Folder of the scored run: the given one, else the demo's MoDE trained for a few steps, once."""
-    from dyads.recipe.spec import Recipe
-    from dyads.training.train import train
-
     if job["run"]:
         return Path(job["run"])
     folder = Path(job["out"]) / "models" / f"scored-{job['steps']}"
-    if not (folder / "adapter" / "adapter_model.safetensors").is_file():
-        recipe = Recipe.model_validate(
-            {
-                "name": "MoDE 4x2, scored by the benchmark",
-                "model": {"name": job["model"], "dtype": job["dtype"], "attention": "eager"},
-                "method": {
-                    "name": "mode",
-                    "num_experts": 4,
-                    "r": 2,
-                    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-                },
-                "tasks": {"family": "starter"},
-                "mixture": {"kind": "uniform"},
-                "train": {"steps": job["steps"], "batch_size": 16, "learning_rate": 3e-3, "warmup": 0.05},
-            }
-        )
-        shutil.rmtree(folder, ignore_errors=True)
-        train(recipe, folder, evaluate=False)
+    train_once(folder, "MoDE 4x2, scored by the benchmark", {"name": "mode", "num_experts": 4, "r": 2}, job)
     return folder
+
+
+def train_once(folder: Path, name: str, method: dict[str, Any], job: dict[str, Any]) -> None:
+    """Train a method on the starter suite for the job's steps, where the folder has no adapter yet."""
+    from dyads.recipe.spec import Recipe
+    from dyads.training.train import train
+
+    if (folder / "adapter" / "adapter_model.safetensors").is_file():
+        return
+    recipe = Recipe.model_validate(
+        {
+            "name": name,
+            "model": {"name": job["model"], "dtype": job["dtype"], "attention": "eager"},
+            "method": {**method, "target_modules": TARGETS},
+            "tasks": {"family": "starter"},
+            "mixture": {"kind": "uniform"},
+            "train": {"steps": job["steps"], "batch_size": 16, "learning_rate": 3e-3, "warmup": 0.05},
+        }
+    )
+    shutil.rmtree(folder, ignore_errors=True)
+    train(recipe, folder, evaluate=False)
 
 
 def in_dtype(folder: Path, dtype: str, out: Path) -> Path:

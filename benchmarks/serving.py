@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import shutil
 import statistics
 import sys
 import threading
@@ -23,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.rounds import Worker, WorkerError, rotated
+from benchmarks.scoring import train_once
 
 LABELS = {"dyads": "MoDE 4x2", "lora": "LoRA 9", "sequential": "MoDE 4x2, one request after the other"}
 METRICS = ("per_second", "first_token_p95")
 METHODS = {"dyads": {"name": "mode", "num_experts": 4, "r": 2}, "lora": {"name": "lora", "r": 9}}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def job(*, quick: bool, out: Path) -> dict[str, Any]:
@@ -65,25 +64,10 @@ def measure(job: dict[str, Any], rounds: int, logs: Path, say: Callable[[str], N
 
 def trained_runs(job: dict[str, Any]) -> dict[str, Path]:
     """Folders of the served runs, trained once for a few steps."""
-    from dyads.recipe.spec import Recipe
-    from dyads.training.train import train
-
     found = {}
     for side, method in METHODS.items():
-        folder = found[side] = Path(job["out"]) / "models" / f"served-{side}-{job['steps']}"
-        if not (folder / "adapter" / "adapter_model.safetensors").is_file():
-            recipe = Recipe.model_validate(
-                {
-                    "name": f"{LABELS[side]}, served by the benchmark",
-                    "model": {"name": job["model"], "dtype": job["dtype"], "attention": "eager"},
-                    "method": {**method, "target_modules": TARGETS},
-                    "tasks": {"family": "starter"},
-                    "mixture": {"kind": "uniform"},
-                    "train": {"steps": job["steps"], "batch_size": 16, "learning_rate": 3e-3, "warmup": 0.05},
-                }
-            )
-            shutil.rmtree(folder, ignore_errors=True)
-            train(recipe, folder, evaluate=False)
+        found[side] = Path(job["out"]) / "models" / f"served-{side}-{job['steps']}"
+        train_once(found[side], f"{LABELS[side]}, served by the benchmark", method, job)
     return found
 
 
