@@ -28,16 +28,16 @@ class Bar:
 
 BARS = (
     Bar(
-        "step: MoDE 16×4 ÷ PEFT LoRA, fp32 adapters", "smollm2", "step", "mode-16x4", "lora", 1.05, limit_with_amx=0.95
+        "step: MoDE 16x4 ÷ PEFT LoRA, fp32 adapters", "smollm2", "step", "mode-16x4", "lora", 1.05, limit_with_amx=0.95
     ),
-    Bar("step: MoDE 16×4 ÷ PEFT LoRA, bf16 adapters", "smollm2", "step", "mode-16x4", "lora-bf16", 1.10),
-    Bar("step: MoLORA 8×8 ÷ PEFT LoRA r=64", "llama", "step", "molora-8x8", "lora", 1.05),
+    Bar("step: MoDE 16x4 ÷ PEFT LoRA, bf16 adapters", "smollm2", "step", "mode-16x4", "lora-bf16", 1.10),
+    Bar("step: MoLORA 8x8 ÷ PEFT LoRA r=64", "llama", "step", "molora-8x8", "lora", 1.05),
     Bar("step: MoDE ÷ PEFT LoRA r=64", "llama", "step", "mode", "lora", 1.05),
-    Bar("kept for backward: MoDE 16×4 ÷ PEFT LoRA", "smollm2", "saved", "mode-16x4", "lora", 1.05),
-    Bar("kept for backward: MoLORA 8×8 ÷ PEFT LoRA r=64", "llama", "saved", "molora-8x8", "lora", 1.05),
+    Bar("kept for backward: MoDE 16x4 ÷ PEFT LoRA", "smollm2", "saved", "mode-16x4", "lora", 1.05),
+    Bar("kept for backward: MoLORA 8x8 ÷ PEFT LoRA r=64", "llama", "saved", "molora-8x8", "lora", 1.05),
     Bar("kept for backward: MoDE ÷ PEFT LoRA r=64", "llama", "saved", "mode", "lora", 1.05),
     Bar("step: MoDE r=4, 64 experts ÷ 4 experts", "smollm2", "step", "mode-64x4", "mode-4x4", 1.4),
-    Bar("decoding: MoDE 16×4 ÷ PEFT LoRA, tokens/s", "smollm2", "decode", "mode-16x4", "lora", 0.90, False),
+    Bar("decoding: MoDE 16x4 ÷ PEFT LoRA, tokens/s", "smollm2", "decode", "mode-16x4", "lora", 0.90, False),
     Bar("training run: dyads ÷ TRL, examples/s", "training", "examples", "dyads-mode", "trl", 2.0, False),
     Bar("scoring: dyads ÷ a loop of generate, examples/s", "scoring", "per_second", "dyads", "plain", 3.0, False),
     Bar("scoring in fp32: answers that differ", "scoring", "differing_fp32", "dyads", None, 0),
@@ -51,10 +51,10 @@ BARS = (
         False,
     ),
     Bar("serving: MoDE ÷ plain LoRA, tokens/s of 32 clients", "serving", "per_second", "dyads", "lora", 1.0, False),
-    Bar("launches: MoDE 8×4 ÷ PEFT LoRA, fp32 adapters", "counted", "launches", "mode-8x4", "lora", 1.3),
-    Bar("launches: MoDE 8×4 ÷ PEFT LoRA, bf16 adapters", "counted", "launches", "mode-8x4-bf16", "lora-bf16", 1.5),
-    Bar("bytes moved: MoDE 8×4 ÷ PEFT LoRA, fp32 adapters", "counted", "bytes", "mode-8x4", "lora", 0.305),
-    Bar("bytes moved: MoDE 8×4 ÷ PEFT LoRA, bf16 adapters", "counted", "bytes", "mode-8x4-bf16", "lora-bf16", 0.665),
+    Bar("launches: MoDE 8x4 ÷ PEFT LoRA, fp32 adapters", "counted", "launches", "mode-8x4", "lora", 1.3),
+    Bar("launches: MoDE 8x4 ÷ PEFT LoRA, bf16 adapters", "counted", "launches", "mode-8x4-bf16", "lora-bf16", 1.5),
+    Bar("bytes moved: MoDE 8x4 ÷ PEFT LoRA, fp32 adapters", "counted", "bytes", "mode-8x4", "lora", 0.305),
+    Bar("bytes moved: MoDE 8x4 ÷ PEFT LoRA, bf16 adapters", "counted", "bytes", "mode-8x4-bf16", "lora-bf16", 0.665),
     Bar("dyads --help, seconds", "startup", "seconds", "help", None, 0.5),
     Bar("import dyads, seconds", "startup", "seconds", "import", None, 0.5),
     Bar("heavy modules loaded by them", "startup", "heavy", "import", None, 0),

@@ -130,9 +130,9 @@ SMOLLM2 = Setting(
         "lora-64": Contender("PEFT LoRA r=64", "lora", {"r": 64}),
         "lora-rank": Contender("PEFT LoRA of equal rank", "lora", {"r": 4}),
         **_RIVALS,
-        "mode-16x4": Contender("MoDE 16×4", "mode", {"r": 4, "num_experts": 16}),
+        "mode-16x4": Contender("MoDE 16x4", "mode", {"r": 4, "num_experts": 16}),
         "mode-bf16": Contender(
-            "MoDE 16×4, bf16 adapters", "mode", {"r": 4, "num_experts": 16, "autocast_adapter_dtype": False}
+            "MoDE 16x4, bf16 adapters", "mode", {"r": 4, "num_experts": 16, "autocast_adapter_dtype": False}
         ),
         "mode-grouped": Contender("MoDE, rank 16 in groups of 4", "mode", {"r": 16, "group_size": 4}, "num_experts"),
         "molora": Contender("MoLORA, 8 experts", "molora", {"num_experts": 8}, solve="r"),
@@ -179,7 +179,7 @@ LLAMA = Setting(
         "lora": Contender("PEFT LoRA r=64", "lora", {"r": 64}),
         "lora-rank": Contender("PEFT LoRA of equal rank", "lora", {"r": 8}),
         **{name: _RIVALS[name] for name in ("frozen", "poly", "mhr", "xlora", "arrow")},
-        "molora-8x8": Contender("MoLORA 8×8", "molora", {"r": 8, "num_experts": 8}),
+        "molora-8x8": Contender("MoLORA 8x8", "molora", {"r": 8, "num_experts": 8}),
         "mode": Contender("MoDE of rank 8", "mode", {"r": 8}, solve="num_experts"),
         "mode-grouped": Contender("MoDE, rank 16 in groups of 4", "mode", {"r": 16, "group_size": 4}, "num_experts"),
         **_OURS,
@@ -220,7 +220,7 @@ TINY = Setting(
     contenders={
         "lora": SMOLLM2.contenders["lora"],
         **{name: _RIVALS[name] for name in ("frozen", "poly", "mhr", "xlora", "arrow")},
-        "mode-16x4": Contender("MoDE 4×2", "mode", {"r": 2, "num_experts": 4}),
+        "mode-16x4": Contender("MoDE 4x2", "mode", {"r": 2, "num_experts": 4}),
         "more-mixed": _OURS["more-mixed"],
         "more-merged": _OURS["more-merged"],
     },

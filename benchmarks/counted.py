@@ -14,7 +14,7 @@ operation that reaches the dispatcher, and records what a kernel for it has to r
 - The input wants a gradient, as in every layer but the first. One step runs before the counted one.
 
 The layer is a frozen bf16 linear map of 4,096 × 4,096, its input 8 × 1,024 tokens. The adapter is in fp32 (PEFT's
-default) or in bf16. Sizes are solved so that contenders train as many parameters as MoDE 8×4.
+default) or in bf16. Sizes are solved so that contenders train as many parameters as MoDE 8x4.
 
 Operations that work in place only where no TorchDispatchMode is active are counted as in training, where none is: see
 `as_in_training`.
@@ -53,7 +53,7 @@ LARGEST = 64
 
 COUNTED = {
     "lora": Contender("PEFT LoRA, equal parameters", "lora", solve="r"),
-    "mode-8x4": Contender("MoDE 8×4", "mode", {"r": 4, "num_experts": 8}),
+    "mode-8x4": Contender("MoDE 8x4", "mode", {"r": 4, "num_experts": 8}),
     "mode-grouped": Contender("MoDE, rank 8 in groups of 4", "mode", {"r": 8, "group_size": 4}, solve="num_experts"),
     "molora": Contender("MoLORA, 4 experts", "molora", {"num_experts": 4}, solve="r"),
     "molora-sd": Contender(

@@ -26,14 +26,14 @@ from benchmarks.rounds import Worker, WorkerError, rotated
 SNI = Path("../shared/data/sni")
 
 LABELS = {
-    "dyads-mode": "dyads, MoDE 16×4",
+    "dyads-mode": "dyads, MoDE 16x4",
     "dyads-lora": "dyads, LoRA of the same size",
     "trl": "TRL, LoRA, no checkpointing",
     "trl-eager": "the same, eager attention",
     "trl-default": "TRL, LoRA, all defaults",
 }
 LORA_R = 66
-"""Rank at which LoRA has the size of MoDE 16×4 on q, k, v and o of SmolLM2: 7.60 against 7.65 million parameters."""
+"""Rank at which LoRA has the size of MoDE 16x4 on q, k, v and o of SmolLM2: 7.60 against 7.65 million parameters."""
 GROUPS = {"main": ("dyads-mode", "trl"), "others": ("trl", "dyads-lora", "trl-eager", "trl-default")}
 """Sides that are measured beside each other, round by round; the first group has the bar."""
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]

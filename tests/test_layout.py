@@ -37,6 +37,7 @@ ORDER = {  # what a room may import, beside itself and `errors`: the rooms that 
     "report": {"studies"},
     "serving": {"scoring"},
     "cli": {"report", "export", "serving"},
+    "__main__": {"cli"},
 }
 
 

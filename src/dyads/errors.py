@@ -17,7 +17,7 @@ import logging
 import re
 import reprlib
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,6 +35,7 @@ __all__ = [
     "reason_of",
     "shortened",
     "similar_file",
+    "similar_name",
     "visible",
     "visible_in",
 ]
@@ -176,5 +177,26 @@ def similar_file(path: Path) -> str:
         names = [file.name for file in path.parent.iterdir()]
     except (OSError, ValueError):  # a name with a null character
         return ""
-    near = get_close_matches(path.name, names, n=3, cutoff=0.7) if len(path.name) < 100 else []
-    return did_you_mean(path.name, near)
+    return similar_name(path.name, names)
+
+
+def similar_name(name: str, names: Iterable[str]) -> str:
+    """The end of an error about a missing file or folder: the names beside it that differ by a slip, if any.
+
+    Such names share whole words, as in `LoRA-9-seed0` and `MoRE-9-seed0`: the words that differ are compared.
+
+    >>> similar_name("lora-9-sed0", ["lora-9-seed0", "more-9-seed0"])
+    " – did you mean 'lora-9-seed0'?"
+    """
+    lowered = {n.lower(): n for n in names}
+    near = get_close_matches(name.lower(), lowered, n=20, cutoff=0.8) if len(name) < 100 else []
+    return did_you_mean(name, [lowered[n] for n in near if _likeness(name.lower(), n) >= 0.8][:3])
+
+
+def _likeness(a: str, b: str) -> float:
+    """1 for equal names, 0 for names without a common part; words that both begin or end with are left out."""
+    left, right = re.split(r"[-_. ]", a), re.split(r"[-_. ]", b)
+    for end in (0, -1):
+        while min(len(left), len(right)) > 1 and left[end] == right[end]:
+            del left[end], right[end]
+    return SequenceMatcher(None, "-".join(left), "-".join(right)).ratio()

@@ -178,7 +178,7 @@ def test_a_quick_run_through_real_processes(tmp_path: Path) -> None:
             metrics = metrics_of(contender, TINY, {n: TINY.contenders[n] for n in names})
             assert all(group["rounds"][0][metric][contender] > 0 for metric in metrics)
             assert group["facts"][contender]["peak"] > 1e7
-    assert "| MoDE 4×2 |" not in (tmp_path / "quick" / "benchmarks.md").read_text()  # its numbers mean nothing
+    assert "| MoDE 4x2 |" not in (tmp_path / "quick" / "benchmarks.md").read_text()  # its numbers mean nothing
     again = CliRunner().invoke(main, [*arguments, "--resume"], catch_exceptions=False)
     assert "tiny, group main: kept" in again.output
 
@@ -310,9 +310,9 @@ def test_the_page_has_tables_and_verdicts_and_names_commit_and_processor_but_no_
     rounds = [{"step": {"lora": 2.0, "mode-16x4": 1.8}, "decode": {"lora": 100.0, "mode-16x4": 80.0}}] * 3
     text = page.to_markdown([result("smollm2", facts, rounds)])
     bound = "0.95" if "amx" in cpu() else "1.05"
-    assert f"| step: MoDE 16×4 ÷ PEFT LoRA, fp32 adapters | ≤ {bound} | 0.90 (0.90–0.90) | met |" in text
-    assert "| decoding: MoDE 16×4 ÷ PEFT LoRA, tokens/s | ≥ 0.9 | 0.80 (0.80–0.80) | not met |" in text
-    assert "| MoDE 16×4 | 9 | 0.90 (0.90–0.90) | – | 0.80 (0.80–0.80) | 1.00 | – |" in text
+    assert f"| step: MoDE 16x4 ÷ PEFT LoRA, fp32 adapters | ≤ {bound} | 0.90 (0.90–0.90) | met |" in text
+    assert "| decoding: MoDE 16x4 ÷ PEFT LoRA, tokens/s | ≥ 0.9 | 0.80 (0.80–0.80) | not met |" in text
+    assert "| MoDE 16x4 | 9 | 0.90 (0.90–0.90) | – | 0.80 (0.80–0.80) | 1.00 | – |" in text
     assert "1.00 is PEFT LoRA, equal parameters (r=66): 2.000 s a step, 100 tokens/s" in text
     assert "rounds: 3 (main)" in text
     assert f"at commit {commit()} on {cpu()}" in text
@@ -435,7 +435,7 @@ def test_counted_rows_have_ratios_to_lora_of_the_same_dtype() -> None:
         ("lora", "9", "18 (1.00)", "3.00 (1.00)", "12 (1.00)", "13 (1.00)", "1.50 (1.00)", "–"),
         ("mode-8x4", "9", "27 (1.50)", "0.90 (0.30)", "15 (1.25)", "26 (2.00)", "0.75 (0.50)", "–"),
     ]
-    assert "| launches: MoDE 8×4 ÷ PEFT LoRA, fp32 adapters | ≤ 1.3 | 1.500 | not met |" in page.to_markdown(found)
+    assert "| launches: MoDE 8x4 ÷ PEFT LoRA, fp32 adapters | ≤ 1.3 | 1.500 | not met |" in page.to_markdown(found)
     assert "Counted, not timed" in page.to_markdown(found)
 
 

@@ -92,6 +92,12 @@ def test_help_lists_every_verb_with_an_uncut_description() -> None:
     assert "..." not in listed
 
 
+@pytest.mark.parametrize("module", ["dyads", "dyads.cli"])
+def test_the_package_runs_as_a_program(module: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"dyads, version {__version__}\n")
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom dyads.cli import main\n"

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dyads.cli import main
@@ -87,15 +88,20 @@ def test_a_conversion_that_fails_leaves_nothing_behind(
     assert list(packaged.parent.iterdir()) == []
 
 
-def test_a_converted_model_has_the_permissions_of_any_folder(
-    packaged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: Path
+def test_a_model_is_converted_in_silence_and_has_the_permissions_of_any_folder(
+    packaged: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, llama: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     class Found:
         submodule_search_locations = (str(tmp_path),)
 
     def of_llama(auto: Any) -> Any:
         load = auto.from_pretrained
-        return lambda source, gguf_file, **options: load(llama, **options)
+
+        def of_gguf(source: str, gguf_file: str, **options: Any) -> Any:
+            list(tqdm([gguf_file], desc="Converting and de-quantizing GGUF tensors..."))  # as transformers does
+            return load(llama, **options)
+
+        return of_gguf
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: Found)
     for auto in (AutoModelForCausalLM, AutoTokenizer):
@@ -103,6 +109,7 @@ def test_a_converted_model_has_the_permissions_of_any_folder(
     (tmp_path / "plain").mkdir()
     with torch.device("meta"):  # as dyads.models.budget does
         assert resolve("packaged:smollm2-135m") == str(packaged)
+    assert capfd.readouterr() == ("", ""), "`--quiet` prints errors only"
     monkeypatch.undo()
     monkeypatch.setenv("DYADS_CACHE", str(packaged.parent))
     monkeypatch.setattr(importlib.metadata, "version", lambda name: packaged.name.rpartition("-")[2])

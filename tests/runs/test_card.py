@@ -102,6 +102,7 @@ def test_a_run_without_scores_lists_its_tasks(trained: Trained) -> None:
         ),
         (["/venv/Scripts/dyads.exe", "train", "a.yaml"], "`dyads train a.yaml`"),
         (["/src/dyads/cli/__main__.py", "train", "a.yaml"], "`dyads train a.yaml`"),
+        (["/src/dyads/__main__.py", "train", "a.yaml"], "`dyads train a.yaml`"),
         (["/home/me/secret-project/run.py", "--token", "x"], "a Python program"),
         ("dyads", "unknown"),
         ([], "unknown"),

@@ -9,8 +9,10 @@ about a second. `packaged:minilm-l6` is all-MiniLM-L6-v2, an encoder of 22.7 M p
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -186,7 +188,9 @@ def _write(source: Path, gguf_file: str, folder: Path) -> None:
     import torch  # here, so that `dyads models` is quick
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    with torch.device("cpu"):  # dyads.models.budget calls this inside torch.device("meta")
+    # The bars of a conversion, which takes seconds; transformers' switch does not turn off all of them.
+    no_bars = contextlib.redirect_stderr(io.StringIO())
+    with no_bars, torch.device("cpu"):  # dyads.models.budget calls this inside torch.device("meta")
         model = AutoModelForCausalLM.from_pretrained(str(source), gguf_file=gguf_file, dtype=torch.float32)
         # save_pretrained refuses a model whose config has a quantization_config: rebuild it without.
         config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}

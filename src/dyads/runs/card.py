@@ -30,6 +30,8 @@ __all__ = ["CARD", "base_model", "card", "front_matter", "table", "write_card", 
 CARD = "README.md"
 """Name of a card's file."""
 _HERE = "path/to/this/folder"
+_ENTRY_POINTS = (("dyads", "__main__.py"), ("cli", "__main__.py"), ("cli", "__init__.py"))
+"""Ends of the path of the program where it is the command `dyads`."""
 
 
 def write_card(folder: RunFolder, scores: Scores | None = None) -> None:
@@ -235,6 +237,6 @@ def _command(arguments: Any) -> str:
     if not isinstance(arguments, list) or not arguments or not all(isinstance(a, str) for a in arguments):
         return "unknown"
     program = PurePath(arguments[0])
-    if program.stem == "dyads" or program.parts[-2:] in (("cli", "__main__.py"), ("cli", "__init__.py")):
+    if program.stem == "dyads" or program.parts[-2:] in _ENTRY_POINTS:
         return f"`{shlex.join(['dyads', *arguments[1:]])}`"
     return "a Python program"

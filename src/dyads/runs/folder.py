@@ -38,7 +38,7 @@ from typing import Annotated, Any, TypeAlias, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict  # typing's has no run-time types that pydantic reads before Python 3.12
 
-from dyads.errors import RunError, TaskError, did_you_mean, notice, shortened, visible
+from dyads.errors import RunError, TaskError, notice, shortened, similar_name, visible
 from dyads.reading import SETTINGS, parse_json, read_bytes, read_json, read_text
 from dyads.recipe.file_names import file_name
 from dyads.recipe.load import parse_recipe
@@ -232,8 +232,7 @@ class RunFolder:
             raise RunError(f"cannot open '{folder.path}': {error.strerror}") from error
         if not exists:
             siblings = [p.name for p in folder.path.parent.glob("*") if cls(p).is_run]
-            near = did_you_mean(folder.path.name, siblings)
-            raise RunError(f"there is no folder '{folder.path}'{near if 'did you mean' in near else ''}")
+            raise RunError(f"there is no folder '{folder.path}'{similar_name(folder.path.name, siblings)}")
         if not folder.is_run:
             if folder.has_config:
                 raise folder._without_manifest()

@@ -240,7 +240,7 @@ def training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
     if arguments.n_gpu > 1:  # the Trainer would use DataParallel
         raise ConfigError(
             f"one process sees {arguments.n_gpu} GPUs: start one process for each (`torchrun --nproc-per-node"
-            f" {arguments.n_gpu} -m dyads.cli train …`), or show it one (`CUDA_VISIBLE_DEVICES=0 dyads train …`)"
+            f" {arguments.n_gpu} -m dyads train …`), or show it one (`CUDA_VISIBLE_DEVICES=0 dyads train …`)"
         )
     if arguments.world_size != processes:
         raise ConfigError(
