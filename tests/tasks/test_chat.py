@@ -62,7 +62,9 @@ def test_alpacas_rows_are_read_from_a_list_with_or_without_input(tmp_path):
 def test_tasks_come_from_a_column_and_other_columns_are_chosen(tmp_path):
     rows = [{**conversation("a", "b", task=t, split=s), "n": 1} for t in "xy" for s in ("train", "test")]
     path = write(tmp_path / "a.jsonl", *[{("talk" if k == "messages" else k): v for k, v in r.items()} for r in rows])
-    with pytest.raises(TaskError, match="line 1: column 'input' is missing; it has talk, task, split, n"):
+    with pytest.raises(
+        TaskError, match="line 1: columns 'input' and 'output' are missing; it has talk, task, split, n"
+    ):
         read(path)
     suite = read(path, columns={"messages": "talk"})
     assert [t.name for t in suite.tasks] == ["x", "y"]
@@ -129,8 +131,11 @@ def test_text_parts_are_joined(tmp_path):
             "messages and conversations are both",
         ),
         (conversation("Hi", "a", spilt="test"), "unknown column 'spilt' – did you mean 'split'"),
-        ({"instruction": "x"}, r"column 'output' is missing; .* a row needs output, or messages, and may have"),
-        ({"instruction": "x", "ouput": "y"}, r"column 'output' is missing \(is it 'ouput'\?\); it has"),
+        (
+            {"instruction": "x"},
+            r"column 'output' is missing; .* a row needs output .or messages.; `columns: {output: NAME}`",
+        ),
+        ({"instruction": "x", "ouput": "y"}, r"column 'output' \(is it 'ouput'\?\) is missing; it has"),
         ({"instruction": " ", "output": "y"}, "line 1: 'input' is empty"),
         (
             {"messages": [{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "a"}]},

@@ -148,9 +148,9 @@ def test_a_row_with_a_split_of_its_own_in_a_split_is_refused(tmp_path):
     [
         (
             {},
-            "column 'input' is missing; it has question, answer, a row needs input, output, or messages, and may have",
+            "columns 'input' and 'output' are missing; it has question, answer, a row needs input, output .or",
         ),
-        ({"columns": {"input": "question", "output": "anser"}}, "column 'anser' is missing .is it 'answer'..."),
+        ({"columns": {"input": "question", "output": "anser"}}, "column 'anser' .is it 'answer'.. is missing"),
         (
             {"columns": {"inputs": "question"}},
             "unknown column 'inputs' in `columns` of family 'dataset' – did you mean",

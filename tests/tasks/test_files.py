@@ -281,7 +281,15 @@ def test_test_prompts_that_were_trained_on_are_noted(tmp_path):
         (["[1, 2]"], r"a\.jsonl, line 1: expected a JSON object, got \[1, 2\]; write one JSON object per line"),
         (
             [{"task": "t", "question": "x", "output": "y"}],
-            "line 1: column 'input' is missing; it has task, question, outp",
+            r"1: column 'input' is missing; it has task, question, .* needs task, .*; `columns: \{input: NAME\}`",
+        ),
+        (
+            [{"task": "t", "inpt": "x", "answer": "y"}],
+            r"columns 'input' \(is it 'inpt'\?\) and 'output' are missing; .* `columns: \{input: inpt, output: NAME\}`",
+        ),
+        (
+            [{"messages": []}],
+            "columns 'task' and .* are missing; it has messages, a row .*; family: chat reads messages$",
         ),
         ([row(0), row(1, split="tset")], "line 2: unknown split 'tset' – did you mean 'test'"),
         ([row(0, output=3)], "line 1: 'output' must be a text or a list of texts, got 3; put numbers in quotes"),
@@ -316,7 +324,7 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, rows, message):
         (["task,input,output", 't,x,"[""a"", b"'], "line 2: output starts like a JSON list but is not valid JSON"),
         (["task,input,output", 't,"x,y'], r"a\.csv, line 2: not valid CSV: unexpected end of data"),
         (["task,input,output,input", "t,x,y,z"], "line 1: a column name is used twice"),
-        ([""], "column 'task' is missing; it has none"),
+        ([""], "columns 'task' and 'input' and 'output' are missing; it has none, a row needs task, input, output$"),
     ],
 )
 def test_bad_csv_is_refused_with_its_place(tmp_path, rows, message):

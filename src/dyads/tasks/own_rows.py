@@ -192,22 +192,28 @@ class OwnRowsSpec(FamilySpec):
         given = tuple(given)
         if any(self._name(name) in given for name in (MESSAGES, "conversations") if name in self.known):
             return
-        needed = [] if task else [self._name("task")]
+        needed = [] if task else [("task", self._name("task"))]
         if self._name("instruction") not in given:
-            needed += self._inputs()
-        needed.append(self._name("output"))
-        for name in needed:
-            if name not in given:
-                near = get_close_matches(str(name), [n for n in given if n not in self.known], n=1)
-                meant = f" (is it '{listed(near)}'?)" if near else ""
-                raise TaskError(
-                    f"{place}: column '{name}' is missing{meant}; it has {listed(given) or 'none'}, a row needs "
-                    f"{', '.join(map(str, needed))}{self._other_form()} and may have "
-                    f"{', '.join(n for n in self.known if n not in needed and n not in (MESSAGES, 'conversations'))}"
-                )
-
-    def _other_form(self) -> str:
-        return ", or messages," if MESSAGES in self.known else ""
+            needed += [("input", name) for name in self._inputs()]
+        needed.append(("output", self._name("output")))
+        missing = [(ours, str(name)) for ours, name in needed if name not in given]
+        if not missing:
+            return
+        quoted, renamed = [], []
+        for ours, name in missing:
+            near = get_close_matches(name, [n for n in given if n not in self.known], n=1)
+            quoted.append(f"'{name}'" + (f" (is it '{listed(near)}'?)" if near else ""))
+            if ours not in self.columns:
+                renamed.append(f"{ours}: {listed(near) or 'NAME'}")
+        if chat := [name for name in (MESSAGES, "conversations") if name in given]:
+            mended = f"; family: chat reads {chat[0]}"
+        else:
+            mended = f"; `columns: {{{', '.join(renamed)}}}` reads other names" if renamed and given else ""
+        raise TaskError(
+            f"{place}: column{'s' * (len(quoted) > 1)} {' and '.join(quoted)} {'are' if quoted[1:] else 'is'} missing; "
+            f"it has {listed(given) or 'none'}, a row needs {listed(name for _, name in needed)}"
+            f"{' (or messages)' if MESSAGES in self.known else ''}{mended}"
+        )
 
     def _record(self, own: OwnRow, ignored: dict[str, None]) -> _Record:
         place = own.row.place
