@@ -353,6 +353,13 @@ def result(place: Path) -> dict[str, str]:
     return found
 
 
+def readable(folder: RunFolder) -> dict[str, Any]:
+    """Read the results of a run, those before an evaluation or those after it; the dictionary names what is damaged."""
+    for row in folder.scores()["scores"]:
+        folder.predictions(row["task"])
+    return {"damage": folder.damage()}
+
+
 # --- trials -----------------------------------------------------------------------------------------------------------
 
 
@@ -489,10 +496,10 @@ class Scenario:
                 return outcome
             if not end.said.get("ours", True):
                 outcome.found["foreign"] = end.said["traceback"]
-            if trial.fault in ERRORS and self.name == "evaluate":
-                end = forked(lambda: {"scores": len(RunFolder(self.place / "run").scores()["scores"])})
-                if "scores" not in end.said:
-                    outcome.found["lost"] = end.said.get("text", "the earlier scores")
+        if self.name == "evaluate":
+            end = forked(lambda: readable(RunFolder(self.place / "run")))
+            if "damage" not in end.said or end.said["damage"]:
+                outcome.found["lost"] = end.said.get("damage", end.said.get("traceback", "the results"))
         end = forked(lambda: again(self.command, self.made, self.place))
         if end.status is None:
             outcome.found["hangs"] = "its repetition"

@@ -3,18 +3,24 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import math
+import os
 import re
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import forked
 from dyads.errors import RunError
 from dyads.recipe.spec import Recipe
-from dyads.runs import folder as folder_module
 from dyads.runs.accept import accept
 from dyads.runs.folder import Prediction, RunFolder, environment
 from dyads.tasks import load
@@ -186,40 +192,80 @@ def test_results_replace_earlier_ones_whole(run: Run) -> None:
     assert (folder.predictions("v"), folder.scores()["seed"]) == (rows, 7)
 
 
-@pytest.mark.parametrize("crash", ["write", "first seal", "seal", "rmtree", "rename", "replace"])
-def test_scores_never_stand_beside_predictions_of_another_evaluation(
-    run: Run, crash: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = RunFolder(run("a", {"t": [1, 2]}))
-    before = {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()}
-    scores, remove, seal = folder.scores(), shutil.rmtree, folder_module.seal
+class Denied:
+    """An audit hook, with which the n-th call that changes files, and those after it, fail while `work` runs."""
 
-    def broken(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    def __init__(self) -> None:
+        self.left: float = math.inf
+        self.once = False
+        sys.addaudithook(self)
 
-    def broken_seal(path: Path, names: list[str] | None = None, **how: object) -> None:
-        if (crash == "first seal") == (names is None):
-            raise KeyboardInterrupt
-        seal(path, names, **how)  # type: ignore[arg-type]
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        if writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            self.left -= 1
+            if self.left == 0 or (self.left < 0 and not self.once):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(arguments[0]))
 
-    with monkeypatch.context() as patch:
-        if crash == "write":
-            patch.setattr(folder_module, "write_text", broken)
-        elif crash in ("seal", "first seal"):
-            patch.setattr(folder_module, "seal", broken_seal)
-        elif crash == "rmtree":
-            patch.setattr(shutil, "rmtree", lambda path, **how: remove(path, **how) if how else broken())
-        else:
-            patch.setattr(Path, crash, broken)
-        with pytest.raises(KeyboardInterrupt):
-            folder.write_results({"v": []}, {**scores, "seed": 7})
-    if crash in ("write", "first seal", "seal"):
-        assert {p: p.read_bytes() for p in folder.path.rglob("*") if p.is_file()} == before
-    else:
-        with pytest.raises(RunError, match=r"has no scores\.json: it was not evaluated, or the evaluation did not end"):
-            folder.scores()
-    folder.write_results({"v": []}, scores)
-    assert sorted(p.name for p in folder.path.rglob("*")) == RESULTS
+    def at(self, call: int, once: bool, work: Callable[[], object]) -> bool:
+        """Run `work`, and return whether it has a call of this number; with `once` that call alone fails."""
+        self.left, self.once = call, once
+        with suppress(PermissionError):
+            work()
+        reached, self.left = self.left <= 0, math.inf
+        return reached
+
+
+def results_of(folder: RunFolder) -> tuple[int, list[str]]:
+    """The seed in the scores and the tasks with predictions, of results that are whole."""
+    assert folder.is_scored
+    assert folder.damage() is None
+    tasks = []
+    for task in "tvw":
+        with suppress(RunError):
+            folder.predictions(task)
+            tasks.append(task)
+    return folder.scores()["seed"], tasks
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="an audit hook cannot be removed, and gets a fork of its own")
+def test_results_stay_readable_whichever_call_is_denied_while_they_are_replaced(run: Run, tmp_path: Path) -> None:
+    made = RunFolder(run("a", {"t": [1, 2]}))
+    rows, scores = made.predictions("t"), made.scores()
+    old, new, newer = (0, ["t"]), (7, ["v"]), (8, ["w"])
+
+    def copy(folder: RunFolder, name: str) -> RunFolder:
+        return RunFolder(shutil.copytree(folder.path, tmp_path / name))
+
+    def write(folder: RunFolder, content: tuple[int, list[str]]) -> Callable[[], None]:
+        seed, tasks = content
+        return lambda: folder.write_results(dict.fromkeys(tasks, rows), {**scores, "seed": seed})
+
+    def denied_at(denied: Denied, call: int, once: bool) -> bool:
+        folder = copy(made, f"{call}-{once}")
+        reached = denied.at(call, once, write(folder, new))
+        kept = results_of(folder)
+        assert kept in ((old, new) if reached else (new,))
+        for again in itertools.count(1) if reached and kept == new else ():  # from results on the way to their place
+            other = copy(folder, f"{call}-{once}-{again}")
+            if not denied.at(again, False, write(other, newer)):
+                assert results_of(other) == newer
+                assert sorted(p.name for p in other.path.rglob("*")) == [*RESULTS[:-1], "w.jsonl"]
+                break
+            assert results_of(other) in (kept, newer), f"{again} calls later"
+        folder.clear_ended()
+        assert results_of(folder) == kept
+        assert len(list(folder.path.rglob("*"))) == len(RESULTS)
+        return reached
+
+    def work() -> None:
+        os.fsync = lambda _: None  # type: ignore[assignment]  # slow, and of use after a power failure only
+        denied = Denied()
+        calls = [next(c for c in itertools.count(1) if not denied_at(denied, c, once)) for once in (True, False)]
+        assert min(calls) > 15
+
+    done = forked.run(work)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_damaged_config_is_refused_with_its_line(run: Run) -> None:
@@ -273,6 +319,12 @@ def test_nothing_is_written_through_a_symbolic_link(run: Run, tmp_path: Path) ->
         with pytest.raises(OSError, match="symbolic link"):
             write()
     assert target.read_text() == "kept"
+
+    (folder.path / ".manifest.json.unfinished").unlink()
+    elsewhere = shutil.copytree(folder.path / "predictions", tmp_path / "elsewhere" / "predictions")
+    (folder.path / ".results.unfinished").symlink_to(elsewhere.parent)
+    folder.write_results({"v": folder.predictions("t")}, folder.scores())
+    assert [p.name for p in elsewhere.iterdir()] == ["t.jsonl"]
 
 
 def test_a_recipe_that_could_not_be_read_again_is_refused_before_anything_is_written(

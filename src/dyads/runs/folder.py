@@ -12,10 +12,12 @@
     predictions/<task>.jsonl one line per instance: id, prompt, prediction, references, scores (0 to 100) by metric
     scores.json              every score with its task's version
     manifest.json            sizes and SHA-256 of the config, the templates, and, once there are any, of the results
+    .results.unfinished/     new results, until they are in the place of earlier ones
     .lock                    the process that writes into the folder, while it does
 
 No other file contains these names. A folder is a run if its manifest lists config.yaml, and is scored if it lists
-scores.json (runs/manifest.py). An evaluation replaces the predictions and scores of an earlier one together.
+scores.json (runs/manifest.py). An evaluation replaces the predictions and scores of an earlier one together, with one
+rename of the manifest.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ from dyads.runs.manifest import (
     MANIFEST,
     Manifest,
     clear,
+    discard,
     is_unfinished,
     not_through_links,
     seal,
@@ -182,7 +185,7 @@ _CONFIG, _ENV, _LOG, _SCORES = "config.yaml", "env.json", "log.jsonl", "scores.j
 _HEADS, _TEMPLATES, _CHAT_TEMPLATE = "heads.json", "templates.json", "chat_template.jinja"
 _TENSORBOARD = "tensorboard"
 _ADAPTER, _CHECKPOINTS, _PREDICTIONS = "adapter", "checkpoints", "predictions"
-_UNFINISHED = ".results.unfinished"
+_RESULTS, _UNFINISHED = (_PREDICTIONS, _SCORES), ".results.unfinished"
 
 
 class RunFolder:
@@ -292,12 +295,12 @@ class RunFolder:
 
     def _clear_unfinished(self) -> None:
         """Remove what a killed process left: files that were being written, and results without a manifest."""
+        self._move_results(self._manifest())
         removed = clear(self.path) + (clear(self.adapter) if self.has_adapter else [])
-        if not self.is_scored:
-            for name in (_SCORES, _PREDICTIONS):
-                if (self.path / name).exists():
-                    removed.append(name)
-            self._remove_results()
+        for name in () if self.is_scored else _RESULTS:
+            if (self.path / name).exists():
+                removed.append(name)
+                discard(self.path / name)
         if not self.has_adapter and self.adapter.exists():
             shutil.rmtree(self.adapter)
             removed.append(_ADAPTER)
@@ -337,7 +340,7 @@ class RunFolder:
     @property
     def is_scored(self) -> bool:
         """Whether an evaluation has finished."""
-        return (self.path / _SCORES).is_file() and _SCORES in self._manifest().files
+        return any((place / _SCORES).is_file() for place in self._places) and _SCORES in self._manifest().files
 
     @property
     def has_config(self) -> bool:
@@ -351,6 +354,8 @@ class RunFolder:
 
     def accept(self) -> list[Path]:
         """Write manifests for the files as they are, for a run of an earlier version or after changes on purpose."""
+        with suppress(RunError):  # a damaged manifest is written anew
+            self._move_results(self._manifest())
         names = [name for name in (_CONFIG, _TEMPLATES, _CHAT_TEMPLATE) if (self.path / name).is_file()]
         if (self.path / _SCORES).is_file():
             names += [_SCORES, *(f"{_PREDICTIONS}/{p.name}" for p in (self.path / _PREDICTIONS).glob("*.jsonl"))]
@@ -363,15 +368,29 @@ class RunFolder:
 
     def damage(self) -> str | None:
         """The first file of the run that differs from the manifest of its config and scores, in words."""
-        return self._manifest().damage()
+        manifest = self._manifest()
+        damaged = (name for name in manifest.files if self._find(name, manifest) is None)
+        return next((manifest.damage([name]) for name in damaged), None)
 
     def _manifest(self) -> Manifest:
         return Manifest.of(self.path) or Manifest(self.path, {})
 
-    def _check(self, name: str, remedy: str) -> None:
-        """RunError if a file of the run is not the one that was written."""
-        if damage := self._manifest().damage([name]):
-            raise RunError(f"'{self.path}' is damaged: {damage}; {remedy}")
+    @property
+    def _places(self) -> tuple[Path, Path]:
+        """The folders in which a file of the results may be."""
+        return self.path / _UNFINISHED, self.path
+
+    def _find(self, name: str, manifest: Manifest) -> Path | None:
+        """The file that the manifest lists, where it is; None if it is damaged or missing."""
+        found = (place / name for place in self._places if Manifest(place, manifest.files).damage([name]) is None)
+        return next(found, None)
+
+    def _check(self, name: str, remedy: str) -> Path:
+        """The file of the run that the manifest lists; RunError if it is not the one that was written."""
+        manifest = self._manifest()
+        if (path := self._find(name, manifest)) is None:
+            raise RunError(f"'{self.path}' is damaged: {manifest.damage([name])}; {remedy}")
+        return path
 
     # config and environment
 
@@ -494,56 +513,57 @@ class RunFolder:
 
     def predictions(self, task: str) -> list[Prediction]:
         """The predictions for a task, in the order they were written."""
-        path = self.predictions_path(task)
-        if not path.is_file():
+        name = f"{_PREDICTIONS}/{_predictions_file(task)}"
+        if not any((place / name).is_file() for place in self._places):
             raise RunError(f"'{self.path}' has no predictions for task '{task}'; run `dyads evaluate {self.path}`")
         remedy = f"run `dyads evaluate {self.path}` again"
-        self._check(f"{_PREDICTIONS}/{path.name}", remedy)
+        path = self._check(name, remedy)
         rows = read_jsonl(path, error=RunError, remedy=remedy)
         return [_typed(_PREDICTION_TYPE, dict(row.fields), row.place, remedy) for row in rows]
 
     def write_results(self, predictions: Mapping[str, Iterable[Prediction]], scores: Scores) -> None:
         """Write the predictions by task and the scores of an evaluation, in place of an earlier one's.
 
-        All files are written into a folder of their own first. Then the manifest stops listing the old results, and
-        that of the new ones is moved into place last: scores never stand beside predictions of another evaluation, and
-        a full disk leaves the old ones.
+        All files are written into a folder of their own, with a manifest. This then replaces that of the run: with this
+        one rename they are the results, and are read there until they are moved into the place of the earlier ones.
+        Where no call can write any more, the earlier results or the new ones thus stay readable.
         """
         if scores["schema"] != SCHEMA:
             raise RunError(f"{_SCORES} is written with schema {SCHEMA}, got {scores['schema']}")
         text, new = _json(scores), self.path / _UNFINISHED
-        shutil.rmtree(new, ignore_errors=True)
-        (new / _PREDICTIONS).mkdir(parents=True)
+        self._move_results(self._manifest())
+        discard(new)
         try:
+            (new / _PREDICTIONS).mkdir(parents=True)
             for task, rows in predictions.items():
                 write_text(new / _PREDICTIONS / _predictions_file(task), "".join(map(_line, rows)))
             write_text(new / _SCORES, text)
-            config = self._manifest().without(_SCORES, f"{_PREDICTIONS}/")
-            seal(new, listed=config)
-            if self._manifest().files != config.files:
-                seal(self.path, [], listed=config)
-            self._remove_results()
-            for name in (_PREDICTIONS, _SCORES):
-                (new / name).rename(self.path / name)
+            manifest = seal(new, listed=self._manifest().without(_SCORES, f"{_PREDICTIONS}/"))
+            if not self.is_scored:
+                self._move_results(manifest)  # first: those who wait for the scores find them in their place
             (new / MANIFEST).replace(self.path / MANIFEST)
             sync_folder(self.path)
         finally:
-            shutil.rmtree(new, ignore_errors=True)
+            self._move_results(self._manifest())
+            discard(new)
 
-    def _remove_results(self) -> None:
-        (self.path / _SCORES).unlink(missing_ok=True)
-        if (self.path / _PREDICTIONS).exists():
-            shutil.rmtree(self.path / _PREDICTIONS)
+    def _move_results(self, manifest: Manifest) -> None:
+        """Move the results that a manifest lists into the place of earlier ones, unless they are there."""
+        new = self.path / _UNFINISHED
+        for name in () if new.is_symlink() else _RESULTS:
+            files = {file: entry for file, entry in manifest.files.items() if file.split("/")[0] == name}
+            if files and (new / name).exists() and Manifest(new, files).damage() is None:
+                discard(self.path / name)
+                (new / name).rename(self.path / name)
 
     def scores(self) -> Scores:
         """The scores of the last complete evaluation."""
-        path = self.path / _SCORES
         again = f"run `dyads evaluate {self.path}`"
         if not self.is_scored:
             raise RunError(
                 f"'{self.path}' has no {_SCORES}: it was not evaluated, or the evaluation did not end; {again}"
             )
-        self._check(_SCORES, again)
+        path = self._check(_SCORES, again)
         content = _read_object(path, f"'{self.path}'", again)
         if content.get("schema") != SCHEMA:
             raise RunError(

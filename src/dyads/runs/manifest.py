@@ -32,6 +32,7 @@ __all__ = [
     "MANIFEST",
     "Manifest",
     "clear",
+    "discard",
     "is_unfinished",
     "not_through_links",
     "remove",
@@ -176,7 +177,7 @@ def unfinished(out: Path) -> Iterator[Path]:
     try:
         with locked(partial):
             for left in [path for path in partial.iterdir() if path.name != LOCK]:
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                discard(left)
             yield partial
         (partial / LOCK).unlink(missing_ok=True)
         if out.is_dir() and any(out.iterdir()):
@@ -223,11 +224,16 @@ def clear(folder: Path) -> list[str]:
     """Remove what a killed process was writing in a folder; returns the names."""
     left = sorted(path for path in folder.iterdir() if is_unfinished(path))
     for path in left:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        discard(path)
     return [visible(path.name) for path in left]
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a symbolic link, or a folder with all that is in it; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _names(folder: Path) -> Iterator[str]:

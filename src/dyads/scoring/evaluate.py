@@ -117,8 +117,9 @@ def _evaluate(
         scored = recipe.model_copy(update={"name": name, "tasks": tasks_spec, "evaluate": spec, "adapt": adapt})
         if target.is_run and differences(target.recipe().resolved(), scored.resolved()):
             raise _other_run(target)
-        if target.is_scored and not target.damage():
-            return target.scores()  # the same command was killed when it had finished
+        if target.is_scored and not target.damage():  # the same command was killed when it had finished
+            target.clear_ended()
+            return target.scores()
     begin = time.perf_counter()
     answers = _answers(answerer, suite.tasks, instances, spec, reporter)
     seconds = time.perf_counter() - begin

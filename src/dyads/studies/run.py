@@ -21,6 +21,7 @@ from dyads.console import Reporter, Tracker
 from dyads.errors import ConfigError, RunError, did_you_mean
 from dyads.recipe.spec import differences
 from dyads.recipe.yaml_source import to_yaml
+from dyads.runs.manifest import write_text
 from dyads.studies.choice import check_choice, next_values, trial, validation_loss
 from dyads.studies.grid import Cell, Combination, Study
 from dyads.studies.jobs import ENGINES, Engine, Job, is_running, last_line
@@ -201,9 +202,7 @@ class Runner:
         """The outcome so far, written into the folder."""
         outcome = outcome_of(self.study, self.cells, self.folder, self.choices())
         for path, text in ((self.folder.verdict_md, to_page(outcome)), (self.folder.verdict_json, to_json(outcome))):
-            unfinished = path.with_name(f".{path.name}")
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(path)
+            write_text(path, text)
         return outcome
 
     def _loop(self, engine: Engine, workers: int, reporter: Reporter) -> None:
@@ -246,7 +245,7 @@ class Runner:
     def _job(self, cell: Cell, folder: StudyFolder, workers: int) -> Job:
         recipe = folder.recipe(cell)
         recipe.parent.mkdir(parents=True, exist_ok=True)
-        recipe.write_text(cell.recipe.resolved_yaml(), encoding="utf-8")
+        write_text(recipe, cell.recipe.resolved_yaml())
         command = [sys.executable, "-m", "dyads.cli", "train", str(recipe), "--out", str(folder.run(cell).path)]
         command += ["--auto-resume", *(["--no-evaluate"] if folder is not self.folder else [])]
         threads = max(1, (os.cpu_count() or 1) // workers) if workers > 1 else None
