@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from dyads.recipe.spec import Recipe
-from dyads.runs.folder import Prediction, RunFolder, ScoreRow, Scores
+from dyads.runs.contents import Prediction, ScoreRow, Scores
+from dyads.runs.folder import RunFolder
 from dyads.tasks import load
 from dyads.training.train import train
 

@@ -24,7 +24,8 @@ from dyads.console import Reporter, TextReporter
 from dyads.errors import ConfigError, RunError
 from dyads.recipe.load import parse_recipe
 from dyads.recipe.spec import Recipe
-from dyads.runs.folder import Prediction, RunFolder, Scores
+from dyads.runs.contents import Prediction, Scores
+from dyads.runs.folder import RunFolder
 from dyads.tasks import families
 from dyads.tasks.files import FilesSpec
 from dyads.tasks.starter import StarterSpec

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dyads.comparing.metric_moments import METRICS, contributions
-from dyads.runs.folder import Prediction
+from dyads.runs.contents import Prediction
 from dyads.tasks.metrics import metric as metric_named
 
 LABELS = ["no", "yes", "maybe"]

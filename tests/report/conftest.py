@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dyads.runs.folder import Prediction, RunFolder
+from dyads.runs.contents import Prediction
+from dyads.runs.folder import RunFolder
 from made_runs import write_run
 
 HOSTILE = "</script><img src=x onerror=\"document.title='owned'\"><b>bold</b>{{ 7*7 }}\u202e"

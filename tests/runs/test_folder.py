@@ -22,7 +22,8 @@ import forked
 from dyads.errors import RunError
 from dyads.recipe.spec import Recipe
 from dyads.runs.accept import accept
-from dyads.runs.folder import Prediction, RunFolder, environment
+from dyads.runs.contents import Prediction
+from dyads.runs.folder import RunFolder, environment
 from dyads.tasks import load
 
 Make = Callable[..., Recipe]

@@ -15,7 +15,8 @@ from dyads.console import json_line, print_to, printable
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dyads.runs.folder import Prediction, RunFolder, ScoreRow
+    from dyads.runs.contents import Prediction, ScoreRow
+    from dyads.runs.folder import RunFolder
 
 _LONGEST = 1200
 """Characters of a prompt that are shown without --whole."""

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from dyads.comparing.intervals import Array
-from dyads.runs.folder import Prediction, ScoreRow
+from dyads.runs.contents import Prediction, ScoreRow
 from dyads.tasks.metrics import class_ids, to_digits, to_number
 
 __all__ = ["CLASS_METRICS", "METRICS", "contributions", "instance_score"]

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from dyads.comparing.scored_runs import ScoredRun, changed
 from dyads.recipe.spec import UNTRAINED, Recipe
-from dyads.runs.folder import RunFolder, ScoreRow
+from dyads.runs.contents import ScoreRow
+from dyads.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from dyads.comparing.comparison import Column

@@ -16,7 +16,8 @@ from typing import Any
 from dyads.comparing.metric_moments import CLASS_METRICS, METRICS, contributions
 from dyads.errors import RunError, shortened
 from dyads.recipe.spec import Recipe, differences
-from dyads.runs.folder import RunFolder, ScoreRow, Scores
+from dyads.runs.contents import ScoreRow, Scores
+from dyads.runs.folder import RunFolder
 
 __all__ = ["Curve", "ScoredRun", "changed", "find", "grouped", "read"]
 

@@ -11,7 +11,8 @@ from typing import Any
 from dyads.comparing.comparison import Comparison
 from dyads.comparing.metric_moments import instance_score
 from dyads.errors import visible
-from dyads.runs.folder import Prediction, RunFolder
+from dyads.runs.contents import Prediction
+from dyads.runs.folder import RunFolder
 
 __all__ = ["MOST", "instances_of", "kept", "pack"]
 

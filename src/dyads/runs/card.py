@@ -21,7 +21,8 @@ from dyads.errors import visible
 from dyads.models.load import kind_of, model_config
 from dyads.models.packaged import PACKAGED, PREFIX, hub_id, key_of
 from dyads.recipe.spec import Recipe
-from dyads.runs.folder import RunFolder, Scores
+from dyads.runs.contents import Scores
+from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import MANIFEST, write_text
 from dyads.runs.weights import CONFIG
 

@@ -22,8 +22,6 @@ rename of the manifest.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import platform
 import shutil
@@ -35,16 +33,28 @@ from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias, TypeVar
+from typing import Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
-from typing_extensions import TypedDict  # typing's has no run-time types that pydantic reads before Python 3.12
+from pydantic import ValidationError
 
-from dyads.errors import RunError, TaskError, notice, shortened, similar_name, visible
-from dyads.reading import SETTINGS, parse_json, read_bytes, read_json, read_text
+from dyads.errors import RunError, TaskError, notice, shortened, similar_name
+from dyads.reading import SETTINGS, read_bytes, read_text
 from dyads.recipe.file_names import file_name
 from dyads.recipe.load import parse_recipe
 from dyads.recipe.spec import Recipe, differences
+from dyads.runs.contents import (
+    PREDICTION,
+    SCHEMA,
+    SCORES,
+    Prediction,
+    Scores,
+    finite,
+    json_line,
+    json_text,
+    read_log_line,
+    read_object,
+    typed,
+)
 from dyads.runs.lock import LOCK, LockedError, locked
 from dyads.runs.manifest import (
     MANIFEST,
@@ -61,126 +71,8 @@ from dyads.tasks import Task
 from dyads.tasks.rows import read_jsonl
 from dyads.tasks.template import Template
 
-__all__ = ["SCHEMA", "Prediction", "RunFolder", "ScoreRow", "Scores", "Seconds", "environment"]
+__all__ = ["RunFolder", "environment"]
 
-SCHEMA = 1
-"""The version of scores.json that is written and read."""
-
-
-_READ = with_config(ConfigDict(strict=True, extra="allow", allow_inf_nan=False))
-T = TypeVar("T")
-Whole: TypeAlias = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-"""A whole number that a float can hold."""
-
-
-@_READ
-class _Prediction(TypedDict):
-    id: str  # unique within the task
-    prediction: str
-    references: list[str]
-    scores: dict[str, float]  # metric -> 0..100 for this instance
-
-
-@_READ
-class Prediction(_Prediction, total=False):
-    """A line of predictions/<task>.jsonl."""
-
-    prompt: str  # absent in runs that were scored by an earlier version
-
-
-@_READ
-class _ScoreRow(TypedDict):
-    task: str
-    version: Whole  # increases when a prompt, split or metric changes
-    fingerprint: str  # hash of the scored split's texts
-    category: str
-    metric: str
-    value: float  # on the n instances, -100..100
-    n: Whole
-    higher_is_better: bool
-    headline: bool  # whether it is the task's metric in tables and averages
-
-
-@_READ
-class ScoreRow(_ScoreRow, total=False):
-    """A task's score in one metric."""
-
-    labels: list[str]  # of a classification task, in class order
-
-
-@_READ
-class Seconds(TypedDict):
-    """Wall times."""
-
-    train: float
-    evaluate: float
-
-
-@_READ
-class _Scores(TypedDict):
-    schema: Whole
-    run: str  # the recipe's name
-    method: str
-    split: str
-    seed: Whole
-    parameters: Whole  # trained, with routers, embeddings and gates, without an encoder's heads
-    seconds: Seconds
-    steps: Whole
-    scores: list[ScoreRow]
-    micro: dict[str, float]  # by metric, and "headline": mean over the instances of all tasks
-    macro: dict[str, float]  # by metric, and "headline": mean over tasks
-
-
-@_READ
-class Scores(_Scores, total=False):
-    """The content of scores.json."""
-
-    given_task: bool  # whether the method's gates depend on the task's identity
-
-
-@_READ
-class LogLine(TypedDict, total=False):
-    """The entries of a line of log.jsonl that are read again; null where they were not finite."""
-
-    event: str
-    step: Whole
-    seconds: float | None
-    loss: float | None
-    auxiliary_loss: float | None
-    validation_loss: float | None
-    parameters: Whole
-
-
-@_READ
-class AdaptedLine(TypedDict, total=False):
-    """The line at the start of an adaptation."""
-
-    similarity: dict[str, dict[str, float]]  # of the new tasks to the known ones
-
-
-@_READ
-class TrainedLine(TypedDict):
-    """The line at the end of a training."""
-
-    step: Whole
-    seconds: float
-    parameters: Whole
-
-
-@_READ
-class ValidatedLine(TypedDict):
-    """A line with a validation loss."""
-
-    validation_loss: float | None
-
-
-_PREDICTION_TYPE, _SCORES_TYPE, _LINE_TYPE = TypeAdapter(Prediction), TypeAdapter(Scores), TypeAdapter(LogLine)
-_EVENT_TYPES: dict[Any, TypeAdapter[Any]] = {
-    "adapted": TypeAdapter(AdaptedLine),
-    "trained": TypeAdapter(TrainedLine),
-    "validated": TypeAdapter(ValidatedLine),
-}
-"""What the lines of an event have besides."""
 _CONFIG, _ENV, _LOG, _SCORES = "config.yaml", "env.json", "log.jsonl", "scores.json"
 _HEADS, _TEMPLATES, _CHAT_TEMPLATE = "heads.json", "templates.json", "chat_template.jinja"
 _TENSORBOARD = "tensorboard"
@@ -416,11 +308,11 @@ class RunFolder:
                 raise RunError(f"{path}: 'resumed' must be a list, got {shortened(resumed, 60)}; delete the file")
             resumed.append(now)
             now = first
-        write_text(path, _json(now))
+        write_text(path, json_text(now))
 
     def environment(self) -> dict[str, Any]:
         """The content of env.json."""
-        return _read_object(self.path / _ENV, f"'{self.path}'", "restore it, or delete it: --resume writes it again")
+        return read_object(self.path / _ENV, f"'{self.path}'", "restore it, or delete it: --resume writes it again")
 
     def task_names(self) -> tuple[str, ...]:
         """The tasks of the run in the order of their ids; empty if it has no env.json."""
@@ -435,7 +327,7 @@ class RunFolder:
         for task in tasks:
             if task.template is not None:
                 templates[task.name] = task.template.model_copy(update={"max_new_tokens": task.max_new_tokens})
-        self._write_listed(_TEMPLATES, _json({name: template.model_dump() for name, template in templates.items()}))
+        self._write_listed(_TEMPLATES, json_text({name: template.model_dump() for name, template in templates.items()}))
 
     def templates(self) -> dict[str, Template]:
         """The templates of the run's tasks by name; empty for a run of an earlier version."""
@@ -444,7 +336,7 @@ class RunFolder:
             return {}
         remedy = "restore the file, or delete it to answer raw prompts"
         self._check_listed(_TEMPLATES, remedy)
-        content = _read_object(path, f"'{self.path}'", remedy)
+        content = read_object(path, f"'{self.path}'", remedy)
         try:
             return {name: Template.model_validate(template) for name, template in content.items()}
         except (ValidationError, TaskError) as error:
@@ -491,7 +383,7 @@ class RunFolder:
                 file.seek(-1, os.SEEK_END)
                 if file.read() != b"\n":  # a killed process left its last line incomplete
                     file.write(b"\n")
-            file.write(_line(_finite(line)).encode())
+            file.write(json_line(finite(line)).encode())
             file.flush()
             os.fsync(file.fileno())
 
@@ -502,7 +394,7 @@ class RunFolder:
             texts = read_bytes(path, error=RunError).decode("utf-8", "replace").split("\n")
         except FileNotFoundError:
             texts = []
-        lines = (_read_line(text, f"{path}, line {n}") for n, text in enumerate(texts, start=1) if text.strip())
+        lines = (read_log_line(text, f"{path}, line {n}") for n, text in enumerate(texts, start=1) if text.strip())
         return [dict(line) for line in lines if line is not None]
 
     # predictions and scores
@@ -519,7 +411,7 @@ class RunFolder:
         remedy = f"run `dyads evaluate {self.path}` again"
         path = self._check(name, remedy)
         rows = read_jsonl(path, error=RunError, remedy=remedy)
-        return [_typed(_PREDICTION_TYPE, dict(row.fields), row.place, remedy) for row in rows]
+        return [typed(PREDICTION, dict(row.fields), row.place, remedy) for row in rows]
 
     def write_results(self, predictions: Mapping[str, Iterable[Prediction]], scores: Scores) -> None:
         """Write the predictions by task and the scores of an evaluation, in place of an earlier one's.
@@ -530,13 +422,13 @@ class RunFolder:
         """
         if scores["schema"] != SCHEMA:
             raise RunError(f"{_SCORES} is written with schema {SCHEMA}, got {scores['schema']}")
-        text, new = _json(scores), self.path / _UNFINISHED
+        text, new = json_text(scores), self.path / _UNFINISHED
         self._move_results(self._manifest())
         discard(new)
         try:
             (new / _PREDICTIONS).mkdir(parents=True)
             for task, rows in predictions.items():
-                write_text(new / _PREDICTIONS / _predictions_file(task), "".join(map(_line, rows)))
+                write_text(new / _PREDICTIONS / _predictions_file(task), "".join(map(json_line, rows)))
             write_text(new / _SCORES, text)
             manifest = seal(new, listed=self._manifest().without(_SCORES, f"{_PREDICTIONS}/"))
             if not self.is_scored:
@@ -564,13 +456,13 @@ class RunFolder:
                 f"'{self.path}' has no {_SCORES}: it was not evaluated, or the evaluation did not end; {again}"
             )
         path = self._check(_SCORES, again)
-        content = _read_object(path, f"'{self.path}'", again)
+        content = read_object(path, f"'{self.path}'", again)
         if content.get("schema") != SCHEMA:
             raise RunError(
                 f"{path} has schema {shortened(content.get('schema'), 60)}, this version of dyads reads schema"
                 f" {SCHEMA}; {again}"
             )
-        scores = _typed(_SCORES_TYPE, content, str(path), again)
+        scores = typed(SCORES, content, str(path), again)
         for level, means in (("micro", scores["micro"]), ("macro", scores["macro"])):
             if "headline" not in means:
                 raise RunError(f"{path} lacks {level}.headline; {again}")
@@ -636,66 +528,3 @@ def _git_hash() -> str | None:
 
 def _predictions_file(task: str) -> str:
     return f"{file_name(task)}.jsonl"
-
-
-def _typed(adapter: TypeAdapter[T], content: Any, where: str, remedy: str) -> T:
-    """The content of a file as a typed dict; RunError with the first key whose value is missing or of another type."""
-    try:
-        return adapter.validate_python(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] == "missing":
-            raise RunError(f"{where} lacks {shortened(key)}; {remedy}") from None
-        got = shortened(first["input"], 60)
-        raise RunError(f"{where}: '{shortened(key)}': {first['msg'].lower()}, got {got}; {remedy}") from None
-
-
-def _line(content: Any) -> str:
-    """A line of a JSONL file."""
-    return _dumped(content) + "\n"
-
-
-def _json(content: Any) -> str:
-    return _dumped(content, indent=1) + "\n"
-
-
-def _dumped(content: Any, indent: int | None = None) -> str:
-    """JSON in which control and bidirectional characters are escaped, so that it is safe to print."""
-    try:
-        return visible(json.dumps(content, ensure_ascii=False, indent=indent, allow_nan=False), keep="\n")
-    except ValueError as error:
-        raise RunError(f"a score or fact is not a finite number: {error}") from error
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read_line(text: str, place: str) -> LogLine | None:
-    """A line of the log; None for one that a killed process left incomplete."""
-    try:
-        content = parse_json(text, place, error=RunError)
-    except RunError:
-        return None
-    if not isinstance(content, dict):
-        return None
-    line = _typed(_LINE_TYPE, content, place, "delete the line")
-    if (event := line.get("event")) in _EVENT_TYPES:
-        _typed(_EVENT_TYPES[event], content, place, "delete the line")
-    return line
-
-
-def _read_object(path: Path, owner: str, remedy: str = "") -> dict[str, Any]:
-    tail = f"; {remedy}" if remedy else ""
-    try:
-        content = read_json(path, error=RunError, remedy=remedy)
-    except FileNotFoundError:
-        raise RunError(f"{owner} has no {path.name}{tail}") from None
-    if not isinstance(content, dict):
-        raise RunError(f"{path} holds no object but {type(content).__name__}{tail}")
-    return content

@@ -26,7 +26,8 @@ from dyads.models.processes import launched
 from dyads.recipe.spec import EvaluateSpec, Recipe, check_folder_name, differences
 from dyads.runs.adapter import fingerprint
 from dyads.runs.card import write_card
-from dyads.runs.folder import SCHEMA, Prediction, RunFolder, ScoreRow, Scores
+from dyads.runs.contents import SCHEMA, Prediction, ScoreRow, Scores
+from dyads.runs.folder import RunFolder
 from dyads.runs.signals import on_sigterm
 from dyads.scoring.answerer import NO_HEAD, Answerer, Majority
 from dyads.scoring.unseen import INPUTS, StandIn
