@@ -76,7 +76,7 @@ def test_whole_floats_count_as_whole_numbers() -> None:
         ({"train": "{warmup: 2.5}"}, "warmup 2.5 is neither a share below 1 nor a whole number of steps"),
         ({"train": "{warmup: 50, steps: 10}"}, "warmup 50 is longer than the whole training (10 steps)"),
         ({"train": "{validation_steps: 5}"}, "validation_steps is 5, but validation_limit is null"),
-        ({"train": "{trainer: {seed: 3}}"}, "'seed' cannot be passed on: set the recipe's 'seed'"),
+        ({"train": "{trainer: {seed: 3}}"}, "trainer.seed cannot be passed on: set the recipe's 'seed'"),
         ({"model": "{name: 3}"}, "'model.name' must be text (put it in quotes), got 3"),
         ({"model": "-"}, "x.yaml: 'model' is missing (The frozen base model)"),
         ({"model": "{dtype: float32}"}, "'model.name' is missing (A hub id, a folder"),
@@ -102,6 +102,64 @@ def test_several_mistakes_are_listed_together() -> None:
         "  x.yaml:5: 'train.optimizer' must be 'adamw' or 'adafactor', got 'sgd'",
         "  x.yaml:5: unknown key 'train.stepz' – did you mean 'steps'?",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "mistakes"),
+    [
+        ({"method": "-", "train": "{stepz: 3}"}, ["'method' is missing", "unknown key 'train.stepz'"]),
+        ({"method": "{name: moed}", "seed": "-1"}, ["'seed' must be at least 0", "unknown method 'moed'"]),
+        (
+            {"method": "{name: mode, num_expert: 4, rr: 2}", "train": "{stepz: 3}"},
+            ["unknown key 'train.stepz'", "unknown option 'num_expert'", "unknown option 'rr'"],
+        ),
+        (
+            {"method": "{name: mode, r: 0, num_experts: -1, group_size: 3}", "train": "{trainer: {foo: 1, bar: 2}}"},
+            ["mode: r must be", "mode: num_experts must be", "'train.trainer.foo'", "'train.trainer.bar'"],
+        ),
+        (
+            {"method": "{name: mode, r: 6, group_size: 4, load_balance: -1}"},
+            ["load_balance must not be", "group_size must"],
+        ),
+        (
+            {"train": "{batch_size: 3, gradient_accumulation: 2, warmup: 2.5, trainer: {seed: 1, max_steps: 2}}"},
+            ["batch_size 3 cannot be cut", "warmup 2.5 is neither", "trainer.seed cannot", "trainer.max_steps cannot"],
+        ),
+        (
+            {"evaluate": "{num_beams: 2, answer: likelihood, nearest_by: description}"},
+            ["num_beams is 2, but", "nearest_by is for unseen: nearest"],
+        ),
+        (
+            {"tasks": "{family: starter, nams: [a], sed: 1, test_per_task: 0}"},
+            ["'tasks.test_per_task' must be at least", "unknown key 'nams' for tasks", "unknown key 'sed' for tasks"],
+        ),
+        (
+            {"tasks": "[{family: strter}, {family: glue, files: 1, pth: x}]"},
+            ["unknown task family 'strter'", "unknown key 'files' for tasks of family 'glue'", "unknown key 'pth'"],
+        ),
+        ({"model": "{nam: a}"}, ["'model.name' is missing", "unknown key 'model.nam'"]),
+        (
+            {"model": "{name: a, quantization: {quant_method: quanto, load_in_4bit: true, quant_type: x}}"},
+            ["bitsandbytes needs either", "torchao needs a quant_type"],
+        ),
+    ],
+)
+def test_all_mistakes_are_reported_at_once(changed: dict[str, str], mistakes: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text(**changed))
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{path}: {len(mistakes)} mistakes"
+    for line, mistake in zip(lines, mistakes, strict=True):
+        assert mistake in line
+        assert re.match(rf"  {re.escape(str(path))}:\d: ", line) or "missing" in mistake
+
+
+def test_the_whole_recipe_names_its_mistakes_too(recipe: Callable[..., Recipe]) -> None:
+    wrong = recipe("a", method="moed", train={"trainer": {"foo": 1}})
+    with pytest.raises(ConfigError, match=r"unknown method 'moed' – .*; unknown key 'train\.trainer\.foo'"):
+        wrong.check()
 
 
 @pytest.mark.parametrize(
@@ -212,11 +270,12 @@ def test_another_method_brings_its_own_options_and_the_same_one_adds_to_them(tmp
 def test_methods_options_and_passed_on_keys_are_checked_when_a_recipe_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     for changed, message in [
-        ({"method": "{name: moed}"}, "r.yaml: unknown method 'moed' – did you mean"),
+        ({"method": "{name: moed}"}, "r.yaml:3: unknown method 'moed' – did you mean"),
         ({"method": "{name: zeroshot}"}, "did you mean 'zero-shot'"),
         ({"method": "{name: mode, num_expert: 4}"}, "'num_expert' of method 'mode' – did you mean 'num_experts'"),
         ({"method": "{name: mode, r: 0}"}, "r must be a whole number, 1 or more, got 0"),
-        ({"train": "{trainer: {adam_beta: 1}}"}, "unknown key 'train.trainer.adam_beta' – did you mean"),
+        ({"train": "{trainer: {adam_beta: 1}}"}, "r.yaml:5: unknown key 'train.trainer.adam_beta' – did you mean"),
+        ({"train": "{trainer: {foo: 1}}"}, "'train.trainer.foo': it is no field of TrainingArguments"),
     ]:
         path.write_text(text(**changed))
         with pytest.raises(ConfigError, match=re.escape(message)):
@@ -231,7 +290,7 @@ def test_a_field_of_training_arguments_that_the_recipe_sets_is_refused_with_the_
     assert RESERVED.keys() - fields <= older
     for key, reason in RESERVED.items():
         with pytest.raises(
-            ConfigError, match=re.escape(f"x.yaml:5: 'train.trainer': '{key}' cannot be passed on: {reason}")
+            ConfigError, match=re.escape(f"x.yaml:5: 'train': trainer.{key} cannot be passed on: {reason}")
         ):
             parse_recipe(text(train=f"{{trainer: {{{key}: 1}}}}"), "x.yaml")
         for named in re.findall(r"'([a-z_.]+)'", reason):

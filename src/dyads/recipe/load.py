@@ -6,9 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from dyads.errors import ConfigError
 from dyads.recipe.recipe_errors import Key, keys_of, validated
-from dyads.recipe.spec import Recipe, Section
+from dyads.recipe.spec import Recipe, Section, further_mistakes
 from dyads.recipe.yaml_source import YamlSource, read_file, read_overrides, read_text
 from dyads.tasks import FamilySpec, TasksSpec
 
@@ -16,7 +15,7 @@ __all__ = ["load_recipe", "parse_recipe", "parse_tasks", "recipe_keys"]
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check: bool = True) -> Recipe:
-    """The recipe in a file, with overrides `a.b=c` (values in YAML) on top; `check` also calls Recipe.check.
+    """The recipe in a file, with overrides `a.b=c` (values in YAML) on top; `check` also finds `further_mistakes`.
 
     Sections are merged key by key, lists are replaced. A section that names another method or task family than the one
     below it replaces that section whole, because options belong to their method or family.
@@ -25,13 +24,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, check: bool 
     source = read_file(path)
     if overrides:
         source = read_overrides(overrides).over(source)
-    recipe = validated(Recipe, source, str(path), recipe_keys, remedy=_how_to_add)
-    try:
-        if check:
-            recipe.check()
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return recipe
+    further = further_mistakes if check else None
+    return validated(Recipe, source, str(path), recipe_keys, remedy=_how_to_add, further=further)
 
 
 def _how_to_add(key: str) -> str:

@@ -84,23 +84,39 @@ def validated(
     keys: Callable[[], Iterable[Key]],
     *,
     remedy: Callable[[str], str] | None = None,
+    further: Callable[[Mapping[str, Any]], Iterable[tuple[KeyPath, str]]] | None = None,
 ) -> Model:
     """The section that a source holds, or a ConfigError with a line for every error in it.
 
     `name` stands for the source where an error has no line of its own, `keys` lists the keys to suggest, and `remedy`
-    says how to add a missing key, or nothing.
+    says how to add a missing key, or nothing. `further` finds mistakes that the model does not know, by their keys, in
+    data that may have others.
     """
+    valid: Model | None = None
+    explained: list[tuple[str | None, str]] = []
+    many = 0
     try:
-        return model.model_validate(source.data)
+        valid = model.model_validate(source.data)
     except ValidationError as error:
         known = list(keys())
         errors = error.errors(include_url=False)
+        many = len(errors)
         explained = [_explained(found, model, source, known, remedy) for found in errors[:_MOST_MISTAKES]]
+    others = list(further(source.data)) if further else []
+    many += len(others)
+    explained += [(_origin(path, source), message) for path, message in others[: _MOST_MISTAKES - len(explained)]]
+    if valid is not None and not many:
+        return valid
     placed = [f"{origin or name}: {message}" for origin, message in explained]
-    if len(placed) == 1:
+    if many == 1:
         raise ConfigError(placed[0])
-    more = ["…"] * (len(errors) > len(placed))
-    raise ConfigError("\n  ".join([f"{name}: {len(errors)} mistakes", *placed, *more]))
+    more = ["…"] * (many > len(placed))
+    raise ConfigError("\n  ".join([f"{name}: {many} mistakes", *placed, *more]))
+
+
+def _origin(path: KeyPath, source: YamlSource) -> str | None:
+    """The file and line, or the override, of a key or of the nearest section around it."""
+    return next((source.origins[path[:i]] for i in range(len(path), 0, -1) if path[:i] in source.origins), None)
 
 
 def _explained(
@@ -115,7 +131,9 @@ def _explained(
     dotted = shortened(".".join(map(str, path)))
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     origins = source.origins
-    origin = next((origins[path[:i]] for i in range(len(path), 0, -1) if path[:i] in origins), None)
+    origin = _origin(path, source)
+    if kind == "extra_forbidden" and model is not None and issubclass(model, FamilySpec):
+        return origin, model.unknown_key(str(path[-1]))
     if kind == "extra_forbidden":
         return origin, f"unknown key '{dotted}'{_suggestion(path, keys)}"
     if kind == "missing":
@@ -208,6 +226,9 @@ def _key_path(loc: Iterable[str | int], root: type[BaseModel], data: Any) -> tup
     models: list[type[BaseModel]] = [root]
     holder: type[BaseModel] | None = root
     for step in loc:
+        if len(models) > 1 and issubclass(models[0], FamilySpec) and not isinstance(step, int):
+            models = [m for m in models if m.model_fields["family"].default == step]
+            continue
         tagged = [m for m in models if _has_tag(m, step)]
         if len(models) > 1 and tagged and not (isinstance(data, Mapping) and step in data):
             models = tagged

@@ -7,9 +7,12 @@ recipe, with every default written out. The docstring under a field is its help 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
@@ -18,10 +21,12 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationError,
     field_validator,
     model_serializer,
     model_validator,
 )
+from pydantic_core import InitErrorDetails
 
 from dyads.data.mixture import MixtureSpec
 from dyads.errors import ConfigError, did_you_mean, shortened
@@ -31,6 +36,7 @@ from dyads.tasks import TasksSpec
 
 if TYPE_CHECKING:
     from peft import PeftConfig
+    from typing_extensions import Self
 
 __all__ = [
     "RESERVED",
@@ -46,6 +52,8 @@ __all__ = [
     "TrainSpec",
     "check_folder_name",
     "differences",
+    "further_mistakes",
+    "refuse",
 ]
 
 UNTRAINED = ("zero-shot", "majority")
@@ -72,6 +80,15 @@ def check_folder_name(name: str) -> str:
     return name
 
 
+def refuse(mistakes: Iterable[str]) -> None:
+    """An error of pydantic for each of these sentences, if there are any; for validators, which would raise one."""
+    found: list[InitErrorDetails] = [
+        {"type": "value_error", "loc": (), "input": None, "ctx": {"error": mistake}} for mistake in mistakes
+    ]
+    if found:
+        raise ValidationError.from_exception_data("recipe", found)
+
+
 class Section(BaseModel):
     """A section of a recipe: frozen, without type conversion, and without unknown keys."""
 
@@ -83,6 +100,15 @@ class Section(BaseModel):
         allow_inf_nan=False,
         protected_namespaces=(),
     )
+
+    def contradictions(self) -> Iterator[str]:
+        """A sentence for every contradiction between the values of the section."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _refuse_contradictions(self) -> Self:
+        refuse(self.contradictions())
+        return self
 
 
 class QuantizationSpec(Section):
@@ -109,16 +135,14 @@ class QuantizationSpec(Section):
             return {"quant_method": "bitsandbytes", **data}  # as transformers
         return data
 
-    @model_validator(mode="after")
-    def _contradictions(self) -> QuantizationSpec:
+    def contradictions(self) -> Iterator[str]:
         bits = (bool(self.load_in_4bit), bool(self.load_in_8bit))
         if sum(bits) != (self.quant_method == "bitsandbytes"):
-            raise ConfigError(
+            yield (
                 "bitsandbytes needs either load_in_4bit: true or load_in_8bit: true, and no other quant_method has them"
             )
         if (self.quant_type is not None) != (self.quant_method == "torchao"):
-            raise ConfigError("torchao needs a quant_type, and no other quant_method has one")
-        return self
+            yield "torchao needs a quant_type, and no other quant_method has one"
 
     @model_serializer(mode="wrap")
     def _without_nulls(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -174,11 +198,9 @@ class MethodSpec(Section):
         beside = {key: value for key, value in data.items() if key not in ("name", "options")}
         return {**{k: data[k] for k in ("name",) if k in data}, "options": {**options, **beside}}
 
-    @model_validator(mode="after")
-    def _untrained_has_no_options(self) -> MethodSpec:
+    def contradictions(self) -> Iterator[str]:
         if not self.trains and self.options:
-            raise ConfigError(f"{self.name} trains nothing and takes no options, got {', '.join(self.options)}")
-        return self
+            yield f"{self.name} trains nothing and takes no options, got {', '.join(self.options)}"
 
     @model_serializer
     def _options_beside_name(self) -> dict[str, Any]:
@@ -204,6 +226,28 @@ class MethodSpec(Section):
         if self.name not in names:
             raise ConfigError(f"unknown method '{self.name}'{did_you_mean(self.name, (*names, *UNTRAINED))}")
         return methods.build_config(self.name, self.options, tuple(task_names))
+
+    def mistakes(self) -> Iterator[tuple[str, str]]:
+        """The option, or "name", and the sentence for every mistake in the name and the options. Slow: imports PEFT.
+
+        A config refuses one option at a time, so it is built again without the option that the refusal names. What is
+        refused for the lack of an option left out so is no mistake of its own.
+        """
+        options, left_out = dict(self.options), set[str]()
+        while self.trains:
+            try:
+                # The tasks are stand-ins: loading them takes long.
+                self.model_copy(update={"options": options}).peft_config(("first task", "second task"))
+                return
+            except ConfigError as error:  # noqa: PERF203 – once for each mistake
+                words = re.findall(r"\w+", str(error))
+                named = next((word for word in words if word in options), None)
+                if not left_out & set(words):
+                    yield named or "name", str(error)
+                if named is None:
+                    return
+                del options[named]
+                left_out.add(named)
 
 
 class Rates(Section):
@@ -269,33 +313,25 @@ class TrainSpec(Section):
     trainer: dict[str, Any] = {}
     """Further fields of transformers' TrainingArguments, passed on unchanged"""
 
-    @model_validator(mode="after")
-    def _contradictions(self) -> TrainSpec:
+    def contradictions(self) -> Iterator[str]:
         if self.batch_size % self.gradient_accumulation:
-            raise ConfigError(
+            yield (
                 f"batch_size {self.batch_size} cannot be cut into {self.gradient_accumulation} equal parts "
                 "(gradient_accumulation must divide it)"
             )
         if self.compile and self.gradient_checkpointing:
-            raise ConfigError("compile is true, but gradient_checkpointing runs its blocks uncompiled: choose one")
+            yield "compile is true, but gradient_checkpointing runs its blocks uncompiled: choose one"
         if self.warmup >= 1 and not self.warmup.is_integer():
-            raise ConfigError(f"warmup {self.warmup} is neither a share below 1 nor a whole number of steps")
-        if self.warmup_steps > self.steps:
-            raise ConfigError(f"warmup {self.warmup:g} is longer than the whole training ({self.steps} steps)")
+            yield f"warmup {self.warmup} is neither a share below 1 nor a whole number of steps"
+        elif self.warmup_steps > self.steps:
+            yield f"warmup {self.warmup:g} is longer than the whole training ({self.steps} steps)"
         if self.validation_steps and not self.validation_limit:
-            raise ConfigError(
+            yield (
                 f"validation_steps is {self.validation_steps}, but validation_limit is null, so no instances are"
                 " validated: set train.validation_limit too"
             )
-        return self
-
-    @field_validator("trainer")
-    @classmethod
-    def _refuse_reserved(cls, trainer: dict[str, Any]) -> dict[str, Any]:
-        for key in trainer:
-            if key in RESERVED:
-                raise ConfigError(f"'{key}' cannot be passed on: {RESERVED[key]}")
-        return trainer
+        for key in (key for key in self.trainer if key in RESERVED):
+            yield f"trainer.{key} cannot be passed on: {RESERVED[key]}"
 
     @property
     def warmup_steps(self) -> int:
@@ -366,15 +402,13 @@ class EvaluateSpec(Section):
     nearest_by: Literal["inputs", "description"] = "inputs"
     """With nearest: tasks are compared by a few of their inputs or by their descriptions"""
 
-    @model_validator(mode="after")
-    def _contradictions(self) -> EvaluateSpec:
+    def contradictions(self) -> Iterator[str]:
         if self.length_normalise and self.answer != "likelihood":
-            raise ConfigError(f"length_normalise is for answer: likelihood, but answer is {self.answer}")
+            yield f"length_normalise is for answer: likelihood, but answer is {self.answer}"
         if self.num_beams > 1 and self.answer == "likelihood":
-            raise ConfigError(f"num_beams is {self.num_beams}, but answer: likelihood uses no beams: drop one")
+            yield f"num_beams is {self.num_beams}, but answer: likelihood uses no beams: drop one"
         if self.nearest_by != "inputs" and self.unseen != "nearest":
-            raise ConfigError(f"nearest_by is for unseen: nearest, but unseen is {self.unseen}")
-        return self
+            yield f"nearest_by is for unseen: nearest, but unseen is {self.unseen}"
 
     def pick(self, n: int) -> list[int]:
         """The indices of the instances that are scored, of a task with n of them, in ascending order.
@@ -426,11 +460,9 @@ class Recipe(Section):
     adapt: AdaptSpec | None = None
     """A trained run that learns the tasks as new ones; null: a new adapter is trained"""
 
-    @model_validator(mode="after")
-    def _adapt_needs_training(self) -> Recipe:
+    def contradictions(self) -> Iterator[str]:
         if self.adapt is not None and not self.method.trains:
-            raise ConfigError(f"method '{self.method.name}' trains nothing, so it cannot adapt '{self.adapt.run}'")
-        return self
+            yield f"method '{self.method.name}' trains nothing, so it cannot adapt '{self.adapt.run}'"
 
     _name_fits_a_folder = field_validator("name")(check_folder_name)
 
@@ -443,16 +475,29 @@ class Recipe(Section):
         return to_yaml(self.resolved())
 
     def check(self) -> None:
-        """Check the method's options and the fields for TrainingArguments. Slow: imports PEFT and transformers."""
-        if self.method.trains:
-            self.method.peft_config(("first task", "second task"))  # stand-ins: loading the tasks takes long
-        if self.train.trainer:
-            from transformers import TrainingArguments
+        """Check the method's options and the fields for TrainingArguments; a ConfigError names all mistakes."""
+        if found := [message for _, message in further_mistakes(self.resolved())]:
+            raise ConfigError("; ".join(found))
 
-            known = {f.name for f in dataclasses.fields(TrainingArguments)}
-            for key in self.train.trainer:
-                if key not in known:
-                    raise ConfigError(f"unknown key 'train.trainer.{key}'{did_you_mean(key, known)}")
+
+def further_mistakes(data: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Mistakes in the method's options and the fields for TrainingArguments, each after the path of its key.
+
+    The data of the recipe may have mistakes elsewhere. Slow: imports PEFT and transformers.
+    """
+    with contextlib.suppress(ValidationError):
+        for option, message in MethodSpec.model_validate(data.get("method")).mistakes():
+            yield ("method", option), message
+    train = data.get("train")
+    trainer = train.get("trainer") if isinstance(train, Mapping) else None
+    if isinstance(trainer, Mapping) and trainer:
+        from transformers import TrainingArguments
+
+        known = {f.name for f in dataclasses.fields(TrainingArguments)}
+        for key in trainer:
+            if key not in known and key not in RESERVED:
+                near = did_you_mean(key, get_close_matches(key, known)) or ": it is no field of TrainingArguments"
+                yield ("train", "trainer", key), f"unknown key 'train.trainer.{key}'{near}"
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

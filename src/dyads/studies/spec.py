@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, TypeAlias
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from dyads.errors import ConfigError
 from dyads.recipe.recipe_errors import Key, keys_of
 from dyads.recipe.spec import PositiveInt, Section, check_folder_name
 
@@ -37,11 +36,9 @@ class BudgetSpec(Section):
     within: float = Field(default=3.0, ge=0)
     """Largest difference from that number, in percent"""
 
-    @model_validator(mode="after")
-    def _one_number(self) -> BudgetSpec:
+    def contradictions(self) -> Iterator[str]:
         if (self.like is None) == (self.parameters is None):
-            raise ConfigError("a budget is either `like: NAME` or `parameters: NUMBER`")
-        return self
+            yield "a budget is either `like: NAME` or `parameters: NUMBER`"
 
 
 class AdjustSpec(Section):
@@ -79,20 +76,19 @@ class ClaimSpec(Section):
     where: dict[str, Any] = Field(default_factory=dict)
     """Values of other axes, one or a list for each, that the claim is restricted to"""
 
-    @model_validator(mode="after")
-    def _one_kind(self) -> ClaimSpec:
+    def contradictions(self) -> Iterator[str]:
         if (self.ahead is None) == (self.equal is None):
-            raise ConfigError("a claim is either `ahead: A, of: B` or `equal: A, to: B, within: X`")
-        wrong = [key for key in self.model_fields_set if key in (_EQUAL if self.ahead else _AHEAD)]
-        if wrong:
-            raise ConfigError(f"'{sorted(wrong)[0]}' does not go with '{'ahead' if self.ahead else 'equal'}'")
+            yield "a claim is either `ahead: A, of: B` or `equal: A, to: B, within: X`"
+            return
+        for key in sorted(key for key in self.model_fields_set if key in (_EQUAL if self.ahead else _AHEAD)):
+            yield f"'{key}' does not go with '{'ahead' if self.ahead else 'equal'}'"
         if self.ahead and self.of is None:
-            raise ConfigError("'of' is missing: the value that 'ahead' is compared with")
-        if self.equal and (self.to is None or self.within is None):
-            raise ConfigError(f"'{'to' if self.to is None else 'within'}' is missing beside 'equal'")
+            yield "'of' is missing: the value that 'ahead' is compared with"
+        for key in ("to", "within") if self.equal else ():
+            if getattr(self, key) is None:
+                yield f"'{key}' is missing beside 'equal'"
         if self.clear_of is not None and self.clear_of > self.by:
-            raise ConfigError(f"clear_of {self.clear_of:g} is above by {self.by:g}: leave it out")
-        return self
+            yield f"clear_of {self.clear_of:g} is above by {self.by:g}: leave it out"
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -124,17 +120,14 @@ class ChooseSpec(Section):
     trial: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the recipe for the trials, such as fewer steps"""
 
-    @model_validator(mode="after")
-    def _neighbours(self) -> ChooseSpec:
+    def contradictions(self) -> Iterator[str]:
         if len(set(self.values)) < len(self.values):
-            raise ConfigError("values has a value twice")
-        if self.start is not None:
-            unknown = [v for v in self.start if v not in self.values]
-            if unknown:
-                raise ConfigError(f"start has {unknown[0]}, which is not among the values")
-            if self.values.index(self.start[1]) != self.values.index(self.start[0]) + 1:
-                raise ConfigError(f"start must be two neighbours among the values in their order, got {self.start}")
-        return self
+            yield "values has a value twice"
+        unknown = [value for value in self.start or () if value not in self.values]
+        for value in unknown:
+            yield f"start has {value}, which is not among the values"
+        if self.start and not unknown and self.values.index(self.start[1]) != self.values.index(self.start[0]) + 1:
+            yield f"start must be two neighbours among the values in their order, got {self.start}"
 
 
 class StudySpec(Section):

@@ -49,14 +49,22 @@ def load_suite(spec: Spec | Sequence[Spec]) -> Suite:
         try:
             spec = TypeAdapter[FamilySpec](TasksSpec).validate_python(spec)
         except ValidationError as error:
-            mistakes = (".".join(map(str, e["loc"])) + ": " * bool(e["loc"]) + e["msg"] for e in error.errors())
-            raise ConfigError("tasks: " + "; ".join(mistakes)) from None
+            raise ConfigError(
+                "tasks: " + "; ".join(_mistake(found["loc"], found) for found in error.errors())
+            ) from None
     try:
         return spec.load()
     except OSError as error:
         raise TaskError(f"cannot read '{shortened(str(error.filename))}': {error.strerror or error}") from error
     except RuntimeError as error:  # `~user` in a path, where there is no such user
         raise TaskError(f"cannot read the tasks: {shortened(str(error))}") from error
+
+
+def _mistake(place: Sequence[str | int], error: Mapping[str, Any]) -> str:
+    """The sentence for one of pydantic's errors; the place of a key begins with its family, or entry and family."""
+    if error["type"] == "extra_forbidden":
+        return families()[str(place[-2])].unknown_key(str(place[-1]))
+    return ".".join(map(str, place)) + ": " * bool(place) + str(error["msg"])
 
 
 def load(spec: Spec | Sequence[Spec]) -> list[Task]:
