@@ -373,3 +373,89 @@ def test_short_answers_after_long_ones_read_a_short_buffer(monkeypatch: pytest.M
             drive(decoder)
     assert widths[:3] == [60, 96, 96]
     assert widths[3:] == [5, 32, 32]
+
+
+# --- bounds of memory -------------------------------------------------------------------------------------------------
+
+
+def test_rows_times_columns_of_the_cache_stay_within_their_bound() -> None:
+    model, prompts = model_of("llama"), questions()
+    long = [Question([*range(3, 43)], 9), Question([*range(3, 38)], 2)]
+    prompts = [*prompts[:9], long[0], *prompts[9:18], long[1], *prompts[18:]]
+    expected = alone(model, prompts)
+    for slots, bound in ((8, 8 * 32), (8, 3 * 64), (3, 64), (1, 64), (8, 10_000)):
+        with Decoder(model, slots=slots, eos=EOS, pad=PAD, cache_tokens=bound) as decoder:
+            answers = [decoder.submit(question) for question in prompts]
+            most = 0
+            while decoder.running or decoder.waiting:
+                most = max(most, len(decoder.step()))
+                for layer in decoder._batch.cache.layers:
+                    for buffer in (layer.keys, layer.values):
+                        rows, _, width, _ = buffer.shape
+                        assert rows <= slots
+                        assert rows * width <= bound
+            assert [answer.tokens for answer in answers] == expected
+        assert most >= min(slots, bound // 64)  # most answers end within 64 tokens, and run beside each other
+
+
+def test_short_answers_after_a_long_one_have_the_whole_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    shapes = spy(model, monkeypatch)
+    with Decoder(model, slots=4, eos=-1, pad=PAD, cache_tokens=4 * 32) as decoder:
+        decoder.submit(Question([5] * 60, 3))
+        decoder.submit(Question([5] * 4, 8))
+        for _ in range(3):
+            decoder.submit(Question([6] * 4, 2))
+        drive(decoder)
+    assert shapes[:3] == [(1, 60), (1, 1), (1, 1)]
+    assert shapes[3] == (4, 4)
+
+
+def test_a_question_longer_than_the_bound_is_answered_alone() -> None:
+    model = model_of("llama")
+    prompts = [Question([*range(3, 53)], 6), Question([5, 6], 6), Question([*range(5, 50)], 6)]
+    with Decoder(model, slots=4, eos=-1, pad=PAD, cache_tokens=32) as decoder:
+        answers = [decoder.submit(question) for question in prompts]
+        while decoder.running or decoder.waiting:
+            assert len(decoder.step()) == 1
+    assert [answer.tokens for answer in answers] == alone(model, prompts, -1)
+
+
+def test_prompts_are_prefilled_within_a_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = model_of("llama"), questions(rows=4)
+    prompts += [Question([*range(3, 3 + n)], 4, "rte") for n in (40, 33, 17, 16, 8)]
+    expected = alone(model, prompts)
+    prefixes = {task: Prefix(prompts[i].prompt[:18]) for i, task in enumerate(TASKS) if task != "rte"}
+    shapes = spy(model, monkeypatch)
+    with Decoder(model, slots=32, eos=EOS, pad=PAD, prefill_tokens=16) as decoder:
+        answers = [decoder.submit(question, prefixes.get(question.task)) for question in prompts]
+        drive(decoder)
+    assert [answer.tokens for answer in answers] == expected
+    read = [rows * width for rows, width in shapes if width > 1]
+    assert max(read) == 16
+    assert shapes.count((1, 16)) == 2 + 2 + 2 + 1 + 1  # two shared prefixes, and four long prompts, in parts
+
+
+def test_short_answers_join_one_that_ran_beside_a_long_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama")
+    prompts = [Question([5] * 40, 3), Question([7, 8], 14), *(Question([9, token], 4) for token in range(10, 14))]
+    expected = alone(model, prompts, -1)
+    shapes = spy(model, monkeypatch)
+    with Decoder(model, slots=8, eos=-1, pad=PAD, cache_tokens=4 * 32) as decoder:
+        answers = [decoder.submit(question) for question in prompts]
+        drive(decoder)
+    assert [answer.tokens for answer in answers] == expected
+    assert shapes[:4] == [(2, 40), (2, 1), (2, 1), (3, 2)]  # two rows of 64 columns, then four of 32
+
+
+def test_a_prompt_that_is_read_in_parts_is_read_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the keys and values of one such prompt at most are kept twice."""
+    model = model_of("llama")
+    prompts = [Question([*range(3, 3 + n)], 2) for n in (20, 20, 3, 3)]
+    expected = alone(model, prompts, -1)
+    shapes = spy(model, monkeypatch)
+    with Decoder(model, slots=8, eos=-1, pad=PAD, prefill_tokens=8) as decoder:
+        answers = [decoder.submit(question) for question in prompts]
+        drive(decoder)
+    assert [answer.tokens for answer in answers] == expected
+    assert shapes == [*[(1, 8), (1, 8), (1, 3), (1, 1)] * 2, (2, 3), (4, 1)]

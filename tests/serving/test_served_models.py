@@ -11,17 +11,22 @@ from typing import Any
 import httpx
 import pytest
 from click.testing import CliRunner
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from dyads.cli import main
+from dyads.data.tokens import PromptTokenizer
 from dyads.errors import ConfigError
 from dyads.runs.folder import RunFolder
+from dyads.scoring.decode import Question
 from dyads.scoring.evaluate import generate
 from dyads.serving.errors import ServingError
-from dyads.serving.served_models import ServedModels, Wish
+from dyads.serving.served_models import Asked, ServedModels, Wish
+from dyads.tasks import Example
 from dyads.tasks.messages import Message
 from dyads.tasks.template import Template
 from dyads.training.train import train
-from made_runs import tiny_recipe
+from made_runs import save_llama, tiny_recipe
 from made_servers import served
 
 
@@ -78,6 +83,66 @@ def test_a_form_with_several_columns_takes_them_beside_an_empty_message(made: di
 def test_two_models_of_one_name_are_refused(made: dict[str, RunFolder]) -> None:
     with pytest.raises(ConfigError, match="two models are called 'tiny-llama': give a run another name, as NAME=RUN"):
         ServedModels({"tiny-llama": made["mode"]}, slots=1)
+
+
+def test_base_models_in_folders_of_one_name_have_names_of_their_own(
+    words: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    runs = {}
+    for number, dtype in enumerate(("float32", "float32", "float32", "float32", "bfloat16")):
+        base = save_llama(tmp_path / str(number) / "tiny-llama", words)
+        recipe = tiny_recipe("zero-shot", base, model_={"dtype": dtype})
+        runs[f"run{number}"] = RunFolder.create(tmp_path / f"run{number}", recipe)
+    bases = [name for name in ServedModels(runs, slots=1).models if name.startswith("tiny-llama")]
+    assert bases == ["tiny-llama", "tiny-llama@float32", "tiny-llama@2", "tiny-llama@3", "tiny-llama@bfloat16"]
+
+
+@pytest.mark.parametrize("more", [-2, 60])
+def test_tokens_are_those_that_the_model_has_embeddings_of(
+    words: PreTrainedTokenizerFast, tmp_path: Path, more: int
+) -> None:
+    """A model may have fewer than its tokenizer, or more, to fill its matrices."""
+    size = len(words) + more
+    base = save_llama(tmp_path / "tiny-llama", words, vocab_size=size)
+    run = RunFolder.create(tmp_path / "run", tiny_recipe("zero-shot", base))
+    model = ServedModels({"run": run}, slots=1)["tiny-llama"]
+    assert model.of_prompt([3, size - 1], Wish()).question.prompt == [3, size - 1]
+    with pytest.raises(ServingError, match=f"token {size} is not among the {size} that the model has") as refusal:
+        model.of_prompt([3, size], Wish())
+    assert refusal.value.param == "prompt"
+    last = words.convert_ids_to_tokens(len(words) - 1)
+    if more > 0:
+        assert model.of_prompt(last, Wish()).question.prompt[-1] == len(words) - 1
+        return
+    with pytest.raises(ServingError, match="is not among the"):
+        model.of_prompt(last, Wish())
+    with pytest.raises(ServingError, match="is not among the") as refusal:
+        model.of_messages([Message("user", last)], {}, Wish())
+    assert refusal.value.param == "messages"
+
+
+def test_what_a_chat_template_puts_around_answers_is_in_no_part_of_a_stream(made: dict[str, RunFolder]) -> None:
+    alphabet = ["</s>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(models.BPE({token: id_ for id_, token in enumerate(alphabet)}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", extra_special_tokens=["<end>"])
+    template = (
+        "{% for m in messages %}{{ m['role'] + ':' }}{% if m['role'] == 'assistant' %}"
+        "{{ '<answer>\n' + m['content'] + '\n</answer><end>' }}"
+        "{% else %}{{ m['content'] + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    prompts = PromptTokenizer(tokenizer, chat_template=template)
+    model = replace(ServedModels({"lora": made["lora"]}, slots=1)["lora"], tokenizer=prompts, template=None)
+    example = Example("", "-", ("",), messages=(Message("user", "fox"),))
+    for answer in ("a</answer>\n</b> é\n", "\n<answer>\n", "", "\n</answe"):
+        tokens = prompts.choice(example, answer)
+        asked = Asked(Question([3], 99, example=example), example, strip=False)
+        text = model.answer_text(asked, ())
+        parts = [text.extend(tokens[:n], ended=n == len(tokens)) for n in range(1, len(tokens) + 1)]
+        assert "".join(parts) == answer == prompts.answer_text(example, tokens)
+        assert len(answer) < 9 or sum(map(bool, parts)) > 5
 
 
 def test_runs_that_a_server_cannot_answer_for_are_refused_before_a_model_is_loaded(

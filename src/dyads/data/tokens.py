@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from dyads.data.chat import IGNORED, TRANSCRIPT, ChatTemplate
@@ -189,10 +190,26 @@ class PromptTokenizer:
     def answer_text(self, example: Example, ids: Sequence[int]) -> str:
         """The text of a generated answer, without what the prompt's form puts around it."""
         at = next((i for i, id_ in enumerate(ids) if id_ in self.ends), len(ids))
-        text: str = self.tokenizer.decode(list(ids[:at]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        lead, trail = self.around_answer(example)
+        return self.text_of(ids[:at]).removeprefix(lead).removesuffix(trail)
+
+    def around_answer(self, example: Example) -> tuple[str, str]:
+        """What the prompt's form puts before and after a generated answer."""
         if (chat := self._chat(example)) is not None:
-            return text.removeprefix(chat.lead).removesuffix(chat.trail)
-        return text.removeprefix(example.prompt[len(self._prompt_text(example.prompt)) :])
+            return chat.lead, chat.trail
+        return example.prompt[len(self._prompt_text(example.prompt)) :], ""
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    @cached_property
+    def byte_tokens(self) -> frozenset[int]:
+        """The tokens of one byte, <0x00> to <0xFF>, of a SentencePiece tokenizer."""
+        vocabulary = self.tokenizer.get_vocab()
+        names = (f"<0x{byte:02X}>" for byte in range(256))
+        return frozenset(vocabulary[name] for name in names if name in vocabulary)
 
     def _chat(self, example: Example) -> ChatTemplate | None:
         """The template that renders the example's messages; None where its prompt is read as it is."""

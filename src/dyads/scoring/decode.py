@@ -9,6 +9,8 @@ up to rounding.
 - A sampled row draws with a random generator of its own (sampling.py), one number per token, so that its answer does
   not depend on the other rows.
 - Keys and values are not copied from step to step (slots.py) nor repeated for every query head (models/attention.py).
+- The size of their buffer may be bounded, and the tokens of a prefill: rows then wait for room, and a long prompt is
+  read in parts.
 """
 
 from __future__ import annotations
@@ -106,6 +108,11 @@ class Answer:
         """The number of tokens with cached keys and values: all but the newest."""
         return len(self.question.prompt) + len(self.tokens) - 1
 
+    @property
+    def longest(self) -> int:
+        """The tokens of prompt and answer, if the answer reaches its limit."""
+        return len(self.question.prompt) + self.question.limit
+
 
 def refusal(model: nn.Module) -> str | None:
     """Why `decode` cannot replace this model's greedy `generate`; None where it can."""
@@ -183,16 +190,23 @@ class Decoder:
         adapters: RowAdapters | None = None,
         join: int = 1,
         mixes: bool = True,
+        cache_tokens: int | None = None,
+        prefill_tokens: int | None = None,
     ) -> None:
         """`slots` rows are decoded at once. `join`: the free slots from which waiting questions join running rows.
+
+        `cache_tokens`: the most rows times columns of the buffer of keys and values, beyond which questions wait;
+        alone a question of any length is answered. `prefill_tokens`: the most tokens of prompts, with padding, in one
+        forward pass; a longer prompt is read in parts.
 
         `tasks`: pass the task of every row to the model. `adapters`: those that the rows of this model have.
         `mixes`: whether questions with different prefixes are prefilled together.
         """
         self.ends = {eos} if isinstance(eos, int) else set(eos)
         self.slots, self.join, self.mixes = slots, max(1, join), mixes
+        self.prefill_tokens = prefill_tokens
         self.waiting: deque[Answer] = deque()
-        self._batch = _Batch(model, slots, pad, tasks, adapters)
+        self._batch = _Batch(model, slots, pad, tasks, adapters, cache_tokens, prefill_tokens)
 
     def __enter__(self) -> Decoder:
         return self
@@ -209,6 +223,8 @@ class Decoder:
         """Add a question to the queue; its prompt begins with the prefix, and has at least one token more."""
         sampler = None if question.sampling is None else Sampler(question.sampling)
         answer = Answer(question, prefix, sampler=sampler)
+        if self.prefill_tokens is not None and len(answer.rest) > self.prefill_tokens:
+            answer.prefix = Prefix(question.prompt[:-1])  # of its own, since prefixes are read in parts
         self.waiting.append(answer)
         return answer
 
@@ -220,7 +236,8 @@ class Decoder:
         """
         batch, free = self._batch, self.slots - len(self._batch.rows)
         joins = self.waiting and (not batch.rows or free >= self.join)
-        rows = batch.read(self._next(free)) if joins else batch.step()
+        new = self._next(free) if joins else []
+        rows = batch.read(new) if new else batch.step()
         for row in rows:
             row.ended = self.is_end(row) or len(row.tokens) == row.question.limit
         batch.drop([row for row in rows if row.ended])
@@ -244,17 +261,32 @@ class Decoder:
         self._batch.clear()
 
     def _next(self, most: int) -> list[Answer]:
-        """The answers of the next prefill: of similar length, since padding costs as much as tokens."""
-        queue = self.waiting
-        rows = [queue.popleft()]
-        width = len(rows[0].rest)
-        while queue and len(rows) < most and (self.mixes or queue[0].prefix is rows[0].prefix):
-            shorter, longer = sorted((width, len(queue[0].rest)))
-            if len(rows) * longer >= PREFILL_TOKENS and shorter < 0.8 * longer:
-                break
-            width = longer
-            rows.append(queue.popleft())
+        """The answers of the next prefill, in the order of the queue, as many as there is room for."""
+        rows: list[Answer] = []
+        while self.waiting and len(rows) < most and self._joins(self.waiting[0], rows):
+            rows.append(self.waiting.popleft())
         return rows
+
+    def _joins(self, row: Answer, rows: list[Answer]) -> bool:
+        """Whether the next row of the queue is prefilled together with `rows`, and has room beside the running ones."""
+        others = [*self._batch.rows, *rows]
+        longest = max(other.longest for other in (*others, row))
+        if others and not self._batch.cache.has_room(len(others) + 1, longest):
+            return False
+        if not rows:
+            return True
+        if (not self.mixes and row.prefix is not rows[0].prefix) or self._in_parts(row) or self._in_parts(rows[0]):
+            return False
+        # Of similar length, since padding costs as much as tokens.
+        shorter, longer = sorted((max(len(one.rest) for one in rows), len(row.rest)))
+        if len(rows) * longer >= PREFILL_TOKENS and shorter < 0.8 * longer:
+            return False
+        return self.prefill_tokens is None or (len(rows) + 1) * longer <= self.prefill_tokens
+
+    def _in_parts(self, row: Answer) -> bool:
+        """Whether the prefix of a row is still to be read, and too long for one forward pass."""
+        most, prefix = self.prefill_tokens, row.prefix
+        return most is not None and prefix is not None and prefix.cache is None and len(prefix.ids) > most
 
 
 def _ordered(questions: Sequence[Question]) -> list[tuple[int, Prefix | None]]:
@@ -286,7 +318,14 @@ class _Batch:
     """The rows in progress: row i has slot i of the cache."""
 
     def __init__(
-        self, model: nn.Module, slots: int, pad: int, tasks: bool, adapters: RowAdapters | None = None
+        self,
+        model: nn.Module,
+        slots: int,
+        pad: int,
+        tasks: bool,
+        adapters: RowAdapters | None,
+        cache_tokens: int | None,
+        prefill_tokens: int | None,
     ) -> None:
         self.model, self.pad, self.tasks, self.adapters = model, pad, tasks, adapters
         self.base = _base(model)
@@ -301,13 +340,13 @@ class _Batch:
         # A tensor index, which copies the last positions. With 1, they are a strided slice, for whose product with the
         # LM head torch copies the head's weights once per row.
         self.last = torch.tensor([-1], device=self.device)
-        self.slots = slots
+        self.slots, self.cache_tokens, self.prefill_tokens = slots, cache_tokens, prefill_tokens
         self.clear()
 
     def clear(self) -> None:
         """Drop all rows, with their keys and values."""
         self.rows: list[Answer] = []
-        self.cache = Slots(len(self._new_cache().layers), self.slots, self.device)
+        self.cache = Slots(len(self._new_cache().layers), self.slots, self.device, self.cache_tokens)
 
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self.base.config.get_text_config(decoder=True))
@@ -317,11 +356,7 @@ class _Batch:
         self.attend(self.reading)
         for prefix in {row.prefix: None for row in rows if row.prefix}:
             if prefix.cache is None:
-                cache = self._new_cache()
-                ids = torch.tensor([prefix.ids], device=self.device)
-                at = torch.arange(len(prefix.ids), device=self.device)[None]
-                self._forward([row for row in rows if row.prefix is prefix][:1], ids, torch.ones_like(ids), at, cache)
-                prefix.cache = cache
+                prefix.cache = self._read_prefix(prefix, next(row for row in rows if row.prefix is prefix))
         lengths, width = [len(row.question.prompt) for row in rows], max(len(row.rest) for row in rows)
         prefixes = [row.prefix.cache if row.prefix else None for row in rows]
         mask = self.cache.reading([row.cached for row in self.rows], lengths, width, prefixes)
@@ -333,6 +368,18 @@ class _Batch:
         self.rows = self.rows + rows
         self._extend(rows, logits)
         return rows
+
+    def _read_prefix(self, prefix: Prefix, row: Answer) -> DynamicCache:
+        """Keys and values of a prefix of the row, in parts of at most `prefill_tokens` tokens."""
+        cache, count = self._new_cache(), len(prefix.ids)
+        ids = torch.tensor([prefix.ids], device=self.device)
+        at = torch.arange(count, device=self.device)[None]
+        size = self.prefill_tokens or count
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            mask = torch.ones_like(ids[:, : part.stop])
+            self._forward([row], ids[:, part], mask, at[:, part], cache)
+        return cache
 
     def step(self) -> list[Answer]:
         """Give every row its next token; returns them."""

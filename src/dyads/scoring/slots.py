@@ -8,7 +8,7 @@ Every row has a slot in the buffer. A step writes one column, and a finished row
     slot 2   ·····░░░░░░░░░░░░░░░░░░░░│···
 
 Slots in use come first, so that attention reads a view of the buffer. When the buffer is full, all rows move left by
-the columns that no row uses.
+the columns that no row uses. Slots times columns may be bounded: a wider buffer then has fewer slots.
 """
 
 from __future__ import annotations
@@ -22,10 +22,20 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-__all__ = ["Slots", "cache_argument"]
+__all__ = ["Slots", "cache_argument", "longest_row"]
 
 SPARE = 16
 """The fewest columns that a new buffer has free for later steps; its width is a multiple of twice as many."""
+
+
+def _width(longest: int) -> int:
+    """Columns of a new buffer whose longest row has so many tokens."""
+    return -(-(longest + SPARE) // (2 * SPARE)) * 2 * SPARE
+
+
+def longest_row(tokens: int) -> int:
+    """The most tokens that one row may have where slots times columns are at most `tokens`."""
+    return tokens // (2 * SPARE) * 2 * SPARE - SPARE
 
 
 def cache_argument(model: type) -> str:
@@ -97,24 +107,33 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
             buffer[target] = buffer[source]
 
     def move(self, rows: int, source: slice, target: slice) -> None:
-        """Move columns, and give the buffer the view's width."""
+        """Move columns, and give the buffer the view's slots and width."""
         if self.is_initialized:
             for name in ("keys", "values"):
                 old = getattr(self, name)
                 live = old[:rows, :, source].clone()
-                new = old if old.shape[2] == self.view.width else self._empty(old)
+                fits = (old.shape[0], old.shape[2]) == (self.view.slots, self.view.width)
+                new = old if fits else self._empty(old)
                 new[:rows, :, target] = live
                 setattr(self, name, new)
 
 
 class Slots(Cache):  # type: ignore[misc]
-    """A transformers Cache over slots. Before every forward pass call `reading` or `stepping`, which give its mask."""
+    """A transformers Cache over slots. Before every forward pass call `reading` or `stepping`, which give its mask.
 
-    def __init__(self, layers: int, slots: int, device: torch.device) -> None:
+    With `tokens`, slots times columns of a buffer are at most as many, if rows are added where `has_room` holds.
+    """
+
+    def __init__(self, layers: int, slots: int, device: torch.device, tokens: int | None = None) -> None:
+        self.slots, self.tokens = slots, tokens
         self.view = _View(slots)
         super().__init__(layers=[_Layer(self.view, i) for i in range(layers)])
         self.mask = torch.zeros(slots, 0, dtype=torch.long, device=device)
         self.end = 0
+
+    def has_room(self, rows: int, longest: int) -> bool:
+        """Whether so many rows can end in the buffers, where the longest has so many tokens at its end."""
+        return self.tokens is None or rows * _width(longest) <= self.tokens
 
     def reading(
         self, kept: Sequence[int], lengths: Sequence[int], width: int, prefixes: Sequence[Cache | None]
@@ -124,9 +143,11 @@ class Slots(Cache):  # type: ignore[misc]
         `kept` has the cached tokens of the rows before them, `lengths` those of the prompts, with their prefixes.
         """
         n, longest, view = len(kept), max(lengths), self.view
-        if longest > self.end or (not kept and self.end > 2 * longest):  # else short rows would follow in a wide buffer
-            self._lay_out(kept, longest)
-        view.rows, view.columns = slice(n, n + len(lengths)), slice(self.end - longest, self.end)
+        rows = n + len(lengths)
+        wide = not kept and self.end > 2 * longest  # short rows would follow in a wide buffer
+        if longest > self.end or wide or rows > view.slots:
+            self._lay_out(kept, longest, rows)
+        view.rows, view.columns = slice(n, rows), slice(self.end - longest, self.end)
         view.new, view.at, view.prefixes = True, self.end - width, prefixes
         view.starts = [self.end - length for length in lengths]
         self.mask[view.rows] = 0
@@ -138,7 +159,7 @@ class Slots(Cache):  # type: ignore[misc]
         """Attention mask for a pass over one token of every row."""
         n, view = len(kept), self.view
         if self.end == view.width:
-            self._lay_out(kept, 0)
+            self._lay_out(kept, 0, n)
         self.mask[:n, self.end] = 1
         view.rows, view.columns, view.at = slice(n), slice(0, view.width), self.end
         view.new, view.prefixes = False, ()
@@ -158,12 +179,15 @@ class Slots(Cache):  # type: ignore[misc]
             order[hole] = slot
         return order
 
-    def _lay_out(self, kept: Sequence[int], least: int) -> None:
-        """Move rows as far left as the longest allows, with room for `least` tokens and at least SPARE steps."""
+    def _lay_out(self, kept: Sequence[int], least: int, rows: int) -> None:
+        """Move rows as far left as the longest allows, with room for `least` tokens and at least SPARE steps, and for
+        `rows` rows."""
         n, live = len(kept), max(kept, default=0)
         end = max(live, least)
         source, target = slice(self.end - live, self.end), slice(end - live, end)
-        self.view.width = -(-(end + SPARE) // (2 * SPARE)) * 2 * SPARE
+        self.view.width = _width(end)
+        if self.tokens is not None:
+            self.view.slots = max(rows, min(self.slots, self.tokens // self.view.width))
         old, self.mask = self.mask, self.mask.new_zeros(self.view.slots, self.view.width)
         self.mask[:n, target] = old[:n, source]
         for layer in self.layers:

@@ -7,7 +7,6 @@ import asyncio
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -18,7 +17,6 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from dyads import __version__
 from dyads.errors import shortened
-from dyads.serving.answer_text import AnswerText
 from dyads.serving.door import Door
 from dyads.serving.engine import Engine, Job, Piece
 from dyads.serving.errors import ServingError, log
@@ -176,7 +174,7 @@ def _answer(
         with suppress(RuntimeError):  # the loop is closed: the server has stopped
             loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-    text = AnswerText(partial(model.text, asked.example), body.stops, strip=asked.strip)
+    text = model.answer_text(asked, body.stops)
     job = Job(model.name, model.batch, asked.question, text, deliver)
     options = body.stream_options
     form = Form(job, chat, wish.logprobs, model.token_text, bool(options and options.include_usage))

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Any
+from ipaddress import ip_address
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from dyads.errors import shortened, visible
 from dyads.serving.errors import ServingError
 from dyads.serving.limits import Limits
 from dyads.serving.metrics import Metrics
@@ -59,13 +60,27 @@ class Door:
     def _check(self, scope: Scope) -> None:
         limits, headers = self.limits, Headers(scope=scope)
         host = _PORT.sub("", headers.get("host", ""))
-        if limits.hosts is not None and host.lower() not in limits.hosts:
-            raise ServingError("the header Host names another server", status=400, code="wrong_host")
+        if limits.hosts is not None and host.lower() not in limits.hosts and not _is_address(host):
+            name = shortened(visible(host), 100)
+            raise ServingError(
+                f"this server does not answer to the Host '{name}': start it with --allowed-host {name}",
+                code="wrong_host",
+            )
         path: str = scope["path"]
         if path.startswith("/v1/") or path == "/metrics":
-            key = limits.keys.check(dict(scope["headers"]).get(b"authorization", b""))
-            client: Any = key if key is not None else (scope.get("client") or ("",))[0]
-            limits.rate.check(client)
+            address = (scope.get("client") or ("",))[0]
+            key = self._key(scope, address) if limits.keys.are_needed else None
+            limits.rate.check(address if key is None else key)
+
+    def _key(self, scope: Scope, address: str) -> int | None:
+        """The number of a request's API key; ServingError for a wrong one, and after too many of an address."""
+        limits = self.limits
+        limits.wrong_keys.check(address, cost=0)
+        try:
+            return limits.keys.check(dict(scope["headers"]).get(b"authorization", b""))
+        except ServingError:
+            limits.wrong_keys.check(address)
+            raise
 
     async def _read(self, scope: Scope, receive: Receive) -> Receive:
         """A `receive` that gives the body, which has come already."""
@@ -103,3 +118,12 @@ class Door:
             return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         return replay
+
+
+def _is_address(host: str) -> bool:
+    """Whether a host is an address, which is no name that another one could have pointed at this server."""
+    try:
+        ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from dyads.scoring.decode import Answer, Decoder, Question
 from dyads.scoring.sampling import TokenLogprobs
 from dyads.serving.answer_text import AnswerText
-from dyads.serving.errors import ServingError
+from dyads.serving.errors import ServingError, log, place_of
 from dyads.serving.metrics import Metrics
 from dyads.serving.prefix_cache import PrefixCache
 from dyads.tuner.routing import find_routing
@@ -34,6 +35,8 @@ class Piece:
     text: str = ""
     tokens: tuple[tuple[int, TokenLogprobs | None], ...] = ()
     """Its tokens, without the one that ends an answer; they may be of text that is given out later."""
+    offset: int = 0
+    """Where in the answer's text its tokens begin."""
     finish: str | None = None
     """In the last piece: stop or length."""
     error: ServingError | None = None
@@ -75,6 +78,11 @@ class Batch:
     model: torch.nn.Module
     jobs: dict[Answer, Job] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        model: Any = self.model
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        """The number of tokens with an embedding, which may differ from the tokenizer's."""
+
     @property
     def is_busy(self) -> bool:
         """Whether an answer waits or runs."""
@@ -84,8 +92,18 @@ class Batch:
 class Engine:
     """Decodes the requests of several batches, one forward pass of each in turn."""
 
-    def __init__(self, batches: Sequence[Batch], *, most_waiting: int, prefix_bytes: int, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        *,
+        most_waiting: int,
+        prefix_bytes: int,
+        metrics: Metrics,
+        failed: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`failed` is called in the engine's thread when it ends by an error, which `failure` then describes."""
         self.batches, self.most_waiting, self.metrics = tuple(batches), most_waiting, metrics
+        self.failure, self._failed = "", failed
         self.prefixes = PrefixCache(prefix_bytes)
         self._commands: queue.SimpleQueue[tuple[str, Job | None]] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -155,22 +173,28 @@ class Engine:
     # --- called in the engine's thread --------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        with ExitStack() as stack, torch.inference_mode():
-            for batch in self.batches:
-                stack.enter_context(batch.decoder)
-                if (routing := find_routing(batch.model)) is not None:
-                    stack.enter_context(routing.unchanged_weights())
-            try:
+        reason = ServingError.unavailable("the server is stopping: the answer is not complete")
+        try:
+            with ExitStack() as stack, torch.inference_mode():
+                for batch in self.batches:
+                    stack.enter_context(batch.decoder)
+                    if (routing := find_routing(batch.model)) is not None:
+                        stack.enter_context(routing.unchanged_weights())
                 while self._obey():
                     for batch in self.batches:
                         if batch.is_busy:
                             self._step(batch)
-            finally:
-                with self._lock:
-                    self._closing = True
-                    left = list(self._jobs)
-                for job in left:
-                    self._fail(job, ServingError.unavailable("the server is stopping: the answer is not complete"))
+        except BaseException as error:
+            self.failure = place_of(error)
+            log.error("the engine failed: %s", self.failure)
+            reason = ServingError.unavailable("the server failed and stops: the answer is not complete", "failed")
+            self._failed()
+        finally:
+            with self._lock:
+                self._closing = True
+                left = list(self._jobs)
+            for job in left:
+                self._fail(job, reason)
 
     def _obey(self) -> bool:
         """Take all commands, waiting for one where nothing is to do; False at the end."""
@@ -241,7 +265,7 @@ class Engine:
         tokens = () if is_end else ((token, answer.logprobs[-1] if answer.logprobs else None),)
         if finish:
             self._end(job, finish)
-        job.deliver(Piece(text, tokens, finish))
+        job.deliver(Piece(text, tokens, job.text.offset, finish))
 
     def _fail(self, job: Job, error: ServingError) -> None:
         self._end(job, "error")

@@ -10,7 +10,7 @@ from typing import Any
 
 from dyads.errors import DyadsError
 
-__all__ = ["ServingError", "log"]
+__all__ = ["ServingError", "log", "place_of"]
 
 log = logging.getLogger("dyads.serving")
 
@@ -48,7 +48,12 @@ class ServingError(DyadsError):
     def internal(cls, error: BaseException) -> ServingError:
         """An error that is not the client's; the log gets its type and place, and not its message, which may have text
         of the request in it."""
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-        log.error("a request failed: %s%s", type(error).__name__, place)
+        log.error("a request failed: %s", place_of(error))
         return cls("the server failed to answer; its log has the reason", status=500, code="internal_error")
+
+
+def place_of(error: BaseException) -> str:
+    """Type and place of an error, without its message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"

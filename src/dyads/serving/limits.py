@@ -66,28 +66,33 @@ class RateLimit:
     """A token bucket for every client: `per_minute` requests, of which as many may come at once as `burst`."""
 
     def __init__(
-        self, per_minute: float | None, burst: int | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        per_minute: float | None,
+        burst: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        what: str = "requests",
     ) -> None:
+        self._what = what
         self._rate = None if per_minute is None else per_minute / 60
         self._burst = max(1, burst if burst is not None else math.ceil(per_minute or 1))
         self._clock = clock
         self._buckets: OrderedDict[object, tuple[float, float]] = OrderedDict()
 
-    def check(self, client: object) -> None:
-        """Count a request; ServingError where the client's bucket is empty."""
+    def check(self, client: object, cost: int = 1) -> None:
+        """Count a request, or with `cost` 0 none; ServingError where the client's bucket is empty."""
         if self._rate is None:
             return
         now = self._clock()
         left, at = self._buckets.pop(client, (float(self._burst), now))
         left = min(self._burst, left + (now - at) * self._rate)
         passes = left >= 1
-        self._buckets[client] = (left - passes, now)
+        self._buckets[client] = (left - cost * passes, now)
         if len(self._buckets) > _MOST_CLIENTS:
             self._buckets.popitem(last=False)
         if not passes:
             wait = math.ceil((1 - left) / self._rate)
             raise ServingError(
-                f"more than {self._rate * 60:g} requests a minute: try again in {wait} s",
+                f"more than {self._rate * 60:g} {self._what} a minute: try again in {wait} s",
                 status=429,
                 code="rate_limit_exceeded",
                 retry=wait,
@@ -105,8 +110,15 @@ class Limits:
     body_seconds: float = 30.0
     """Until the body of a request has come."""
     reading_seconds: float = 60.0
-    """Until a client has read a part of a stream."""
+    """Until a client has read an answer, or a part of a stream."""
     keys: Keys = field(default_factory=Keys)
+    header_seconds: float = 10.0
+    """Until the header of a request has come, and until a connection sends a first one."""
+    connections: int = 512
+    """Open at once."""
     rate: RateLimit = field(default_factory=lambda: RateLimit(None))
+    wrong_keys: RateLimit = field(default_factory=lambda: RateLimit(20, what="requests with a wrong API key"))
+    """Of requests with a wrong key, by address; beyond it all requests of the address are refused for a while, or a
+    right key could still be found by trying."""
     hosts: frozenset[str] | None = None
-    """Names in the header Host that are answered; None: all."""
+    """Names in the header Host that are answered, in lower case and without a port; None: all."""

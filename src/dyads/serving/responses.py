@@ -52,13 +52,15 @@ class Form:
 
     def __post_init__(self) -> None:
         kind = "chatcmpl" if self.chat else "cmpl"
-        self.id, self.created, self.offset = f"{kind}-{uuid.uuid4().hex}", int(time.time()), 0
+        self.id, self.created = f"{kind}-{uuid.uuid4().hex}", int(time.time())
 
     def whole(self, pieces: list[Piece]) -> dict[str, Any]:
         """The response to a request without a stream."""
         text = "".join(piece.text for piece in pieces)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        choice = {"index": 0, "finish_reason": pieces[-1].finish, "logprobs": self._logprobs(tokens)}
+        logprobs = self._logprobs(pieces)
+        if logprobs and not self.chat:
+            logprobs["text_offset"] = [min(offset, len(text)) for offset in logprobs["text_offset"]]
+        choice = {"index": 0, "finish_reason": pieces[-1].finish, "logprobs": logprobs}
         said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._head(kind), "choices": [choice | said], "usage": self._usage()}
@@ -70,7 +72,7 @@ class Form:
     def chunk(self, piece: Piece) -> list[dict[str, Any]]:
         """The chunks of a piece."""
         found = []
-        logprobs = self._logprobs(piece.tokens)
+        logprobs = self._logprobs([piece])
         if piece.text or (logprobs and piece.tokens) or (piece.finish and not self.chat):
             delta = {"content": piece.text} if self.chat else piece.text
             found.append(self._chunk(delta, None if self.chat else piece.finish, logprobs))
@@ -96,10 +98,15 @@ class Form:
         prompt, answer = len(self.job.question.prompt), self.job.answer_tokens
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
-    def _logprobs(self, tokens: Any) -> dict[str, Any] | None:
+    def _logprobs(self, pieces: list[Piece]) -> dict[str, Any] | None:
         if self.logprobs is None:
             return None
-        given: list[tuple[int, TokenLogprobs]] = [(token, found) for token, found in tokens if found is not None]
+        given: list[tuple[int, TokenLogprobs]] = []
+        offsets: list[int] = []
+        for piece in pieces:
+            found_in = [(token, found) for token, found in piece.tokens if found is not None]
+            given += found_in
+            offsets += [piece.offset] * len(found_in)
         if self.chat:
             content = [
                 {
@@ -109,13 +116,8 @@ class Form:
                 for token, found in given
             ]
             return {"content": content, "refusal": None}
-        texts = [self.token_text(token) for token, _ in given]
-        offsets = []
-        for text in texts:
-            offsets.append(self.offset)
-            self.offset += len(text)
         return {
-            "tokens": texts,
+            "tokens": [self.token_text(token) for token, _ in given],
             "token_logprobs": [_finite(found.logprob) for _, found in given],
             "top_logprobs": [{self.token_text(t): _finite(value) for t, value in found.top} for _, found in given],
             "text_offset": offsets,
@@ -173,7 +175,7 @@ class AnswerResponse(Response):
                 response = await until_gone(collect(), receive)
                 finished = response is not None
                 if response is not None:
-                    await response(scope, receive, send)
+                    await response(scope, receive, send)  # the connection ends where the client does not read
         finally:
             self.cancel(self.form.job)
         self.ended(got if finished else None)

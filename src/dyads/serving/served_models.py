@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from dyads.runs.folder import RunFolder
 from dyads.scoring.answerer import Answerer
 from dyads.scoring.decode import Decoder, Question, refusal
 from dyads.scoring.sampling import Sampling
+from dyads.scoring.slots import longest_row
+from dyads.serving.answer_text import AnswerText, GrowingText
 from dyads.serving.engine import Batch
 from dyads.serving.errors import ServingError
 from dyads.tasks import Example
@@ -92,13 +95,10 @@ class ServedModel:
         """The question of a whole prompt, a text or its tokens, which the model reads unchanged."""
         if isinstance(prompt, str):
             example = replace(_RAW, prompt=prompt)
-            return self._asked(self._read(example), example, wish)
-        size = len(self.tokenizer.tokenizer)
-        if bad := [token for token in prompt if token >= size]:
-            raise ServingError(f"token {bad[0]} is not in the vocabulary of {size} tokens", param="prompt")
+            return self._asked(self._read(example, "prompt"), example, wish, "prompt")
         if len(prompt) > self._most:
             raise self._too_long(len(prompt), "prompt")
-        return self._asked(prompt, _RAW, wish)
+        return self._asked(prompt, _RAW, wish, "prompt")
 
     def of_messages(self, messages: Sequence[Message], columns: Mapping[str, str], wish: Wish) -> Asked:
         """The question of a conversation: in the form of the task where there is one, else in that of the chat."""
@@ -117,11 +117,12 @@ class ServedModel:
             row = {MESSAGES: rows}
         else:
             row |= self._row(template, messages, columns)
+        param = "columns" if columns else "messages"
         try:
             example = template.example(row, place="messages")
         except TaskError as error:
-            raise ServingError(str(error), param="columns" if columns else "messages") from None
-        return self._asked(self._read(example), example, wish)
+            raise ServingError(str(error), param=param) from None
+        return self._asked(self._read(example, param), example, wish, param)
 
     def _row(self, template: Template, messages: Sequence[Message], columns: Mapping[str, str]) -> dict[str, str]:
         """The columns that the messages fill: the user's text is the input, as --input of `dyads generate`."""
@@ -148,8 +149,9 @@ class ServedModel:
     def _most(self) -> int:
         return self.tokenizer.max_prompt_tokens or 2**31
 
-    def _read(self, example: Example) -> list[int]:
-        """The tokens of a prompt; ServingError where even its shortest version is too long."""
+    def _read(self, example: Example, param: str) -> list[int]:
+        """The tokens of a prompt; ServingError where even its shortest version is too long. `param` is the part of the
+        body that it comes from."""
         with _TOKENIZING:
             try:
                 ids = self.tokenizer.prompt(example)
@@ -158,9 +160,9 @@ class ServedModel:
                 shortest = replace(example, prompt=(example.prompt, *example.shorter)[-1], shorter=())
                 whole = len(_unlimited(self.tokenizer).prompt(shortest))
             except DyadsError as error:
-                raise ServingError(str(error), param="messages") from None
+                raise ServingError(str(error), param=param) from None
         if whole > self._most:
-            raise self._too_long(whole, "prompt" if not example.messages else "messages")
+            raise self._too_long(whole, param)
         return ids
 
     def _too_long(self, tokens: int, param: str) -> ServingError:
@@ -170,9 +172,14 @@ class ServedModel:
             code="context_length_exceeded",
         )
 
-    def _asked(self, ids: list[int], example: Example, wish: Wish) -> Asked:
+    def _asked(self, ids: list[int], example: Example, wish: Wish, param: str) -> Asked:
         if not ids:
-            raise ServingError("the prompt is empty: there is nothing to answer", param="prompt")
+            raise ServingError("the prompt is empty: there is nothing to answer", param=param)
+        if (largest := max(ids)) >= self.batch.vocabulary:
+            raise ServingError(
+                f"token {largest} is not among the {self.batch.vocabulary} that the model has embeddings of",
+                param=param,
+            )
         limit = self.tokenizer.answer_limit(ids, wish.max_tokens or self.answer_limit)
         task = self.task if self.takes_task else None
         question = Question(
@@ -187,9 +194,12 @@ class ServedModel:
         )
         return Asked(question, example, self.strip)
 
-    def text(self, example: Example, tokens: list[int]) -> str:
-        """The text of an answer."""
-        return self.tokenizer.answer_text(example, tokens)
+    def answer_text(self, asked: Asked, stops: Sequence[str]) -> AnswerText:
+        """The text of an answer to come."""
+        tokenizer, example = self.tokenizer, asked.example
+        lead, trail = tokenizer.around_answer(example)
+        growing = GrowingText(tokenizer.text_of, lead=lead, trail=trail, byte_tokens=tokenizer.byte_tokens)
+        return AnswerText(partial(tokenizer.answer_text, example), stops, strip=asked.strip, growing=growing)
 
     def token_text(self, token: int) -> str:
         """The text of one token."""
@@ -210,10 +220,21 @@ def _unlimited(tokenizer: PromptTokenizer) -> PromptTokenizer:
 class ServedModels:
     """The models of some runs, by name."""
 
-    def __init__(self, runs: Mapping[str, RunFolder], *, slots: int) -> None:
-        """`runs` by their names; `slots` requests of a batch are answered at once."""
+    def __init__(
+        self,
+        runs: Mapping[str, RunFolder],
+        *,
+        slots: int,
+        cache_tokens: int | None = None,
+        prefill_tokens: int | None = None,
+    ) -> None:
+        """`runs` by their names; `slots` requests of a batch are answered at once, with the limits of a `Decoder`."""
         self.models: dict[str, ServedModel] = {}
-        self._slots = slots
+        self._limits: dict[str, Any] = {
+            "slots": slots,
+            "cache_tokens": cache_tokens,
+            "prefill_tokens": prefill_tokens,
+        }
         self._bases: dict[tuple[Any, ...], _Base] = {}
         for folder in runs.values():
             recipe = folder.recipe()  # all runs are refused before the first model is loaded
@@ -222,6 +243,8 @@ class ServedModels:
             _check_kind(folder, recipe.model)
         for name, folder in runs.items():
             self._add_run(name, folder)
+        if cache_tokens is not None:
+            self._limit_rows(longest_row(cache_tokens))
 
     def __getitem__(self, name: str) -> ServedModel:
         """The model of that name; ServingError where there is none."""
@@ -241,8 +264,18 @@ class ServedModels:
 
     def limit_prompts(self, most: int) -> None:
         """Refuse prompts of more tokens."""
-        for tokenizer in {id(m.tokenizer): m.tokenizer for m in self.models.values()}.values():
+        for tokenizer in self._tokenizers:
             tokenizer.max_prompt_tokens = min(most, tokenizer.max_prompt_tokens or most)
+
+    def _limit_rows(self, most: int) -> None:
+        """Limit prompt and answer together, as a model's number of positions does."""
+        self.limit_prompts(most - 1)
+        for tokenizer in self._tokenizers:
+            tokenizer.positions = min(most, tokenizer.positions or most)
+
+    @property
+    def _tokenizers(self) -> list[PromptTokenizer]:
+        return list({id(model.tokenizer): model.tokenizer for model in self.models.values()}.values())
 
     def _add(self, model: ServedModel) -> None:
         if model.name in self.models:
@@ -295,8 +328,9 @@ class ServedModels:
             adapters = RowAdapters(_sharing(model))
             batch = self._batch(folder, adapters.model, prompts, adapters=adapters)
             name = Path(spec.name).name if os.path.isdir(spec.name) else spec.name
-            if name in self.models:  # the same model in another precision
-                name = f"{name}@{spec.dtype}"
+            # The same model in another precision, or other folders of that name.
+            others = (f"{name}@{spec.dtype}", *(f"{name}@{number}" for number in range(2, len(self.models) + 3)))
+            name = next(one for one in (name, *others) if one not in self.models)
             self._add(ServedModel(name, batch, prompts, _BASE_LIMIT))
             self._bases[key] = _Base(model, adapters, batch)
         return self._bases[key]
@@ -304,7 +338,7 @@ class ServedModels:
     def _batch(self, folder: RunFolder, model: nn.Module, tokenizer: PromptTokenizer, **how: Any) -> Batch:
         if reason := refusal(model):
             raise ConfigError(f"the model of '{folder.path}' cannot be served: {reason}")
-        decoder = Decoder(model, slots=self._slots, eos=(), pad=pad_id_of(tokenizer.tokenizer), **how)
+        decoder = Decoder(model, eos=(), pad=pad_id_of(tokenizer.tokenizer), **self._limits, **how)
         return Batch(decoder, model)
 
 

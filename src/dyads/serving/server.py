@@ -8,9 +8,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -18,8 +19,9 @@ import uvicorn
 from dyads.errors import ConfigError
 from dyads.runs.folder import RunFolder
 from dyads.serving.app import application
+from dyads.serving.connection import Connection
 from dyads.serving.engine import Engine
-from dyads.serving.errors import log
+from dyads.serving.errors import ServingError, log
 from dyads.serving.limits import Limits
 from dyads.serving.metrics import Metrics
 from dyads.serving.served_models import ServedModels
@@ -27,6 +29,7 @@ from dyads.serving.served_models import ServedModels
 __all__ = ["Options", "Server"]
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
+_ANY = ("0.0.0.0", "::")
 
 
 @dataclass
@@ -38,6 +41,10 @@ class Options:
     """0: any that is free."""
     slots: int = 32
     """Requests that are answered at once, by one base model."""
+    cache_tokens: int = 65_536
+    """Rows times columns of the keys and values of the answers that one base model has in progress."""
+    prefill_tokens: int = 4096
+    """Tokens of prompts in one forward pass; a longer prompt is read in parts."""
     waiting: int = 256
     """Requests that wait at most."""
     prompt_tokens: int | None = None
@@ -48,6 +55,10 @@ class Options:
     """Until a stopping server ends the answers that still run."""
     log_text: bool = False
     """Whether prompts and answers are logged."""
+    allowed_hosts: Sequence[str] = ()
+    """Names in the header Host that are answered, beside those of this machine; "*": all."""
+    trusted_proxies: Sequence[str] = ()
+    """Addresses and networks whose X-Forwarded-For gives the address of a client."""
     limits: Limits = field(default_factory=Limits)
 
 
@@ -60,7 +71,12 @@ class Server(uvicorn.Server):
         host, port = self.socket.getsockname()[:2]
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         try:
-            self.models = ServedModels(runs, slots=options.slots)
+            self.models = ServedModels(
+                runs,
+                slots=options.slots,
+                cache_tokens=options.cache_tokens,
+                prefill_tokens=options.prefill_tokens,
+            )
         except BaseException:
             self.socket.close()
             raise
@@ -71,9 +87,10 @@ class Server(uvicorn.Server):
             most_waiting=options.waiting,
             prefix_bytes=options.prefix_bytes,
             metrics=Metrics(),
+            failed=self._engine_failed,
         )
-        if options.limits.hosts is None and options.host in (*_LOOPBACK, "::1"):
-            options.limits.hosts = _LOOPBACK
+        if options.limits.hosts is None:
+            options.limits.hosts = _hosts(options)
         self.app = application(self.models, self.engine, options.limits, log_text=options.log_text)
         super().__init__(
             uvicorn.Config(
@@ -83,19 +100,28 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 lifespan="off",
                 server_header=False,
+                http=partial(Connection, limits=options.limits),  # type: ignore[arg-type]
+                ws="none",
+                proxy_headers=bool(options.trusted_proxies),
+                forwarded_allow_ips=list(options.trusted_proxies),
                 timeout_graceful_shutdown=5,
                 h11_max_incomplete_event_size=1 << 16,
             )
         )
 
     def run(self, sockets: Any = None) -> None:
-        """Serve until `should_exit`, which a signal sets in the main thread."""
-        self.engine.start()
+        """Serve until `should_exit`, which a signal sets in the main thread; ServingError where the engine failed."""
         try:
+            self.engine.start()
             super().run([self.socket])
         finally:
             self.engine.stop()
             self.socket.close()
+        if self.engine.failure:
+            raise ServingError(f"the server has stopped, since its engine failed: {self.engine.failure}", status=500)
+
+    def _engine_failed(self) -> None:
+        self.should_exit = True
 
     async def shutdown(self, sockets: Any = None) -> None:
         """Take no more requests, let the answers end, end those that run too long with an error, then close."""
@@ -129,6 +155,20 @@ class Server(uvicorn.Server):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _hosts(options: Options) -> frozenset[str] | None:
+    """The names in the header Host that are answered; None: all.
+
+    A page of a browser reaches a server that listens on an address under any name, if the page's owner lets the name
+    have this address.
+    """
+    allowed = {name.lower() for name in options.allowed_hosts}
+    if "*" in allowed:
+        return None
+    own = f"[{options.host}]" if ":" in options.host else options.host
+    names = socket.gethostname() if options.host in _ANY else own
+    return _LOOPBACK | {names.lower()} | allowed
 
 
 def _bound(host: str, port: int) -> socket.socket:
