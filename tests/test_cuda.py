@@ -30,10 +30,9 @@ from tiny import TARGETS, TASKS, VARIANTS, Variant, adapted_layers, batch, task_
 DEVICE = torch.device(os.environ.get("DYADS_TEST_DEVICE") or "cuda")
 HAS_CUDA = torch.cuda.is_available()
 
-pytestmark = pytest.mark.skipif(
-    DEVICE.type == "cuda" and not HAS_CUDA,
-    reason="needs a GPU; run on the first one there is (benchmarks/first_gpu_run.sh)",
-)
+if DEVICE.type == "cuda" and not HAS_CUDA:
+    reason = "needs a GPU; run on the first one there is (benchmarks/first_gpu_run.sh)"
+    pytest.skip(reason, allow_module_level=True)
 on_cuda = pytest.mark.skipif(DEVICE.type != "cuda", reason="is about CUDA itself")
 
 LOOKING = [Variant(key) for key in ("mode", "more", "mtl_lora", "smora", "task_mode")]

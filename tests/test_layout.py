@@ -113,12 +113,12 @@ def test_importing_the_package_and_asking_for_help_stays_light() -> None:
 
 
 ORDERS = [
-    "import dyads, peft",
-    "import peft, dyads",
     "import dyads, importlib.util; importlib.util.find_spec('peft'); import peft",
     "from dyads import MoDEConfig",
 ]
 MORE_ORDERS = [
+    "import dyads, peft",
+    "import peft, dyads",
     "import dyads.methods",
     "import dyads.tuner",
     "from dyads.methods.more import MoREConfig",

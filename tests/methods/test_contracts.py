@@ -123,7 +123,7 @@ def gradients_of(operator: Any, variant: Variant, *shape: int) -> tuple[Callable
 
 def test_gradients_of_fused_agree_with_finite_differences(any_variant: Variant) -> None:
     run, values = gradients_of(fused, any_variant, 2, 2, 2, 3)
-    assert torch.autograd.gradcheck(run, tuple(values))
+    assert torch.autograd.gradcheck(run, tuple(values), fast_mode=True)  # along random directions
 
 
 def test_gradients_of_gradients_are_those_of_dyadic(variant: Variant) -> None:

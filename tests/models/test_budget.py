@@ -219,7 +219,6 @@ def test_counting_loads_no_weights(other_llama: Callable[..., Path]) -> None:
     [
         ("mode", {"r": 16}, "num_experts"),
         ("mode", {"r": 8, "group_size": 4}, "num_experts"),
-        ("molora", {"num_experts": 3}, "r"),
         ("molora", {"num_experts": 3, "modules_to_save": ["lm_head"]}, "r"),
         ("task_mode", {"r": 8, "num_tasks": 3, "task_dim": 4}, "num_experts"),
     ],

@@ -32,8 +32,19 @@ def _adapters(tiny: Tiny, tmp_path: Path, method: str, **sections: Any) -> list[
     return folders
 
 
+def test_the_blocks_that_a_model_repeats_are_compiled(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: blocks.append(type(self).__name__))
+    for compiled in (False, True):
+        train(tiny("more", train={"steps": 1, "compile": compiled}), tmp_path / str(compiled), evaluate=False)
+        assert blocks == ["LlamaDecoderLayer"] * 2 * compiled
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of the tracer
-@pytest.mark.parametrize("method", [pytest.param("mode", marks=pytest.mark.slow), "more"])
+@pytest.mark.parametrize("method", ["mode", "more"])
 def test_compiled_blocks_train_the_same_adapter(
     method: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

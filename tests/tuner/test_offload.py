@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -52,9 +53,8 @@ def answers(model: nn.Module, variant: Variant) -> list[Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:for .*copying from a non-meta parameter:UserWarning")
-@pytest.mark.parametrize("places", DISK, ids=["second layer", "first layer"])
 @pytest.mark.parametrize(
-    "variant", [v for v in VARIANTS if v.key in ("mode", "more", "smora", "poly") or not v.options], ids=lambda v: v.id
+    ("variant", "places"), list(zip(VARIANTS, cycle(DISK), strict=False)), ids=lambda v: getattr(v, "id", "")
 )
 def test_a_base_that_is_partly_on_disk_gives_the_same_logits(
     variant: Variant, places: dict[str, str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

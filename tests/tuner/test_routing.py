@@ -20,7 +20,7 @@ from dyads import MoDEConfig, MoREConfig, add_task, use_task
 from dyads.errors import MergeError, RoutingError
 from dyads.ops import plain
 from dyads.tuner import layer as of_layer
-from tiny import TARGETS, TASKS, Variant, adapted_layers, batch, task_of, tiny_model
+from tiny import TARGETS, TASKS, UNLIKE, Variant, adapted_layers, batch, task_of, tiny_model
 
 
 def adapted(
@@ -468,9 +468,12 @@ def test_compiles_as_one_graph(placed: tuple[Variant, str]) -> None:
         assert_close(compiled(**inputs, **task).logits, model(**inputs, **task).logits, atol=1e-4, rtol=1e-4)
 
 
-def test_one_adapted_module_compiles_as_one_graph(unlike: Variant, mlp: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize(
+    "variant", [*UNLIKE[:2], *(pytest.param(v, marks=pytest.mark.slow) for v in UNLIKE[2:])], ids=lambda v: v.id
+)
+def test_one_adapted_module_compiles_as_one_graph(variant: Variant, mlp: Callable[[], nn.Module]) -> None:
     torch._dynamo.reset()
-    config = unlike.config(target_modules=["lin0", "lin1"], init_weights=False)
+    config = variant.config(target_modules=["lin0", "lin1"], init_weights=False)
     model = get_peft_model(mlp().double(), config).double()
     # aot_eager traces forward and backward whole, and leaves out what takes long: generating code.
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

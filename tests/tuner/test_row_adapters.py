@@ -32,9 +32,8 @@ def logits(model: nn.Module, ids: Tensor, **task: object) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.id)
-def test_every_row_has_its_adapter_and_task(variant: Variant, cached: bool) -> None:
+def test_every_row_has_its_adapter_and_task(variant: Variant) -> None:
     base = tiny_model("llama", torch.float64).eval()
     ids = batch("llama", rows=6)["input_ids"]
     one, lora = adapted(base, variant), adapted(base, None)
@@ -49,13 +48,11 @@ def test_every_row_has_its_adapter_and_task(variant: Variant, cached: bool) -> N
     assert mixed.take("one", one)
     assert mixed.take("two", lora)
     names = ["one", "two", "one", None, "one", None]
-    if cached:
-        with mixed.routing.unchanged_weights(), mixed.use(names, tasks):
-            found = [logits(mixed.model, ids) for _ in range(2)][1]
-    else:
-        with mixed.use(names, tasks):
-            found = logits(mixed.model, ids)
-    assert_close(found, torch.cat(expected), rtol=1e-9, atol=1e-9)
+    with mixed.use(names, tasks):
+        assert_close(logits(mixed.model, ids), torch.cat(expected), rtol=1e-9, atol=1e-9)
+    with mixed.routing.unchanged_weights(), mixed.use(names, tasks):
+        for _ in range(2):  # the second call reads what the first kept
+            assert_close(logits(mixed.model, ids), torch.cat(expected), rtol=1e-9, atol=1e-9)
     with mixed.use(["two"] * 6, [None] * 6):
         assert_close(logits(mixed.model, ids)[1:2], expected[1], rtol=1e-9, atol=1e-9)
 

@@ -178,10 +178,10 @@ class Template(BaseModel):
 
     def _values(self, row: Mapping[str, Any], place: str) -> dict[str, str]:
         """The columns of the texts."""
-        values = {}
+        columns, values = self.columns, {}
         for name, value in row.items():
-            if name not in self.columns:
-                raise TaskError(f"{place}: unknown column '{name}'{did_you_mean(str(name), self.columns)}")
+            if name not in columns:
+                raise TaskError(f"{place}: unknown column '{name}'{did_you_mean(str(name), columns)}")
             if name == MESSAGES and self.conversation:
                 continue
             if isinstance(value, bool) or not isinstance(value, (str, int, float)):
@@ -225,6 +225,7 @@ def _pieces(text: str) -> tuple[tuple[str, str | None, str], ...]:
     return tuple(pieces)
 
 
+@lru_cache(maxsize=512)
 def columns_of(text: str) -> tuple[str, ...]:
     """The columns in a text, in their order."""
     return tuple(dict.fromkeys(name for _, name, _ in _pieces(text) if name is not None))
