@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, settings
 from hostile import TALLY, Tally
 
 shared: dict[str, Any] = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("few", max_examples=25, derandomize=True, **shared)
+settings.register_profile("few", max_examples=15, derandomize=True, **shared)
 settings.register_profile("full", max_examples=1000, print_blob=True, **shared)
 
 RESULTS = Path(os.environ["FUZZ_RESULTS"]) if os.environ.get("FUZZ_RESULTS") else None

@@ -16,9 +16,10 @@ import yaml
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from dyads.markdown import markdown_table
 from dyads.models.packaged import hub_id, key_of, same_model
 from dyads.runs import card as cards
-from dyads.runs.card import base_model, card, front_matter, table, write_card, write_shared
+from dyads.runs.card import base_model, card, front_matter, write_card, write_shared
 from dyads.runs.folder import RunFolder
 from dyads.scoring.evaluate import evaluate
 
@@ -151,8 +152,8 @@ def test_a_packaged_model_is_named_with_its_note_and_licence() -> None:
 
 
 def test_cells_of_a_table_keep_their_column() -> None:
-    assert table([["a|b\nc", "1"]], ("task", "n")) == ["| task | n |", "|---|---:|", "| a\\|b c | 1 |"]
-    assert table([["a", "b"]])[:2] == ["| | |", "|---|---|"]
+    assert markdown_table(("task", "n"), [["a|b\nc", "1"]]) == ["| task | n |", "|---|---:|", "| a\\|b c | 1 |"]
+    assert markdown_table(("", ""), [["a", "b"]])[:2] == ["|  |  |", "|---|---|"]
 
 
 def test_what_is_shared_has_the_adapter_and_the_form_of_prompts(trained: Trained, tmp_path: Path) -> None:

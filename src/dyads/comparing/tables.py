@@ -14,7 +14,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -27,13 +27,13 @@ from dyads.comparing.comparison import GIVEN_TASK, Column, Comparison, Verdict
 from dyads.comparing.intervals import Interval
 from dyads.comparing.scored_runs import Curve
 from dyads.errors import visible, visible_in
+from dyads.markdown import markdown_table
 
 __all__ = [
     "FORMATS",
     "all_notes",
     "headline",
     "loss_text",
-    "markdown_table",
     "p_text",
     "range_text",
     "signed_text",
@@ -341,16 +341,6 @@ def all_notes(comparison: Comparison) -> list[str]:
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
-    """The lines of a table whose first `left` columns are aligned to the left."""
-
-    def line(cells: Iterable[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-
-    ruler = ["---" if i < left else "---:" for i in range(len(header))]
-    return [line(header), line(ruler), *(line(row) for row in rows)]
 
 
 # --- terminal ---------------------------------------------------------------------------------------------------------

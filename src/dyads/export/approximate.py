@@ -37,8 +37,8 @@ from dyads.export.lora import Check, Exported, Lora, refuse_full, write_lora, wr
 from dyads.export.merged import Merged, write_merged
 from dyads.export.regression import mean_gates, mean_update, reduced_rank
 from dyads.export.verify import Verification, base_of, compare, float_model, model_logits, plain_prompts, prompts_of
+from dyads.markdown import markdown_table
 from dyads.recipe.file_names import file_name
-from dyads.runs.card import table
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import unfinished
 from dyads.runs.saved import SavedAdapter
@@ -139,9 +139,9 @@ class Price:
                 "",
                 self.title + ".",
                 "",
-                *table(self.table[1:], self.table[0]),
+                *markdown_table(self.table[0], self.table[1:]),
                 "",
-                *table(self.layer_table[1:], self.layer_table[0]),
+                *markdown_table(self.layer_table[0], self.layer_table[1:]),
             ]
         )
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import dyads
 from dyads.export.gguf_adapter import GGUF_ADAPTER
+from dyads.markdown import markdown_table
 from dyads.models.heads import MODULE as HEADS
 from dyads.models.packaged import hub_id
-from dyads.runs.card import base_model, front_matter, table
+from dyads.runs.card import base_model, front_matter
 from dyads.runs.saved import SavedAdapter
 from dyads.runs.weights import WEIGHTS
 
@@ -85,7 +86,7 @@ def all_tasks_card(adapter: SavedAdapter, names: Mapping[str, str], rank: int, t
             "Every folder is an ordinary LoRA that PEFT loads without dyads.",
             "",
             *_serving(commands),
-            *table([[task, f"`{name}`"] for task, name in names.items()], ("task", "folder")),
+            *markdown_table(("task", "folder"), [[task, f"`{name}`"] for task, name in names.items()], left=2),
             "",
             *_facts(adapter, None, ("rank", "each layer its own" if trim else f"{rank}, alpha {rank}")),
         ]
@@ -173,4 +174,4 @@ def _facts(adapter: SavedAdapter, task: str | None, *more: tuple[str, str]) -> l
         *map(list, more),
         ["written by", f"`dyads export`, dyads {dyads.__version__}"],
     ]
-    return [*table(rows), ""]
+    return [*markdown_table(("", ""), rows), ""]

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCardData
 
 import dyads
 from dyads.errors import visible
+from dyads.markdown import markdown_table
 from dyads.models.load import kind_of, model_config
 from dyads.models.packaged import PACKAGED, PREFIX, hub_id, key_of
 from dyads.recipe.spec import Recipe
@@ -26,7 +27,7 @@ from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import MANIFEST, write_text
 from dyads.runs.weights import CONFIG
 
-__all__ = ["CARD", "base_model", "card", "front_matter", "table", "write_card", "write_shared"]
+__all__ = ["CARD", "base_model", "card", "front_matter", "write_card", "write_shared"]
 
 CARD = "README.md"
 """Name of a card's file."""
@@ -82,7 +83,7 @@ def card(folder: RunFolder, place: str = _HERE, licence: str | None = None, scor
                 *_scores(scores, tasks),
                 "## Training",
                 "",
-                *table(_facts(folder, recipe)),
+                *markdown_table(("", ""), _facts(folder, recipe)),
                 "",
             ]
         ),
@@ -113,15 +114,6 @@ def base_model(name: str | None, revision: str | None = None) -> str:
     if (known := hub_id(name)) is not None:
         return known + at
     return f"`{PurePath(name).name}`, a folder that is not on the hub"
-
-
-def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ("", "")) -> list[str]:
-    """The lines of a table; its first column is text, the others are aligned right where there is a header."""
-    number = any(header)
-    line = "|---|" + ("---:|" if number else "---|") * (len(header) - 1)
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
-    first, *others = [f"| {' | '.join(row)} |" if any(row) else "|" + " |" * len(row) for row in cells]
-    return [first, line, *others]
 
 
 def _short(name: str) -> str:
@@ -204,7 +196,7 @@ def _scores(scores: Scores | None, tasks: Sequence[str]) -> list[str]:
         "",
         f"Scores on the {scores['split']} split, 0 to 100; mean over instances {means}.",
         "",
-        *table(rows, ("task", "metric", "score", "instances")),
+        *markdown_table(("task", "metric", "score", "instances"), rows),
         "",
     ]
 

@@ -19,8 +19,9 @@ from rich.table import Table
 
 from dyads.comparing.comparison import Column, Comparison, compare
 from dyads.comparing.intervals import Interval
-from dyads.comparing.tables import markdown_table, to_markdown
+from dyads.comparing.tables import to_markdown
 from dyads.errors import visible
+from dyads.markdown import markdown_table
 from dyads.runs.folder import RunFolder
 from dyads.studies.grid import Cell, Combination, Study
 from dyads.studies.progress import StudyFolder
