@@ -19,8 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from pages import BLOCKS, COMMANDS, LANGUAGES, ROOT, Block, Session, blocks_of, commands, runs_elsewhere, same
-from peft import get_peft_model, mapping
+from pages import BLOCKS, COMMANDS, LANGUAGES, ROOT, TEXTS, Block, Session, blocks_of, commands, runs_elsewhere, same
+from peft import PeftModelForCausalLM, get_peft_model, mapping
 from torch.distributed.fsdp import fully_shard
 
 import dyads
@@ -134,15 +134,32 @@ def run(page: str, blocks: list[Block], workspace: Path) -> None:
             dist.destroy_process_group()
 
 
-def test_the_python_example_of_the_readme_pads_on_the_left(workspace: Path) -> None:
+def test_the_python_example_of_the_readme_has_five_lines_that_pad_on_the_left(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the calls in the sentences below it."""
     (example,) = [block for block in BLOCKS["README.md"] if block.language == "python"]
+    assert [line.split()[0] for line in example.code.splitlines() if line][:3] == ["from"] * 3
+    assert len([line for line in example.code.splitlines() if line]) == 3 + 5
+    labels: list[torch.Tensor] = []
+    forward = PeftModelForCausalLM.forward
+
+    def kept(model: Any, *rest: Any, **inputs: Any) -> Any:
+        labels.append(inputs["labels"])
+        return forward(model, *rest, **inputs)
+
+    monkeypatch.setattr(PeftModelForCausalLM, "forward", kept)
     session = Session(workspace, WORDS)
     session.run(example)
     mask = session.names["batch"]["attention_mask"]
     assert int(mask.sum(1).max()) > int(mask.sum(1).min()), "rows of unequal length, so that padding matters"
     assert not mask[:, -1].eq(0).any(), "padding is on the left, before what is generated"
-    assert session.names["labels"][mask == 0].eq(-100).all()
-    assert type(session.names["merged"]).__name__ == "LlamaForCausalLM"
+    assert labels[0][mask == 0].eq(-100).all()
+    assert labels[0][mask == 1].ge(0).all()
+    assert any(p.grad is not None and p.grad.any() for p in session.names["model"].parameters())
+    answer, merge = re.findall(r"`(model\.\w+\(.*?\))`", TEXTS["README.md"])
+    assert eval(answer, session.names).shape[1] > mask.shape[1]
+    assert type(eval(merge, session.names)).__name__ == "LlamaForCausalLM"
 
 
 @pytest.mark.parametrize("page", [page for page, blocks in RUN.items() if any(not b.slow for b in blocks)])
