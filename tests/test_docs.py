@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -35,12 +36,52 @@ TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
+INLINE = {
+    page: re.findall(r"`([^`]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S))
+    for page, text in TEXTS.items()
+}
+"""Code in sentences; blocks are run (tests/docs)."""
+PROGRAMS = {"python -m benchmarks": "benchmarks/__main__.py", "python tests/kills.py": "tests/kills.py"}
+"""Other programs of ours, with the files that have their options."""
+LM_EVAL_OPTIONS = {"--apply_chat_template"}
+
+
 def commands() -> Iterator[Any]:
-    """Commands in sentences. Those in blocks are run (tests/docs)."""
-    for page, text in TEXTS.items():  # in sentences; "…" leaves something out
-        for line in re.findall(r"`(dyads [a-z][^`]*|make [a-z-]+)`", text):
-            if "…" not in line and "|" not in line:
-                yield pytest.param(" ".join(line.split()), id=f"{page}: {line[:60]}")
+    """Commands in sentences; also of `python -m dyads`, and of torchrun and accelerate, which start it."""
+    for page, code in INLINE.items():
+        for line in (" ".join(part.split()) for part in code):
+            line = re.sub(r"^(?:python|torchrun|accelerate launch)\b.* -m dyads(?:\.cli)? ", "dyads ", line)
+            if re.match(r"(?:dyads|make) [a-z-]|" + "|".join(PROGRAMS), line):
+                yield pytest.param(line, id=f"{page}: {line[:60]}")
+
+
+def click_commands() -> dict[str, tuple[click.Command, click.Context]]:
+    """Every verb, with a context to parse in."""
+    group = click.Context(main, info_name="dyads")
+    found = {name: main.get_command(group, name) for name in main.list_commands(group)}
+    return {name: (verb, click.Context(verb, info_name=name, parent=group)) for name, verb in found.items() if verb}
+
+
+VERBS = click_commands()
+
+
+def parse(verb: str, arguments: list[str]) -> None:
+    """click.UsageError for an option that the verb lacks, or for a value that is none of its choices.
+
+    `…` is a value that a page leaves out, and so is all after an option at the end; A|B are both checked.
+    """
+    command, context = VERBS[verb]
+    if arguments and arguments[-1].startswith("--"):
+        flags = [name for one in command.get_params(context) for name in (*one.opts, *one.secondary_opts)]
+        if arguments[-1] not in flags:
+            raise click.NoSuchOption(arguments[-1], ctx=context)
+        arguments = arguments[:-1]
+    values, _, _ = command.make_parser(context).parse_args(list(arguments))
+    for parameter in command.params:
+        given = values.get(parameter.name or "")
+        if isinstance(parameter.type, click.Choice) and isinstance(given, str) and given != "…":
+            for one in given.split("|"):
+                parameter.type.convert(one, parameter, context)
 
 
 @pytest.mark.parametrize("line", list(commands()))
@@ -57,28 +98,48 @@ def test_a_command_on_a_page_has_the_options_that_it_is_shown_with(line: str) ->
         if re.match(r"(recipes|docs|tests|src)/[\w/.-]+$", word):
             assert (ROOT / word).exists(), f"{word} is not there"
     if program == "python":
-        if "-m" in arguments:
-            module = arguments[arguments.index("-m") + 1].split(".")
-            places = [folder.joinpath(*module) for folder in (ROOT, ROOT / "src", ROOT / "tests")]
-            ours = module[0] in ("dyads", "benchmarks")  # others are programs that need not be installed here
-            assert not ours or any(p.is_dir() or p.with_suffix(".py").exists() for p in places), ".".join(module)
+        (file,) = [file for start, file in PROGRAMS.items() if line.startswith(start)]
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert [
+            word for word in arguments if word.startswith("--") and word != "--help" and f'"{word}"' not in text
+        ] == []
         return
-    arguments = [a for a in arguments if a not in ("--debug",)]
-    if arguments[0].startswith("-") or arguments[0].isupper():  # `dyads --help`, `dyads VERB --help`
-        return
-    group = click.Context(main, info_name="dyads")
-    command = main.get_command(group, arguments[0])
-    assert command is not None, f"there is no verb '{arguments[0]}'"
-    context = click.Context(command, info_name=arguments[0], parent=group)
-    if arguments[-1].startswith("--"):  # an option that is mentioned without its value
-        flags = {
-            name for parameter in command.get_params(context) for name in (*parameter.opts, *parameter.secondary_opts)
-        }
-        assert arguments.pop() in flags
-    values, _, _ = command.make_parser(context).parse_args(arguments[1:])
-    for parameter in command.params:
-        if isinstance(parameter.type, click.Choice) and isinstance(values.get(parameter.name or ""), str):
-            parameter.type.convert(values[parameter.name or ""], parameter, context)
+    verb, *arguments = [a for a in arguments if a not in ("--debug",)]
+    if not verb.startswith("-") and not verb.isupper() and verb != "…":  # `dyads --help`, `dyads VERB --help`
+        assert verb in VERBS, f"there is no verb '{verb}'"
+        parse(verb, arguments)
+
+
+@pytest.mark.parametrize(
+    "option", sorted({" ".join(part.split()) for code in INLINE.values() for part in code if part.startswith("--")})
+)
+def test_an_option_on_a_page_is_one_of_a_verb(option: str) -> None:
+    """Also its value, where it has choices; or it is an option of another program of ours, or of lm-eval."""
+    words = shlex.split(option)
+
+    def parses(verb: str) -> bool:
+        with contextlib.suppress(click.UsageError):
+            parse(verb, words)
+            return True
+        return False
+
+    texts = [(ROOT / file).read_text(encoding="utf-8") for file in PROGRAMS.values()]
+    others = words[0] in LM_EVAL_OPTIONS or any(f'"{words[0]}"' in text for text in texts)
+    assert others or any(map(parses, VERBS)), f"no verb has {option}"
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments"),
+    [
+        ("train", ["RECIPE", "--resum"]),
+        ("train", ["RECIPE", "--step", "3"]),
+        ("study", ["FILE", "--engine", "rey"]),
+        ("inspect", ["RUN", "--what", "routing|task"]),
+    ],
+)
+def test_a_misspelt_option_or_choice_is_noticed(verb: str, arguments: list[str]) -> None:
+    with pytest.raises(click.UsageError):
+        parse(verb, arguments)
 
 
 # --- the site ---------------------------------------------------------------------------------------------------------
