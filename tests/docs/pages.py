@@ -48,6 +48,7 @@ FENCE = re.compile(
 PROGRAMS = {
     "python": [sys.executable],
     "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+    "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
     "sh": ["sh"],
 }
 """Programs that a page may start, each a process of its own."""
