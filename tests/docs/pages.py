@@ -9,7 +9,8 @@
 | `text` | after commands or code: all that they print, with `…` for what varies; elsewhere a drawing |
 | `math` | a formula |
 
-A line `*Not run in the tests: REASON.*` below a block is for what no machine of the tests can do.
+A line `*Not run in the tests: REASON.*` below a block is for what no machine of the tests can do; with
+"in the tests, but for `--status`", of a study, that option alone is run: the grid is read and shown.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ FENCE = re.compile(
     r'^(?P<indent> *)```(?P<language>[\w-]*)(?: title="(?P<title>[^"\n]+)")?(?P<rest>[^\n]*)\n'
     r"(?P<code>.*?)^(?P=indent)```\n"
     r"(?:\n(?P=indent)```text\n(?P<shown>.*?)^(?P=indent)```\n)?"
-    r"(?:\n(?P=indent)\*Not run in the tests: (?P<reason>[^*]+)\.\*\n)?",
+    r"(?:\n(?P=indent)\*Not run in the tests(?P<status>, but for `--status`)?: (?P<reason>[^*]+)\.\*\n)?",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -69,6 +70,8 @@ class Block:
     """The output below it."""
     reason: str | None
     """Why it is not run."""
+    status: bool = False
+    """Whether it is a study that is not run, but for `--status`."""
 
     @property
     def id(self) -> str:
@@ -91,7 +94,8 @@ def blocks_of(page: str, text: str) -> Iterator[Block]:
             for part in (fence["code"], fence["shown"])
         )
         line = text[: fence.start()].count("\n") + 1
-        yield Block(page, line, fence["language"], fence["title"], code or "", shown, fence["reason"])
+        status = fence["status"] is not None
+        yield Block(page, line, fence["language"], fence["title"], code or "", shown, fence["reason"], status)
 
 
 BLOCKS = {page: list(blocks_of(page, text)) for page, text in TEXTS.items()}

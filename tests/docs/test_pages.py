@@ -27,6 +27,7 @@ import dyads
 from dyads.methods import registry
 from dyads.models.packaged import whereabouts
 from dyads.recipe.load import parse_recipe, recipe_keys
+from dyads.runs.folder import RunFolder
 from dyads.studies.grid import load_study
 from dyads.tasks import load
 from tiny import TASKS, batch, tiny_model
@@ -245,8 +246,25 @@ def test_the_blocks_that_are_not_run_are_counted() -> None:
     assert Counter(block.page for block in LEFT_OUT) == {
         "docs/export.md": 2,
         "docs/results.md": 6,
-        "docs/scale-out.md": 2,
+        "docs/scale-out.md": 1,
     }
+
+
+@pytest.mark.parametrize("block", [block for block in LEFT_OUT if block.status], ids=lambda block: block.id)
+def test_the_grid_of_a_study_that_is_not_run_is_shown(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its options are read, and every cell is a recipe; the counts are those of the tables on the page."""
+    monkeypatch.chdir(tmp_path)
+    Path("recipes").symlink_to(ROOT / "recipes")
+    if "glue-transfer" in block.code:  # it adapts runs of this study
+        for cell in load_study("recipes/glue-minilm/study.yaml").cells().values():
+            RunFolder.create(Path("runs/studies/glue-minilm", cell.name), cell.recipe, resume=True)
+    for words in commands(block.code):
+        printed = Session(tmp_path, {}).command([*words, "--status"], block)
+        (left,) = re.findall(r"^0 done, (\d+) left$", printed, re.MULTILINE)
+        of_transfer = f"{int(left) - 3} adaptations"  # the three majority answers are none
+        assert re.search(rf"^{left} runs of packaged:|\b{of_transfer} of", TEXTS[block.page], re.MULTILINE), left
 
 
 def test_installations_and_measurements_name_what_exists() -> None:

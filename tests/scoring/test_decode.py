@@ -191,7 +191,6 @@ SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
         ("gemma2", {"num_key_value_heads": 2, "head_dim": 8}, "its cache has a DynamicSlidingWindowLayer"),
         ("mamba", {"state_size": 4}, "it overrides prepare_inputs_for_generation"),
         ("bloom", {}, "its forward pass takes no position_ids"),
-        ("gptj", {"rotary_dim": 4}, "it does not support transformers' attention interface"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
@@ -202,6 +201,17 @@ SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 def test_unusual_models_are_refused(kind: str, changes: dict[str, Any], reason: str) -> None:
     config = AutoConfig.for_model(kind, **{**SMALL, **changes, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2})
     assert refusal(AutoModelForCausalLM.from_config(config)) == reason
+
+
+def test_a_model_without_the_attention_interface_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-J has it since transformers 5.24, and is then answered as by its `generate`."""
+    ids = {"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": EOS}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gptj", **SMALL, rotary_dim=4, **ids)).eval()
+    if type(model)._supports_attention_backend:
+        prompts = questions(rows=2)
+        assert decode(model, prompts, batch_size=2, eos=EOS, pad=PAD) == alone(model, prompts)
+    monkeypatch.setattr(type(model), "_supports_attention_backend", False)
+    assert refusal(model) == "it does not support transformers' attention interface"
 
 
 def test_settings_that_change_greedy_decoding_are_refused() -> None:
