@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 from pathlib import Path
 
 import click
 import pytest
 from click.testing import CliRunner
+from scipy.stats import t as student
 
 from dyads.cli import main
 from dyads.cli.methods import command as methods_command
@@ -160,6 +162,139 @@ def test_every_number_stands_in_a_table_of_results(page: str) -> None:
     known = NO_RESULTS.union(*map(table_numbers, TABLES))
     text = text.replace("about 3.9 million parameters", "")  # next test
     assert not set(re.findall(NUMBER, text)) - known
+
+
+def prose(page: str) -> str:
+    """The sentences of a page in one line: without blocks, tables and what `dyads compare` prints below its tables."""
+    text = re.sub(r"^```.*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(
+        r"^(\|.*|- .*training loss still fell.*|\\\* p < .*|- intervals: .*|- train\..* differs: .*)$",
+        "",
+        text,
+        flags=re.M,
+    )
+    return " ".join(text.split()).replace("−", "-")
+
+
+def cells(page: str) -> list[list[str]]:
+    """The rows of all tables of a page."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    return [[c.strip().replace("−", "-") for c in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+
+
+OF_PAPERS = {"87.3", "85.1", "148,296", "83.8", "0.3", "1.2", "1.1", "0.9"}
+WITHOUT_TABLE = {
+    "4.3": "Student's quantile, tested below",
+    "3.9": "of the parameters, in millions",
+    "3,000": "examples of MNLI",
+    "2,000": "examples of QQP",
+    "2.0": "of a single run whose files are gone",
+    "33.3": "an interval of the transfer, whose runs are gone",
+    "6.0": "the same",
+    "1.672": "validation losses at the end of runs that are gone",
+    "1.690": "the same",
+    "1.692": "the same",
+    "1.700": "the same",
+    "1.737": "the same",
+    "31.3": "of runs before, which are gone",
+    "29.4": "the same",
+}
+"""Numbers in sentences of docs/results.md that no table has, and what they are."""
+
+
+def test_every_number_in_the_sentences_of_the_results_stands_in_their_tables() -> None:
+    """As it is or rounded; or it is a sum or a product of numbers of the set-up."""
+    known = table_numbers("docs/results.md")
+    rounded = {f"{float(n.replace(',', '')):.2f}" for n in known}
+    rows = cells("docs/results.md")
+    glue = {
+        row[0]: int(row[3])
+        for row in rows
+        if len(row) == 11 and row[0] in ("cola", "mnli", "mrpc", "qqp", "rte", "sst2", "stsb", "wnli")
+    }
+    counted = {f"{n:,}" for n in (sum(glue.values()), 300 * 16, 200 * 16)}
+    said = set(re.findall(NUMBER, prose("docs/results.md")))
+    assert said - known - rounded - counted - OF_PAPERS == set(WITHOUT_TABLE)
+    papers = (ROOT / "docs/papers.md").read_text(encoding="utf-8")
+    assert not [n for n in OF_PAPERS & said if n not in papers and n.replace(",", "") not in papers]
+    assert f"{student.ppf(0.975, 2):.1f}" == "4.3"
+    best = [float(cell.strip("*")) for row in rows for cell in row if re.fullmatch(r"\*\*1\.9\d\d\d\*\*", cell)]
+    assert len(best) == 8
+    assert f"nearly the same loss ({min(best):.2f} to {max(best):.2f})" in prose("docs/results.md")
+
+
+def test_every_difference_with_its_interval_in_the_results_stands_in_one_row_of_a_table() -> None:
+    """Or with the other sign, where a sentence says by how much a method is behind."""
+    number = r"[+-]?\d+\.\d"
+    known = set()
+    for row in cells("docs/results.md"):
+        for difference, interval in itertools.pairwise(row):
+            if re.fullmatch(number, difference) and re.fullmatch(f"{number} to {number}", interval):
+                known.add((float(difference), *map(float, interval.split(" to "))))
+    said = re.findall(rf"({number})(?:,| \() ?({number}) to ({number})", prose("docs/results.md"))
+    assert len(said) > 20
+    without = [
+        (a, low, high)
+        for a, low, high in (tuple(map(float, found)) for found in said)
+        if not {(a, low, high), (-a, -high, -low)} & known
+    ]
+    single, *transfer = without
+    assert single == (4.8, 2.0, 7.6), "of a single run"
+    scores = {
+        row[0]: [float(cell.partition(" ")[0]) for cell in row[1:]]
+        for row in cells("docs/results.md")
+        if re.match(r"(SciTail|CB), ", row[0])
+    }
+    lora, mode, task = 1, 2, 4
+    pairs = (("SciTail, 16", task), ("SciTail, 32", task), ("CB, 32", task), ("CB, 16", mode))
+    assert [round(scores[row][column] - scores[row][lora], 1) for row, column in pairs] == [a for a, _, _ in transfer]
+
+
+def test_the_page_of_benchmarks_agrees_with_itself() -> None:
+    """Verdicts with bars and measurements; bars with the rows of the tables; sentences with bars."""
+    rows = cells("docs/benchmarks.md")
+    bars = {row[0]: row[1:] for row in rows if len(row) == 4 and row[1][:1] in "≤≥"}
+    assert len(bars) == 19
+    for what, (bound, measured, verdict) in bars.items():
+        sign, limit = bound.split()
+        value = float(measured.partition(" ")[0])
+        assert verdict == ("met" if (value <= float(limit) if sign == "≤" else value >= float(limit)) else "not met"), (
+            what
+        )
+    table = {row[0]: row[1:] for row in rows if len(row) == 7}
+    for bar, contender, column in (
+        ("step: MoDE 16x4 ÷ PEFT LoRA, fp32 adapters", "MoDE 16x4", 1),
+        ("step: MoLORA 8x8 ÷ PEFT LoRA r=64", "MoLORA 8x8", 1),
+        ("kept for backward: MoDE 16x4 ÷ PEFT LoRA", "MoDE 16x4", 4),
+        ("decoding: MoDE 16x4 ÷ PEFT LoRA, tokens/s", "MoDE 16x4", 3),
+    ):
+        assert bars[bar][1] == table[contender][column], bar
+    text = prose("docs/benchmarks.md")
+    scoring = bars["scoring: dyads ÷ a loop of generate, examples/s"][1]
+    assert f"ratio {scoring}, in a process as users have it" in text
+    ours, theirs = re.findall(r"in file order: ([\d.]+) \([^)]*\) and ([\d.]+) ", text)[0]
+    assert float(ours) / float(theirs) == pytest.approx(float(scoring.partition(" ")[0]), abs=0.02)
+    assert f"Predictions that differ: {bars['scoring in fp32: answers that differ'][1]} of" in text
+    (run,) = (row for row in rows if row[0] == "dyads, MoDE 16x4")
+    assert run[-1] == bars["training run: dyads ÷ TRL, examples/s"][1]
+
+
+def test_the_numbers_of_the_page_on_reliability_add_up() -> None:
+    page = (ROOT / "docs/reliability.md").read_text(encoding="utf-8")
+    tried = {
+        row[0]: (int(row[1].replace(",", "")), row[2], row[3])
+        for row in cells("docs/reliability.md")
+        if len(row) == 4 and row[1][:1].isdigit()
+    }
+    calls, times, full, denied, hostile, again = tried.values()
+    assert f"--count {calls[0] + times[0]}`" in calls[2]
+    assert f"Of the {calls[0] + times[0]:,} kills none" in page
+    assert f"--spread {full[0]}`" in full[2]
+    assert denied[0] == full[0]
+    assert f"KILLS ?= {calls[0] + times[0]}\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    accepted, refused = re.findall(r"Of all others ([\d,]+) were accepted and ([\d,]+) refused", page)[0]
+    assert int(accepted.replace(",", "")) + int(refused.replace(",", "")) + int(hostile[1]) == hostile[0]
+    assert (calls[1], times[1], full[1], denied[1], again[1]) == ("0", "0", "0", "1", "0")
 
 
 def test_the_adapters_of_the_picture_have_about_as_many_parameters_as_the_readme_says() -> None:

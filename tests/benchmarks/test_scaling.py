@@ -62,3 +62,11 @@ def test_growth_is_no_worse_than_proportional_to_tasks() -> None:
             assert taken["start"] < ratio * few["methods"][method]["start"]
         for verb in ("tasks_verb", "compare", "inspect", "report"):
             assert many[verb]["seconds"] < ratio * few[verb]["seconds"]
+    few, _, many = rows
+    for method, taken in many["methods"].items():
+        before = few["methods"][method]
+        assert taken["step"] == pytest.approx(before["step"], rel=0.2), "a step takes as long"
+        assert taken["train_memory"] < 1.1 * before["train_memory"]
+        assert taken["evaluate"]["memory"] < 2 * before["evaluate"]["memory"]
+    for verb in ("tasks_verb", "compare", "inspect", "report"):
+        assert many[verb]["memory"] < 2.01 * few[verb]["memory"], "the page says that it at most doubles"
