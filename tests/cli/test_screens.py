@@ -86,6 +86,30 @@ def test_a_training_in_a_terminal_fits_80_columns(recipe: Path, tmp_path: Path) 
     assert "{'loss'" not in drawn
 
 
+def test_batches_with_much_padding_name_the_option_that_lessens_it(
+    tiny: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"task": "t", "input": "fox " * (1 if i % 12 else 150), "output": "fox"} for i in range(120)]
+    split = [{**row, "split": "test" if i > 110 else "train"} for i, row in enumerate(rows)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in split), encoding="utf-8")
+    train = {"steps": 1, "batch_size": 8, "bucket_window": 2}
+    made = tiny("mode", tasks={"family": "files", "path": "rows.jsonl"}, train=train)
+    Path("recipe.yaml").write_text(made.resolved_yaml(), encoding="utf-8")
+    shown = {
+        window: CliRunner().invoke(
+            main,
+            ["train", "recipe.yaml", "--set", f"train.bucket_window={window}", "--no-evaluate", "--out", str(window)],
+        )
+        for window in (2, 32)
+    }
+    assert [result.exit_code for result in shown.values()] == [0, 0]
+    assert re.search(
+        r"^  · \d\d % of the batches is padding; --set train\.bucket_window=8 lessens it$", shown[2].stderr, re.M
+    )
+    assert "padding" not in shown[32].stderr
+
+
 def test_an_interrupted_training_names_the_command_that_continues_it(recipe: Path, tmp_path: Path) -> None:
     command = ["train", "recipe.yaml", "--set", "train.steps=4000", "--out", "my run"]
     process = forked.Fork(lambda: main(command), tmp_path)

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from itertools import chain
 from math import exp
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from dyads.data.mixture import KINDS, MixtureSpec, draw_probabilities, schedule
+from dyads.data.mixture import KINDS, MixtureSpec, draw_probabilities, padding_share, schedule
 from dyads.errors import ConfigError, TaskError
 
 SIZES = (50, 7, 0, 23)
@@ -167,3 +169,21 @@ def test_wrong_calls_are_refused(call, message):
 def test_contradicting_options_are_refused(options, message):
     with pytest.raises(ValidationError, match=message):
         MixtureSpec(**options)
+
+
+def test_padding_is_counted_in_the_parts_of_a_batch():
+    lengths = [[3, 5], [10]]
+    batches = [[(0, 0), (0, 1), (1, 0), (1, 0)]]
+    assert padding_share(batches, lengths, 4) == pytest.approx(12 / 40)
+    assert padding_share(batches, lengths, 2) == pytest.approx(2 / 30)
+    assert padding_share(batches, lengths, 1) == 0
+
+
+def test_the_table_of_padding_in_the_docs():
+    page = (Path(__file__).parents[2] / "docs/step-cost.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| 1/(\d+) \|((?: \d+ % \|){4})$", page, re.MULTILINE)
+    assert len(rows) == 3
+    for share, shown in rows:
+        lengths = [[50] * 100] * (int(share) - 1) + [[600] * 100]
+        made = [make(steps=512, batch_size=16, window=window, lengths=lengths) for window in (1, 8, 32, 128)]
+        assert [f"{100 * padding_share(batches, lengths, 16):.0f}" for batches in made] == re.findall(r"\d+", shown)

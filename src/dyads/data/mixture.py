@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dyads.errors import ConfigError, TaskError, did_you_mean
 
-__all__ = ["KINDS", "WINDOW", "Kind", "MixtureSpec", "draw_probabilities", "schedule"]
+__all__ = ["KINDS", "WINDOW", "Kind", "MixtureSpec", "draw_probabilities", "padding_share", "schedule"]
 
 Kind = Literal["proportional", "temperature", "uniform", "balanced", "round_robin"]
 KINDS: tuple[Kind, ...] = ("proportional", "temperature", "uniform", "balanced", "round_robin")
@@ -108,6 +108,12 @@ def schedule(
             drawn.append([(task, next(passes[task])) for task in slots])
         batches += _bucket(drawn, lengths, spec, _generator(seed, "window", number)) if window > 1 else drawn
     return batches[:steps]
+
+
+def padding_share(batches: Sequence[Batch], lengths: Sequence[Sequence[int]], size: int) -> float:
+    """Share of padding in the tensors of a schedule, whose batches are computed in parts of `size` examples."""
+    parts = [[lengths[task][i] for task, i in b[at : at + size]] for b in batches for at in range(0, len(b), size)]
+    return 1 - sum(map(sum, parts)) / sum(len(part) * max(part) for part in parts)
 
 
 def _bucket(

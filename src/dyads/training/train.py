@@ -27,7 +27,7 @@ from transformers import ProgressCallback as TrainerProgressCallback
 
 from dyads.console import SILENT, Reporter
 from dyads.data.batches import Collator, PairCollator, PairTokenizer, PromptTokenizer, TaskDataset, pad_id_of
-from dyads.data.mixture import schedule
+from dyads.data.mixture import padding_share, schedule
 from dyads.errors import ConfigError, DyadsError, RunError, TaskError, notice
 from dyads.models.heads import MODULE, attach_heads, collator_of, heads_of, pair_tokenizer_of
 from dyads.models.load import Kind, kind_of, load_model, load_tokenizer, model_config
@@ -58,6 +58,9 @@ from dyads.training.trainer import LogCallback, StopAtSigterm, TaskTrainer, Vali
 from dyads.tuner.routing import find_routing
 
 __all__ = ["Training", "train", "training_arguments"]
+
+_MUCH_PADDING = 1 / 3
+"""Share of padding from which a note names the option that reduces it."""
 
 
 def train(
@@ -323,6 +326,8 @@ class Training:
         )
         self.tokens = [sum(lengths[task][i] for task, i in batch) for batch in self.batches]
         """Input tokens of every step."""
+        at_once = spec.batch_size // spec.gradient_accumulation // launched().num_processes
+        self.padding = padding_share(self.batches, lengths, max(at_once, 1))
         if spec.validation_limit and (empty := [task.name for task in suite.tasks if not task.validation]):
             raise TaskError(
                 f"train.validation_limit is {spec.validation_limit}, but there are no validation instances of"
@@ -405,6 +410,10 @@ class Training:
             heads=self.head_parameters,
             tokens=self.tokens,
         )
+        if self.padding > _MUCH_PADDING:
+            option = f"--set train.bucket_window={4 * self.recipe.train.bucket_window}"
+            text = f"  · {100 * self.padding:.0f} % of the batches is padding; {option} lessens it"
+            reporter.note("padding", text, share=self.padding)
 
     def trainer(self, folder: RunFolder) -> TaskTrainer:
         """The Trainer of the run in `folder`."""
