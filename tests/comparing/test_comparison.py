@@ -272,6 +272,13 @@ def test_other_differences_are_notes(run: Run) -> None:
         run("b", {"t": [1], "u": [2]}, metrics={"u": "exact_match"}, parameters=2000, train={"learning_rate": 2e-3}),
         run("c", {"t": [1], "u": [2]}, metrics={"u": "exact_match"}, mixture={"kind": "uniform"}),
     ]
+    window = run(
+        "d", {"t": [1], "u": [2]}, metrics={"u": "exact_match"}, train={"bucket_window": 32, "save_steps": None}
+    )
+    assert [n for n in compare([folders[1], window]).notes if "train." in n] == [
+        "train.learning_rate differs: 0.002 (b), 0.001 (d)",
+        "train.bucket_window differs: 8 (b), 32 (d)",
+    ]
     assert set(compare(folders).notes) == {
         "micro and macro average over different metrics: rouge_l (1 task), exact_match (1 task)",
         "seeds differ: 1 (a), 0 (b, c)",

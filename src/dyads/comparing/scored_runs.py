@@ -29,7 +29,6 @@ _UNIMPORTANT = (
     "evaluate.batch_size",
     "evaluate.limit",  # what was scored is compared itself, since it may differ from the recipe's
     "evaluate.split",
-    "train.bucket_window",
     "train.gradient_accumulation",
     "train.gradient_checkpointing",
     "train.logging_steps",
