@@ -376,7 +376,7 @@ def test_a_model_of_another_kind_is_refused(
 def test_free_text_is_refused_before_the_folder_is_touched(make: Make, tmp_path: Path) -> None:
     starter = {"family": "starter", "names": ["first_word", "has_animal"], "train_per_task": 4, "test_per_task": 2}
     with pytest.raises(
-        TaskError, match="which needs labels or numbers, and first_word asks for free text: give its labels"
+        TaskError, match="which needs labels or numbers, and first_word has answers in free text: give its labels"
     ):
         train(make(tasks=starter), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -89,8 +89,9 @@ def heads_of(tasks: Sequence[Task]) -> tuple[Head, ...]:
     if unlabelled := [task.name for task in tasks if not task.labels and not task.regression]:
         raise TaskError(
             f"an encoder answers by a head, which needs labels or numbers, and {', '.join(unlabelled[:5])}"
-            f"{f', … ({len(unlabelled)} in all)' if len(unlabelled) > 5 else ''} asks for free text: give its labels"
-            " (`tasks.labels: {TASK: [no, yes]}` for your own files), use a model that generates, or leave it out"
+            f"{f', … ({len(unlabelled)} in all)' if len(unlabelled) > 5 else ''} has answers in free text: give"
+            " its labels (`tasks.labels: {TASK: [no, yes]}` for your own files), use a model that generates, or"
+            " leave it out"
         )
     if untrained := [task.name for task in tasks if not task.train]:
         raise TaskError(

@@ -46,7 +46,7 @@ Kind = Literal["causal", "seq2seq", "encoder"]
 
 _MOST_LAYERS = 10_000
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-"""Python files of a model are not run. Without the argument transformers asks on the terminal whether to run them."""
+"""Python files of a model are not run. Without the argument transformers prompts for it on the terminal."""
 
 
 def model_config(name: str, revision: str | None = None) -> Any:

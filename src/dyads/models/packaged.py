@@ -96,7 +96,7 @@ def resolve(name: str) -> str:
 
 
 def same_model(loaded: str, name: str) -> bool:
-    """Whether a hub id or folder that an adapter was trained on is the model that `name` stands for.
+    """Whether a hub id or folder that an adapter was trained on is the model of this name.
 
     The cache or the packages may have moved since, so a packaged model is recognised by the end of its path: a
     converted one by its folder's name, which holds the version, another one by its path in the package.

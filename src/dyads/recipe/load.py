@@ -34,7 +34,7 @@ def _how_to_add(key: str) -> str:
 
 
 def parse_recipe(text: str, name: str) -> Recipe:
-    """The recipe in a YAML text, without Recipe.check and its slow imports; `name` stands for the text in errors."""
+    """The recipe in a YAML text, without Recipe.check and its slow imports; errors call the text `name`."""
     return validated(Recipe, read_text(text, name), name, recipe_keys)
 
 
@@ -46,7 +46,7 @@ class _TasksAlone(Section):
 def parse_tasks(source: YamlSource, name: str, remedy: Callable[[str], str]) -> FamilySpec:
     """The section `tasks` of a source; its other sections are ignored.
 
-    `name` stands for the source in errors, and `remedy` says how to add a missing key.
+    Errors call the source `name`, and `remedy` says how to add a missing key.
     """
     alone = YamlSource({key: value for key, value in source.data.items() if key == "tasks"}, source.origins)
     return validated(_TasksAlone, alone, name, recipe_keys, remedy=remedy).tasks

@@ -88,7 +88,7 @@ def validated(
 ) -> Model:
     """The section that a source holds, or a ConfigError with a line for every error in it.
 
-    `name` stands for the source where an error has no line of its own, `keys` lists the keys to suggest, and `remedy`
+    Errors without a line of their own call the source `name`; `keys` lists the keys to suggest, and `remedy`
     says how to add a missing key, or nothing. `further` finds mistakes that the model does not know, by their keys, in
     data that may have others.
     """

@@ -85,7 +85,7 @@ def read_file(path: Path, extended_by: tuple[Path, ...] = (), size: int = 0) -> 
 
 
 def read_text(text: str, name: str) -> YamlSource:
-    """A YAML text alone; `name` stands for it in errors."""
+    """A YAML text alone; errors call it `name`."""
     if len(text) > _LARGEST:
         raise ConfigError(f"{name}: more than {_LARGEST:,} characters, the limit for a recipe")
     data, origins = deepcopy(_kept(text, name))

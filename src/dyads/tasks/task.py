@@ -68,7 +68,7 @@ class Task:
     regression: bool = False
     """References are numbers written as text. The first is the training target as text, the last the exact value."""
     description: str = ""
-    """What the task asks, in a few sentences; used to measure the similarity of two tasks."""
+    """The task in a few sentences; used to measure the similarity of two tasks."""
     template: Template | None = None
     """The form of its prompts, with which `dyads generate --task` renders a row; None: it answers raw prompts only."""
 

@@ -255,8 +255,8 @@ def training_arguments(recipe: Recipe, folder: RunFolder) -> TrainingArguments:
         return arguments
     if recipe.method.name == "smora" and recipe.method.options.get("bias_rate") != 0:
         raise ConfigError(
-            "smora moves its bias when it sees its router change, which sharding hides: leave fsdp and deepspeed out of"
-            " train.trainer, or set method.bias_rate: 0"
+            "smora updates its bias after each change of its router, which sharding hides: leave fsdp and deepspeed out"
+            " of train.trainer, or set method.bias_rate: 0"
         )
     if recipe.adapt is not None:
         raise ConfigError(

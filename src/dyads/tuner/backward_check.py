@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check of the first backward pass: adapters that got no gradient, and an auxiliary loss that is in no loss.
 
-Both train something else than was asked for, without an error: a layer whose output another module does not use, and a
-trainer that builds its loss from logits and drops the loss that the model returned. The user is warned once.
+Both train something else than the config says, without an error: a layer whose output another module does not use, and
+a trainer that builds its loss from logits and drops the loss that the model returned. The user is warned once.
 """
 
 from __future__ import annotations
