@@ -24,7 +24,7 @@ from dyads.methods.poly import PolyConfig
 from dyads.methods.smora import SMoRAConfig
 from dyads.ops import dyadic, fused
 from dyads.tuner import DyadsLinear
-from tiny import TASKS, batch, tiny_model
+from tiny import MLP, TASKS, batch, tiny_model
 
 TASK = torch.tensor([2, 0, 2])
 
@@ -167,11 +167,20 @@ def steps_of(model: nn.Module) -> list[list[int]]:
     return [core.bias_steps.tolist() for core in cores(model)]
 
 
-def smora_run(*, accumulate: int = 1, checkpointing: bool | None = None, dtype: torch.dtype = torch.float32) -> Any:
+def smora_run(
+    *,
+    accumulate: int = 1,
+    checkpointing: bool | None = None,
+    compiles: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
     """Two steps of training on the same six samples, in one batch or in several."""
     config = SMoRAConfig(r=8, top_k=2, target_modules=["q_proj", "down_proj"], init_weights=False)
     torch.manual_seed(0)
     model = get_peft_model(tiny_model("llama", dtype), config).train()
+    if compiles:
+        torch._dynamo.reset()
+        model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj").compile(backend="eager")
     if checkpointing is not None:
         model.base_model.model.enable_input_require_grads()
         model.base_model.model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
@@ -204,11 +213,22 @@ def test_smora_moves_its_bias_once_per_step_towards_the_ranks_that_are_left_out(
         assert moved.tolist() == torch.sign(counts.double().mean() - counts).long().tolist()
 
 
-@pytest.mark.parametrize("changed", [{"accumulate": 3}, {"checkpointing": True}, {"checkpointing": False}])
-def test_smora_counts_the_same_under_checkpointing_and_accumulation(changed: dict[str, Any]) -> None:
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of the tracer
+@pytest.mark.parametrize(
+    "changed", [{"accumulate": 3}, {"checkpointing": True}, {"checkpointing": False}, {"compiles": True}]
+)
+def test_smora_counts_the_same_under_checkpointing_accumulation_and_compilation(changed: dict[str, Any]) -> None:
     (plain, _), (other, _) = smora_run(), smora_run(**changed)
     assert steps_of(other) == steps_of(plain)
     assert [core.chosen.tolist() for core in cores(other)] == [core.chosen.tolist() for core in cores(plain)]
+
+
+def test_smora_without_a_bias_counts_nothing_and_compiles_whole() -> None:
+    model = get_peft_model(MLP(), SMoRAConfig(r=4, top_k=2, bias_rate=0, target_modules=["lin0"])).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    torch._dynamo.reset()
+    assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+    assert not any(core.chosen.any() for core in cores(model))
 
 
 def test_smora_bias_survives_half_precision_and_saving(tmp_path: Any) -> None:

@@ -44,7 +44,7 @@ def test_the_blocks_that_a_model_repeats_are_compiled(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of the tracer
-@pytest.mark.parametrize("method", ["mode", "more"])
+@pytest.mark.parametrize("method", ["mode", "more", "smora"])
 def test_compiled_blocks_train_the_same_adapter(
     method: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +61,8 @@ def test_compiled_blocks_train_the_same_adapter(
     assert blocks == ["LlamaDecoderLayer"] * 2
     assert counters["stats"]["unique_graphs"] > 0
     assert_close(_weights(compiled), _weights(plain), rtol=0.0, atol=1e-6)
+    if method == "smora":
+        assert any(value.any() for name, value in _weights(compiled).items() if name.endswith("bias_steps"))
     for name in ("loss", "auxiliary_loss")[: 2 if method == "more" else 1]:
         logged = [[line[name] for line in f.log() if "loss" in line] for f in (compiled, plain)]
         assert logged[0] == pytest.approx(logged[1], rel=1e-4)

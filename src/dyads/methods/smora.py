@@ -11,8 +11,8 @@ Ours ↔ theirs: top_k ↔ k (activate_r), router ↔ lora_router, β ↔ lora_b
 We differ: β moves once per step of the optimizer, by the choices of all forward passes since the last one, and not
 within the forward pass. So an accumulated batch counts like a whole one, and what gradient checkpointing runs again
 uses the β of its first run and counts once. β is kept as a whole number of steps, which half precision cannot round.
-All tokens count, padding too, as there; inside torch.compile none do, and β stays. Their router reads the dropped-out
-input, ours the whole one. Groups of ranks that share a gate (rank_partition) are left out, and no product is skipped.
+All tokens count, padding too, as there. Their router reads the dropped-out input, ours the whole one. Groups of ranks
+that share a gate (rank_partition) are left out, and no product is skipped.
 """
 
 from __future__ import annotations
@@ -114,20 +114,25 @@ class SMoRA(Core):
         return h * g
 
     def _counts(self) -> bool:
-        """Whether this run of `select` is a forward pass of training, and not its repetition in backward."""
-        counts = self.training and not torch.compiler.is_compiling() and not in_backward()
-        if counts and "_is_replica" in self.__dict__ and self.bias_rate > 0:
+        """Whether this run of `select` is a forward pass of training, and not its repetition in backward.
+
+        Compiled code may count the repetition too: the signs that move β are those of any multiple.
+        """
+        if not self.training or self.bias_rate == 0:
+            return False
+        if "_is_replica" in self.__dict__:
             raise ConfigError(
                 "smora cannot train in nn.DataParallel, whose replicas forget what they count after each forward pass:"
                 " use DistributedDataParallel, or set bias_rate: 0"
             )
-        return counts
+        return torch.compiler.is_compiling() or not in_backward()
 
     def add_up_processes(self) -> None:
         # Adding up twice is harmless: the signs that move β are those of any multiple.
         if self.p > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.chosen)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph cannot read the version of a weight
     @torch.no_grad()
     def _move_bias(self) -> None:
         """β += bias_rate · sign(mean of chosen − chosen), once after every change of the router.

@@ -75,20 +75,28 @@ class RowGroups:
     groups: Sequence[RowGroup]
 
 
-class _Thread(threading.local):
+class _Thread:
     """What one thread runs. Not context variables, which torch.compile cannot trace (torch 2.13)."""
 
-    current: ForwardPass | None = None
-    tasks: BatchTasks | None = None
-    """Those of `use_task` again, for compiled code."""
-    cache: OperatorCache | None = None
-    check: BackwardCheck | None = None
-    kept: list[Tensor] | None = None
-    """The auxiliary losses of `keeping_losses`."""
-    rows: RowGroups | None = None
-    """The adapters of the rows, where they differ; the active adapters then do not count."""
-    untaken: Tensor | None = None
-    """The auxiliary loss of the last call, where the model returned no loss to add it to."""
+    def __init__(self) -> None:
+        self.current: ForwardPass | None = None
+        self.tasks: BatchTasks | None = None
+        """Those of `use_task` again, for compiled code."""
+        self.cache: OperatorCache | None = None
+        self.check: BackwardCheck | None = None
+        self.kept: list[Tensor] | None = None
+        """The auxiliary losses of `keeping_losses`."""
+        self.rows: RowGroups | None = None
+        """The adapters of the rows, where they differ; the active adapters then do not count."""
+        self.untaken: Tensor | None = None
+        """The auxiliary loss of the last call, where the model returned no loss to add it to."""
+
+
+class _Threads(threading.local):
+    """A `_Thread` for every thread; torch.compile cannot assign attributes of a threading.local itself (torch 2.13)."""
+
+    def __init__(self) -> None:
+        self.own = _Thread()
 
 
 _TASKS: ContextVar[Mapping[Any, BatchTasks]] = ContextVar("dyads_tasks", default=MappingProxyType({}))
@@ -114,15 +122,20 @@ class Routing:
         """Callables that take our wrappers off the model (model_calls.py)."""
         self.checked = False
         """Whether a backward pass through all adapters was observed (backward_check.py)."""
-        self.here = _Thread()
+        self._threads = _Threads()
         self._caches: list[OperatorCache] = []
 
     def __getstate__(self) -> dict[str, Any]:
         # Passes, their losses and caches belong to threads: they can be neither copied nor stored.
-        return {key: value for key, value in self.__dict__.items() if key not in ("here", "_caches")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_threads", "_caches")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, here=_Thread(), _caches=[])
+        self.__dict__.update(state, _threads=_Threads(), _caches=[])
+
+    @property
+    def here(self) -> _Thread:
+        """What this thread runs."""
+        return self._threads.own
 
     # --- tasks --------------------------------------------------------------------------------------------------------
 
