@@ -339,6 +339,19 @@ def test_the_picture_is_drawn_from_the_results() -> None:
     assert drawn == module.picture(), "python docs/picture.py draws it again"
 
 
+def test_the_names_of_methods_have_an_x_everywhere() -> None:
+    """As in recipes, tables and run folders: MoDE 4x2. A × between numbers is for shapes, such as batch 8×128."""
+    places = [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *ROOT.glob("benchmarks/*.py"),
+        *ROOT.glob("recipes/*/*"),
+    ]
+    texts = {path: path.read_text(encoding="utf-8") for path in places if path.is_file()}
+    found = {str(path): re.findall(r"(?<!batch )\b\d+×\d+", text) for path, text in texts.items()}
+    assert not {path: names for path, names in found.items() if names}
+
+
 # --- docs/tasks.md ----------------------------------------------------------------------------------------------------
 
 TASKS = (ROOT / "docs/tasks.md").read_text(encoding="utf-8")
