@@ -181,7 +181,7 @@ def similar_file(path: Path) -> str:
 
 
 def similar_name(name: str, names: Iterable[str]) -> str:
-    """The end of an error about a missing file or folder: the names beside it that differ by a slip, if any.
+    """The end of an error about a missing file or folder: the name beside it that differs by a slip, if any.
 
     Such names share whole words, as in `LoRA-9-seed0` and `MoRE-9-seed0`: the words that differ are compared.
 
@@ -190,7 +190,8 @@ def similar_name(name: str, names: Iterable[str]) -> str:
     """
     lowered = {n.lower(): n for n in names}
     near = get_close_matches(name.lower(), lowered, n=20, cutoff=0.8) if len(name) < 100 else []
-    return did_you_mean(name, [lowered[n] for n in near if _likeness(name.lower(), n) >= 0.8][:3])
+    best = max(near, key=lambda n: _likeness(name.lower(), n), default="")
+    return did_you_mean(name, [lowered[best]]) if best and _likeness(name.lower(), best) >= 0.8 else ""
 
 
 def _likeness(a: str, b: str) -> float:

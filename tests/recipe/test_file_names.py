@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from dyads.errors import ConfigError, RunError, TaskError, did_you_mean, shortened, visible, visible_in
+from dyads.errors import ConfigError, RunError, TaskError, did_you_mean, shortened, similar_name, visible, visible_in
 from dyads.recipe.file_names import file_name, name_mistake
 from dyads.recipe.load import parse_recipe
 
@@ -126,3 +126,25 @@ def test_suggestions_are_short_and_quick() -> None:
 def test_every_text_in_a_value_is_made_visible() -> None:
     assert visible_in({"a\x1b": ["b\u2066", ("c", 1)]}) == {r"a\u001b": [r"b\u2066", ("c", 1)]}
     assert visible("a\nb\t", keep="\n") == "a\nb\\u0009"
+
+
+@pytest.mark.parametrize(
+    ("missing", "there", "near"),
+    [
+        ("mode-seed1", ["mode-seed0", "more-seed0"], "mode-seed0"),
+        ("MoDE-4x2-sed0", ["MoDE-4x2-seed0", "MoDE-4x4-seed0"], "MoDE-4x2-seed0"),
+        ("lora-9-seed0", ["LoRA-9-seed0"], "LoRA-9-seed0"),
+        ("lora 9-seed0", ["lora-9-seed0"], "lora-9-seed0"),
+        ("my-task.jsonl", ["my-tasks.jsonl", "other.jsonl"], "my-tasks.jsonl"),
+        ("LoRA-9-seed0", ["MoRE-9-seed0", "MoDE-4x2-seed0"], None),
+        ("LoRA-16x4-seed1", ["MoRE-16x4-seed1"], None),
+        ("mine-seed0", ["base-seed0", "new-seed0", "more-seed0"], None),
+        ("lora.yaml", ["more.yaml", "mode.yaml"], None),
+        ("x" * 100_000, ["x"], None),
+        ("mode", [], None),
+    ],
+)
+def test_a_missing_file_or_folder_names_those_that_differ_by_a_slip(
+    missing: str, there: list[str], near: str | None
+) -> None:
+    assert similar_name(missing, there) == (f" – did you mean '{near}'?" if near else "")

@@ -156,6 +156,15 @@ def test_all_mistakes_are_reported_at_once(changed: dict[str, str], mistakes: li
         assert re.match(rf"  {re.escape(str(path))}:\d: ", line) or "missing" in mistake
 
 
+def test_of_many_mistakes_the_first_are_shown(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text(method="{name: mode, " + ", ".join(f"o{i}: 1" for i in range(3000)) + "}"))
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    first, *lines, last = str(caught.value).splitlines()
+    assert (first, len(lines), last) == (f"{path}: more than 20 mistakes", 20, "  …")
+
+
 def test_the_whole_recipe_names_its_mistakes_too(recipe: Callable[..., Recipe]) -> None:
     wrong = recipe("a", method="moed", train={"trainer": {"foo": 1}})
     with pytest.raises(ConfigError, match=r"unknown method 'moed' – .*; unknown key 'train\.trainer\.foo'"):

@@ -12,6 +12,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -102,7 +103,7 @@ def validated(
         errors = error.errors(include_url=False)
         many = len(errors)
         explained = [_explained(found, model, source, known, remedy) for found in errors[:_MOST_MISTAKES]]
-    others = list(further(source.data)) if further else []
+    others = list(islice(further(source.data), _MOST_MISTAKES + 1)) if further else []
     many += len(others)
     explained += [(_origin(path, source), message) for path, message in others[: _MOST_MISTAKES - len(explained)]]
     if valid is not None and not many:
@@ -111,7 +112,8 @@ def validated(
     if many == 1:
         raise ConfigError(placed[0])
     more = ["…"] * (many > len(placed))
-    raise ConfigError("\n  ".join([f"{name}: {many} mistakes", *placed, *more]))
+    count = f"{many}" if len(others) <= _MOST_MISTAKES else f"more than {many - 1}"
+    raise ConfigError("\n  ".join([f"{name}: {count} mistakes", *placed, *more]))
 
 
 def _origin(path: KeyPath, source: YamlSource) -> str | None:
