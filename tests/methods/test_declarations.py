@@ -109,6 +109,11 @@ class BiasFromZero(Declared):
         return scores + self.bias.to(x.dtype)
 
 
+class OtherColumns(Declared):
+    def mix_columns(self, z: Tensor) -> Tensor | None:
+        return z[: self.p] * z[self.p :].sigmoid()
+
+
 class LooksAway(Undeclared):
     """Reads the token and declares nothing, by which it would be merged."""
 
@@ -211,6 +216,7 @@ WRONG: dict[str, tuple[Callable[[int], Core], str]] = {
     "own route": (lambda d: OwnRoute(d, 4), f"OwnRoute {DIFFERS}"),
     "own score": (lambda d: OwnScore(d, 4), f"OwnScore {DIFFERS}"),
     "zero bias": (lambda d: BiasFromZero(d, 4), f"BiasFromZero {DIFFERS}"),
+    "other columns": (lambda d: OtherColumns(d, 4), "OtherColumns has a mix_columns that differs from its mix"),
     "looks away": (lambda d: LooksAway(d, 4), r"LooksAway declares looks_at = \[\], but its gates change with x"),
     "looks at h": (lambda d: LooksAtH(d, 4), r"LooksAtH declares looks_at = \['x'\], but its gates change with h"),
     "in training": (lambda d: ReadsInTraining(d, 4), f"ReadsInTraining {READS}"),

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from dyads.methods.mode import MoDE
 from dyads.ops import CachedOperator, dyadic, fused, plain
 from dyads.ops import cached as of_cached
 from tiny import Variant, tiny_layer
@@ -86,3 +89,39 @@ def test_ids_on_an_accelerator_are_not_read(variant: Variant) -> None:
     core, x, A, B, task = core.to("meta"), *(t.to("meta") for t in (x, A, B, task))
     with torch.no_grad():
         assert CachedOperator(A, B, core, 1.0)(x, task).shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [(), (("group_size", 2),), (("score", "h"),)], ids=str)
+def test_columns_of_tokens_have_the_bits_of_select_and_mix(options: Any, dtype: torch.dtype) -> None:
+    core = Variant("mode", options).config().core(6).to(dtype).eval()
+    core.reset_parameters()
+    groups, experts = core.gate_shape
+    for tokens in (2, 7, 32, 65):
+        z = torch.randn(core.p + groups * experts, tokens).to(dtype)
+        h, scores = z.t()[:, : core.p], z.t()[:, core.p :]
+        columns = core.mix_columns(z)
+        assert columns is not None
+        assert torch.equal(columns.t(), core.mix(h, core.select(h, scores, None)))
+    others = ("select", "sigmoid"), ("temperature", 2.0), ("score", "x+task"), ("num_experts", 1)
+    for one in others:
+        other = Variant("mode", (one,)).config().core(6)
+        assert other.mix_columns(torch.zeros(9, 2)) is None
+
+
+def test_a_subclass_with_another_mix_is_not_passed_over() -> None:
+    class Doubled(MoDE):
+        def mix(self, h: Tensor, g: Tensor) -> Tensor:
+            return 2 * super().mix(h, g)
+
+    class Sharp(MoDE):
+        def select(self, h: Tensor, scores: Tensor | None, task_scores: Tensor | None) -> Tensor:
+            assert scores is not None
+            return super().select(h, 3 * scores, task_scores)
+
+    x, A, B = torch.randn(5, 1, 6), torch.randn(4, 6), torch.randn(5, 12)
+    for kind in (MoDE, Doubled, Sharp):
+        core = kind(6, 4, 3, 1, router_std=1.0).eval()
+        core.reset_parameters()
+        with torch.no_grad():
+            assert_close(CachedOperator(A, B, core, 0.5)(x), dyadic(x, A, B, core, scale=0.5))

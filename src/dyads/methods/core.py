@@ -104,6 +104,14 @@ class Core(nn.Module):
         """
         raise NotImplementedError
 
+    def mix_columns(self, z: Tensor) -> Tensor | None:
+        """mix(h; select(h, scores, None)) as (q, tokens), from z = [h; scores] as (p + s, tokens); None: not available.
+
+        With `linear_scores`, for tokens without task scores. In decoding, with few tokens, the number of operations is
+        what a gate costs; with the tokens as the last axis a softmax over a few experts needs no copy.
+        """
+        return None
+
     def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of u = mix(h; g) for h (… p) and for the sum of scores and `task_scores` (… s), given du (… q)."""
         raise NotImplementedError

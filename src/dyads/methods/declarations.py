@@ -92,6 +92,12 @@ def _check_linear(probe: Core, h: Tensor, x: Tensor, task: Tensor | None, du: Te
                 f"{name} declares linear_scores, but its route differs from select(h, R {probe.router_input},"
                 " task_scores(task)): set linear_scores = False"
             )
+        z = h if scores is None else torch.cat([h, scores], -1)
+        columns = probe.mix_columns(z.reshape(-1, z.shape[-1]).t().contiguous()) if task_scores is None else None
+        if columns is not None and not _same(columns.t(), u.reshape(-1, u.shape[-1])):
+            raise ConfigError(
+                f"{name} has a mix_columns that differs from its mix and select: override it too, or return None"
+            )
     if probe.closed_form:
         _check_gradients(probe, h, scores, task_scores, du)
 

@@ -78,9 +78,19 @@ class MoDE(StagedCore):
     ) -> None:
         super().__init__(d, (r // group_size, num_experts), router_std=router_std, stages=stages, inner=r)
         self.p, self.q = r, r * num_experts
+        # A subclass that overrides `select` or `mix` has no `mix_columns`.
+        self._mixes_columns = self.is_softmax_of_tokens and type(self).mix is MoDE.mix
 
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return combine_groups(h, g)
+
+    def mix_columns(self, z: Tensor) -> Tensor | None:
+        if not self._mixes_columns:
+            return None
+        groups, experts = self.gate_shape
+        h, scores = z.split_with_sizes((self.p, groups * experts))
+        g = scores.view(groups, 1, experts, -1).softmax(2)
+        return (g * h.view(groups, self.p // groups, 1, -1)).view(self.q, -1)
 
     def softmax_gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         return softmax_group_gradients(h, g, du)

@@ -319,6 +319,14 @@ class StagedCore(Core):
             scores = scores / self.stages.temperature
         return scores.view(*scores.shape[:-1], *self.gate_shape)
 
+    @property
+    def is_softmax_of_tokens(self) -> bool:
+        """Whether the gates are the softmax of the router's scores alone."""
+        stages, own = self.stages, type(self)
+        plain = stages.select == "softmax" and stages.score in ("x", "h") and stages.temperature == 1.0
+        inherited = own.select is StagedCore.select and own._scores is StagedCore._scores
+        return plain and inherited and self.num_experts > 1
+
     def softmax_gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of u = mix(h; softmax(s)) for h and s."""
         raise NotImplementedError

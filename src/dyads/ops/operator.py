@@ -78,6 +78,10 @@ class LinearGating(Gating, Protocol):
         """Gates g, from h (… p), the tokens' scores (… s) and `task_scores`."""
         ...
 
+    def mix_columns(self, z: Tensor) -> Tensor | None:
+        """u (q, tokens) from z = [h; scores] (p + s, tokens), without task scores; None: use `select` and `mix`."""
+        ...
+
     def gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of u = mix(h; select(scores)) for h (… p) and the scores (… s), given du (… q).
 
@@ -347,22 +351,23 @@ def forward(
     scale: float, out: Tensor | None, frozen: Frozen | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y of equation (1) and z = [h; scores], from weights in one dtype: `joined` = [A; R], R and B; p rows of A."""
-    z = inner_products(x.to(joined.dtype), joined, R, core)  # z = [A; R] x
-    h, scores = split(z, p)
-    u = core.mix(h, core.select(h, scores, task_scores))
+    columns = inner_products(_cast(x, joined.dtype), joined, R, core)
+    z = columns.t().view(*x.shape[:-1], columns.shape[0])  # z = [A; R] x, with the tokens innermost in memory
+    u = core.mix_columns(columns) if task_scores is None else None
+    if u is None:
+        h, scores = split(z, p)
+        u = core.mix(h, core.select(h, scores, task_scores))
+        u = u.reshape(-1, u.shape[-1]).t()
     may_overwrite = frozen is not None
     if frozen is not None:
         out = F.linear(x, *frozen)  # W x + b
-    return add(out, u, B, scale, may_overwrite=may_overwrite), z  # y = W x + b + scale · B u
+    return add(out, u.t(), B, scale, x.shape, may_overwrite=may_overwrite), z  # y = W x + b + scale · B u
 
 
 def inner_products(x: Tensor, joined: Tensor, R: Tensor | None, core: LinearGating) -> Tensor:
-    """z = [h; scores] (… p + s): [A; R] x, or [A x; R A x]; the tokens are innermost in memory."""
+    """z = [h; scores] (p + s, tokens): [A; R] x, or [A x; R A x]."""
     z = joined @ x.reshape(-1, x.shape[-1]).t()
-    if R is not None and core.router_input == "h":
-        z = torch.cat([z, _cast(R, z.dtype) @ z])
-    tokens: Tensor = z.t()
-    return tokens.view(*x.shape[:-1], z.shape[0])
+    return torch.cat([z, _cast(R, z.dtype) @ z]) if R is not None and core.router_input == "h" else z
 
 
 def split(z: Tensor, p: int) -> tuple[Tensor, Tensor | None]:
@@ -370,15 +375,16 @@ def split(z: Tensor, p: int) -> tuple[Tensor, Tensor | None]:
     return (z, None) if z.shape[-1] == p else (z[..., :p], z[..., p:])
 
 
-def add(out: Tensor | None, u: Tensor, B: Tensor, scale: float, *, may_overwrite: bool) -> Tensor:
-    """out + scale · B u (… o), in one product; without `out` the update alone.
+def add(out: Tensor | None, rows: Tensor, B: Tensor, scale: float, shape: torch.Size, *, may_overwrite: bool) -> Tensor:
+    """out + scale · B u (… o), in one product, from `rows` = u (tokens q) and the shape of x; without `out` the update
+    alone.
 
     `may_overwrite` allows the sum in place, which happens unless a TorchDispatchMode is active: one such as selective
     checkpointing may have kept `out`.
     """
-    rows, o = u.reshape(-1, B.shape[1]), B.shape[0]
+    o = B.shape[0]
     if out is None:
-        return _mm(rows, B.t(), scale).view(*u.shape[:-1], o)
+        return _mm(rows, B.t(), scale).view(*shape[:-1], o)
     in_place = may_overwrite and torch._C._len_torch_dispatch_stack() == 0
     if out.dtype != B.dtype:
         delta = (rows @ B.t()).view(out.shape)

@@ -198,19 +198,21 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
                 f"layer {self.key} sees an input of shape {tuple(x.shape)} in a batch of {given.count} rows, so which"
                 " row has which adapter is unknown"
             )
-        out: Tensor = self.base_layer(x)
+        groups = [group for group in given.groups if group.adapter in self.scaling]
+        # One adapter of all rows adds to the frozen layer's output in place.
+        frozen = self._frozen() if len(groups) == 1 and groups[0].rows is None else None
+        out: Any = self.base_layer(x) if frozen is None else None
         cache = self._cache(x)
-        for group in given.groups:
-            if group.adapter not in self.scaling:
-                continue
+        for group in groups:
             operator, rows, task = self._operator(group.adapter, {} if cache is None else cache), group.rows, None
             if group.tasks is not None and "task" in operator.core.looks_at:
                 task = group.tasks.ids(group.adapter, self.routing.names[group.adapter], x.device)
             if rows is None:
-                out = operator.core(operator, x, task, out=out)
+                out = operator.core(operator, x, task, out=out, frozen=frozen)
             else:
                 out[rows] = operator.core(operator, x[rows], task, out=out[rows])
-        return out
+        result: Tensor = out
+        return result
 
     def _add(self, adapter: str, x: Tensor, out: Tensor | None, frozen: Frozen | None) -> Tensor:
         core, dropout = self.core(adapter), self.lora_dropout[adapter]

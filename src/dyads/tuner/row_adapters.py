@@ -47,6 +47,9 @@ class _LoRA(Core):
     def mix(self, h: Tensor, g: Tensor) -> Tensor:
         return h
 
+    def mix_columns(self, z: Tensor) -> Tensor:
+        return z
+
 
 class RowAdapters:
     """A base model whose rows have adapters by name; it starts without any."""
