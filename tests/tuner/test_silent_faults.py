@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, spectral_norm
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -28,6 +29,7 @@ from transformers import (
 import dyads
 from dyads import MoDEConfig, MoREConfig, use_task
 from dyads.errors import ConfigError, MergeError, RoutingError
+from dyads.tuner.base_layer import is_plain
 from tiny import TARGETS, TASKS, Variant, adapted_layers, batch, task_of, tiny_model
 
 LOSSY = [Variant("more", (("contrastive", 0.1),)), Variant("mode", (("load_balance", 0.1),))]
@@ -124,7 +126,7 @@ class _Reads(nn.Module):
 
     def __init__(self, how: str) -> None:
         super().__init__()
-        self.inner, self.how = nn.Linear(6, 6), how
+        self.inner, self.how = nn.Linear(6, 6).requires_grad_(False), how
 
     def forward(self, x: Tensor) -> Tensor:
         w, how = self.inner.weight, self.how
@@ -142,10 +144,14 @@ class _Reads(nn.Module):
             return x @ w.data
         if how == "einsum":
             return torch.einsum("bd,od->bo", x, w)
+        if how == "numpy":
+            return x @ torch.from_numpy(w.numpy().T)
+        if how == "list":
+            return x @ torch.tensor(w.tolist()).T
         return torch.stack([w, w]).sum(0)[:1] + x
 
 
-@pytest.mark.parametrize("how", ["linear", "matmul", "data", "einsum", "stack"])
+@pytest.mark.parametrize("how", ["linear", "matmul", "data", "einsum", "stack", "numpy", "list"])
 def test_a_weight_that_another_module_multiplies_by_is_refused(how: str) -> None:
     base = _Reads(how)
     x = torch.randn(3, 6)
@@ -250,9 +256,14 @@ class _Packed(nn.Module):
 
 
 LORA = Variant("mode", (("num_experts", 1),))
+COMPUTED = {
+    "spectral_norm": spectral_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+}
+"""Layers whose weight is computed from other tensors in every call."""
 
 
-@pytest.mark.parametrize("kind", ["int8", "subclass", "rounding", "packed", "old names"])
+@pytest.mark.parametrize("kind", [*COMPUTED, "int8", "subclass", "rounding", "packed", "old names"])
 def test_only_a_floating_point_weight_is_merged_into(kind: str) -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 4))
@@ -262,6 +273,8 @@ def test_only_a_floating_point_weight_is_merged_into(kind: str) -> None:
         base[0].weight = nn.Parameter(base[0].weight.detach().as_subclass(_Subclass), requires_grad=False)
     elif kind == "rounding":
         base = nn.Sequential(_Rounding(6, 4))
+    elif kind in COMPUTED:
+        COMPUTED[kind](base[0])
     elif kind == "packed":
         base = nn.Sequential(_Packed(6, 4))
     else:
@@ -276,6 +289,11 @@ def test_only_a_floating_point_weight_is_merged_into(kind: str) -> None:
         assert torch.equal(model(x), before)  # the adapter is still there
         model.train()(x).square().sum().backward()
         assert adapted_layers(model)[0].lora_A["default"].weight.grad.abs().max() > 0
+
+
+def test_a_weight_that_is_computed_in_every_call_is_not_plain() -> None:
+    assert is_plain(nn.Linear(6, 4))
+    assert not is_plain(parametrizations.weight_norm(nn.Linear(6, 4)))
 
 
 class _Half(_Packed):
@@ -297,7 +315,15 @@ class _Dynamic(_Packed):
         return super().forward((x / scale).round() * scale)
 
 
-@pytest.mark.parametrize("make", [lambda: _Packed(6, 4), lambda: _Rounding(6, 4), lambda: _Half(6, 4)])
+MAKES = [
+    lambda: _Packed(6, 4),
+    lambda: _Rounding(6, 4),
+    lambda: _Half(6, 4),
+    lambda: COMPUTED["pruned"](nn.Linear(6, 4)),
+]
+
+
+@pytest.mark.parametrize("make", MAKES)
 @pytest.mark.parametrize("variant", [LORA, Variant("more")], ids=lambda v: v.id)
 def test_a_quantised_layer_merges_as_the_floating_point_layer_that_it_equals(make: Any, variant: Variant) -> None:
     torch.manual_seed(0)
@@ -386,6 +412,33 @@ def test_whispers_own_task_reaches_whisper() -> None:
             assert prompts(routed, task=task) == wanted
     with pytest.raises(RoutingError, match="use_task"):
         routed.generate(input_features=features, **options, task="translate")
+
+
+class _Translator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, task: str = "transcribe") -> Tensor:
+        return self.lin(x) if task == "transcribe" else -self.lin(x)
+
+
+class _Passing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _Translator()
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.inner(x, **kwargs)
+
+
+@pytest.mark.parametrize("base", [_Translator, _Passing])
+def test_a_task_that_a_module_inside_takes_reaches_it(base: type[nn.Module]) -> None:
+    for variant in (Variant("mode"), Variant("more")):
+        model = get_peft_model(base(), variant.config(target_modules=["lin"], init_weights=False)).eval()
+        x = torch.randn(3, 6)
+        with use_task(model, list(TASKS)) if variant.key == "more" else nullcontext():
+            assert torch.equal(model(x, task="translate"), -model(x))
 
 
 def test_continuous_batching_refuses_requests_without_a_task() -> None:

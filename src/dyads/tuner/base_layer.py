@@ -57,6 +57,8 @@ def is_plain(base: nn.Module) -> bool:
     weight: Any = getattr(base, "weight", None)
     if type(weight) not in (nn.Parameter, Tensor) or not weight.dtype.is_floating_point:
         return False  # codes, or a tensor subclass
+    if "weight" not in base._parameters and "weight" not in base._buffers:
+        return False  # computed in every call from others, as by weight_norm, spectral_norm or pruning
     if type(base).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     if not isinstance(base, nn.Linear):

@@ -31,7 +31,7 @@ _REQUEST = re.compile(r"^req_(\d+)")
 def attach(routing: Routing, model: nn.Module) -> None:
     """Make `model` accept `task=` in its call and in `generate`, and keep its tasks through checkpointing."""
     enter = model.register_forward_pre_hook(
-        _EnterForward(routing, own_task=_takes_task(type(model).forward)), with_kwargs=True, prepend=True
+        _EnterForward(routing, own_task=_passes_task(model)), with_kwargs=True, prepend=True
     )
     leave = model.register_forward_hook(_LeaveForward(routing), always_call=True, with_kwargs=True)
     routing.undo = [enter.remove, leave.remove]
@@ -71,6 +71,14 @@ def _wrap_checkpointing(routing: Routing, model: nn.Module) -> None:
 def _takes_task(function: Any) -> bool:
     """Whether a model's function has a `task` of its own, as Whisper's generate ("transcribe" or "translate")."""
     return "task" in inspect.signature(function).parameters
+
+
+def _passes_task(model: nn.Module) -> bool:
+    """Whether `task` is a keyword of the model itself, or of a module in it that its `**kwargs` may reach."""
+    own = inspect.signature(type(model).forward).parameters.values()
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
+        return _takes_task(type(model).forward)
+    return any(_takes_task(kind.forward) for kind in {type(module) for module in model.modules()})
 
 
 class _Remove:

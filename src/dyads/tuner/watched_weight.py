@@ -19,6 +19,8 @@ __all__ = ["WatchedWeight"]
 
 _LIKE = {"type_as", "view_as", "expand_as", "reshape_as"}
 """Functions that read the dtype or shape of their second argument; others with `_like` or `new_` in their name do."""
+_VALUES = {"item", "numpy", "tolist", "__array__"}
+"""Functions that return values in something else than a tensor."""
 
 
 class WatchedWeight(Tensor):
@@ -39,9 +41,9 @@ class WatchedWeight(Tensor):
     ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-        if not any(isinstance(value, Tensor) for value in _flat([result])):
-            return result  # a shape, dtype, device, …
         name = getattr(func, "__name__", "")
+        if name not in _VALUES and not any(isinstance(value, Tensor) for value in _flat([result])):
+            return result  # a shape, dtype, device, …
         like = name in _LIKE or name.startswith("new_") or name.endswith("_like")
         if like or (name == "to" and not isinstance(args[0], cls)):
             return result
