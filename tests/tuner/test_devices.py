@@ -134,6 +134,21 @@ def test_training_and_decoding_stay_on_the_device(variant: Variant, kind: str, d
     assert waits.found == []
 
 
+@pytest.mark.parametrize("variant", [Variant("mtl_lora"), LOSSY[0][0]], ids=lambda v: v.id)
+@pytest.mark.parametrize("ends", [False, True], ids=["position_ids", "cu_seq_lens_q"])
+def test_packed_sequences_stay_on_the_device(variant: Variant, ends: bool) -> None:
+    model = adapted(variant, "llama")
+    with accelerator(model, ACCELERATOR) as waits:
+        ids = torch.zeros(1, 12, dtype=torch.long, device=ACCELERATOR)
+        inputs = {"input_ids": ids, "position_ids": ids, "max_length_q": 5}  # without the last, a loss on samples reads
+        if ends:
+            inputs["cu_seq_lens_q"] = torch.zeros(4, dtype=torch.int32, device=ACCELERATOR)
+        for task in (list(TASKS), torch.zeros(3, dtype=torch.long, device=ACCELERATOR)):
+            logits = model.train()(**inputs, task=task).logits
+            (logits.sum() + dyads.auxiliary_loss(model)).backward()
+    assert waits.found == []
+
+
 def mlp_on_accelerator(variant: Variant, task: Any) -> None:
     model = get_peft_model(MLP(), variant.config(target_modules=["lin0", "lin1"]))
     with accelerator(model, ACCELERATOR) as waits:
