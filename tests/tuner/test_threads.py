@@ -122,6 +122,28 @@ def test_tasks_of_use_task_hold_across_awaits_and_in_threads_of_the_context() ->
         model(**inputs)
 
 
+def test_compiled_code_refuses_tasks_of_interleaved_coroutines_rather_than_mixing_them() -> None:
+    torch._dynamo.reset()
+    config = Variant("more").config(target_modules=["lin0"], init_weights=False)
+    model = get_peft_model(MLP(), config).eval()
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(3, 6)
+
+    async def answer(used: str, **given: Any) -> Tensor:
+        with use_task(model, used):
+            await asyncio.sleep(0)
+            return compiled(x, **given)
+
+    async def together(*answers: Any) -> Any:
+        return await asyncio.gather(*answers, return_exceptions=True)
+
+    with torch.no_grad():
+        refused = asyncio.run(together(answer("rte"), answer("cola")))
+        assert all("needs task=" in str(error) for error in refused)
+        for task, found in zip(TASKS, asyncio.run(together(*(answer("rte", task=t) for t in TASKS))), strict=True):
+            assert_close(found, model(x, task=task))
+        assert_close(asyncio.run(answer("cola")), model(x, task="cola"))
+
+
 def test_training_in_threads_gives_each_its_own_auxiliary_loss() -> None:
     variant = Variant("more", (("contrastive", 0.1),))
     model = adapted(variant).train()

@@ -99,7 +99,6 @@ class _EnterForward:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         routing, here = self.routing, self.routing.here
-        ambient = routing.ambient
         entered = here.current = ForwardPass(model, here.current)  # first: an error below must find it, to end it
         here.untaken = None
         task = None if self.own_task else kwargs.pop("task", None)
@@ -108,7 +107,7 @@ class _EnterForward:
             if entered.outer is None and not torch.compiler.is_compiling() and not in_backward():
                 entered.check = routing.next_check()
         if routing.names:
-            tasks = ambient if task is None else BatchTasks(task)
+            tasks = routing.ambient if task is None else BatchTasks(task)
             if tasks is None and "read_index" in kwargs:  # paged attention, in the thread of continuous batching
                 tasks = routing.requests
             entered.tasks = None if tasks is None else tasks.for_call(args, kwargs)

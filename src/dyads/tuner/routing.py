@@ -82,6 +82,10 @@ class _Thread:
         self.current: ForwardPass | None = None
         self.tasks: BatchTasks | None = None
         """Those of `use_task` again, for compiled code."""
+        self.open = 0
+        """How many `using` have begun here and not ended."""
+        self.interleaved = False
+        """Whether some of them belong to other coroutines, so that `tasks` may be theirs."""
         self.cache: OperatorCache | None = None
         self.check: BackwardCheck | None = None
         self.kept: list[Tensor] | None = None
@@ -99,7 +103,15 @@ class _Threads(threading.local):
         self.own = _Thread()
 
 
-_TASKS: ContextVar[Mapping[Any, BatchTasks]] = ContextVar("dyads_tasks", default=MappingProxyType({}))
+@dataclass(frozen=True)
+class _Used:
+    """The tasks of the innermost `using` of a context, and how many are around each other there."""
+
+    tasks: BatchTasks | None = None
+    depth: int = 0
+
+
+_TASKS: ContextVar[Mapping[Any, _Used]] = ContextVar("dyads_tasks", default=MappingProxyType({}))
 """By Routing: the tasks of forward passes without `task=`."""
 
 _ONE_BATCH = threading.Lock()
@@ -143,21 +155,29 @@ class Routing:
     def using(self, task: TaskLike | BatchTasks | None) -> Iterator[None]:
         """Within this context a forward pass, or a call of a layer, without a task of its own has this one."""
         tasks = task if task is None or isinstance(task, BatchTasks) else BatchTasks(task)
-        others = {routing: given for routing, given in _TASKS.get().items() if routing is not self}
-        token = _TASKS.set(others if tasks is None else {**others, self: tasks})
-        current, self.here.current = self.here.current, None
-        self.here.tasks = tasks
+        here, outer = self.here, _TASKS.get().get(self, _Used())
+        token = _TASKS.set({**_TASKS.get(), self: _Used(tasks, outer.depth + 1)})
+        current, here.current = here.current, None
+        here.tasks, here.interleaved = tasks, here.interleaved or here.open > outer.depth
+        here.open += 1
         try:
             yield
         finally:
             _TASKS.reset(token)
-            self.here.current = current
-            self.here.tasks = _TASKS.get().get(self)
+            here.current, here.tasks = current, outer.tasks
+            here.open -= 1
+            here.interleaved = here.interleaved and here.open > 0
 
     @property
     def ambient(self) -> BatchTasks | None:
         """The tasks of the innermost `using`."""
-        return self.here.tasks if torch.compiler.is_compiling() else _TASKS.get().get(self)
+        if not torch.compiler.is_compiling():
+            return _TASKS.get().get(self, _Used()).tasks
+        if self.here.interleaved:
+            raise RoutingError(
+                "use_task of several coroutines at a time: compiled code needs task=… in the call itself"
+            )
+        return self.here.tasks
 
     def running(self) -> ForwardPass:
         """The forward pass of this thread; outside of any, one with the tasks of `using`."""
