@@ -436,7 +436,8 @@ def test_gates_of_tasks_serve_every_method_that_looks_at_the_task_alone(key: str
 # --- compile ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("lossy", [LOSSES[1], pytest.param(LOSSES[3], marks=pytest.mark.slow)], ids=lambda v: v.id)
+@pytest.mark.slow
+@pytest.mark.parametrize("lossy", [LOSSES[1], LOSSES[3]], ids=lambda v: v.id)
 def test_training_with_the_loss_is_traced_as_one_graph(lossy: Variant) -> None:
     torch._dynamo.reset()
     model, inputs = adapted(lossy, blocks=1), padded("llama")
