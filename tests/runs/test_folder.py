@@ -229,6 +229,22 @@ def results_of(folder: RunFolder) -> tuple[int, list[str]]:
     return folder.scores()["seed"], tasks
 
 
+def test_results_that_are_moved_while_they_are_read_are_read_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, find = RunFolder(run("run", {"cola": [1.0]})), RunFolder._find
+    moved: list[Path] = []
+
+    def finds(self: RunFolder, name: str, manifest: Any) -> Path | None:
+        if not moved:
+            moved.append(self.path / ".results.unfinished" / name)
+            return moved[0]
+        return find(self, name, manifest)
+
+    monkeypatch.setattr(RunFolder, "_find", finds)
+    for read in (folder.scores, lambda: folder.predictions("cola")):
+        moved.clear()
+        assert read()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="an audit hook cannot be removed, and gets a fork of its own")
 def test_results_stay_readable_whichever_call_is_denied_while_they_are_replaced(run: Run, tmp_path: Path) -> None:
     made = RunFolder(run("a", {"t": [1, 2]}))

@@ -259,9 +259,12 @@ def test_a_page_of_another_name_cannot_reach_a_server_on_loopback(client: httpx.
 
 
 def test_other_names_of_the_server_are_given(made: dict[str, RunFolder]) -> None:
-    with served({"more": made["more"]}, allowed_hosts=["Models.example"]) as named:
+    with served({"more": made["more"]}, allowed_hosts=["Models.example:443"]) as named:
         for host, status in (("models.example:80", 200), ("localhost", 200), ("evil.example", 400)):
             assert httpx.get(f"{named.address}/health", headers={"Host": host}).status_code == status
+        with socket.create_connection(httpx.URL(named.address).netloc.decode().split(":")) as probe:
+            probe.sendall(b"GET /health HTTP/1.0\r\n\r\n")  # no browser leaves the header out
+            assert probe.recv(100).split()[1] == b"200"
         refused = httpx.get(f"{named.address}/health", headers={"Host": "evil.example"})
         assert "--allowed-host evil.example" in error_of(refused, 400)["message"]
     with served({"more": made["more"]}, allowed_hosts=["*"]) as named:

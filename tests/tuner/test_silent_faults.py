@@ -432,6 +432,16 @@ class _Passing(nn.Module):
         return self.inner(x, **kwargs)
 
 
+def test_a_scripted_module_inside_does_not_hinder_an_adapter() -> None:
+    for variant in (Variant("mode"), Variant("more")):
+        base, x = _Passing(), torch.randn(3, 6)
+        base.scripted = torch.jit.script(nn.Linear(6, 6))
+        expected = base(x)
+        model = get_peft_model(base, variant.config(target_modules=["inner.lin"])).eval()
+        with use_task(model, list(TASKS)) if variant.key == "more" else nullcontext():
+            assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("base", [_Translator, _Passing])
 def test_a_task_that_a_module_inside_takes_reaches_it(base: type[nn.Module]) -> None:
     for variant in (Variant("mode"), Variant("more")):

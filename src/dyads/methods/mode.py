@@ -90,7 +90,7 @@ class MoDE(StagedCore):
         groups, experts = self.gate_shape
         h, scores = z.split_with_sizes((self.p, groups * experts))
         g = scores.view(groups, 1, experts, -1).softmax(2)
-        return (g * h.view(groups, self.p // groups, 1, -1)).view(self.q, -1)
+        return (g * h.view(groups, self.p // groups, 1, -1)).reshape(self.q, -1)
 
     def softmax_gradients(self, h: Tensor, g: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
         return softmax_group_gradients(h, g, du)

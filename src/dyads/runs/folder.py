@@ -27,13 +27,13 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime, timezone
-from functools import cache
+from functools import cache, wraps
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from pydantic import ValidationError
 
@@ -78,6 +78,23 @@ _HEADS, _TEMPLATES, _CHAT_TEMPLATE = "heads.json", "templates.json", "chat_templ
 _TENSORBOARD = "tensorboard"
 _ADAPTER, _CHECKPOINTS, _PREDICTIONS = "adapter", "checkpoints", "predictions"
 _RESULTS, _UNFINISHED = (_PREDICTIONS, _SCORES), ".results.unfinished"
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _read_again(read: Callable[P, T]) -> Callable[P, T]:
+    """Read once more where it failed: an evaluation may have moved the results in between."""
+
+    @wraps(read)
+    def read_again(*args: P.args, **options: P.kwargs) -> T:
+        try:
+            return read(*args, **options)
+        except (FileNotFoundError, RunError):
+            return read(*args, **options)
+
+    return read_again
 
 
 class RunFolder:
@@ -403,6 +420,7 @@ class RunFolder:
         """The file of a task's predictions, named after it (recipe/file_names.py)."""
         return self.path / _PREDICTIONS / _predictions_file(task)
 
+    @_read_again
     def predictions(self, task: str) -> list[Prediction]:
         """The predictions for a task, in the order they were written."""
         name = f"{_PREDICTIONS}/{_predictions_file(task)}"
@@ -448,6 +466,7 @@ class RunFolder:
                 discard(self.path / name)
                 (new / name).rename(self.path / name)
 
+    @_read_again
     def scores(self) -> Scores:
         """The scores of the last complete evaluation."""
         again = f"run `dyads evaluate {self.path}`"

@@ -16,7 +16,7 @@ from dyads.serving.limits import Limits
 from dyads.serving.metrics import Metrics
 from dyads.serving.responses import error_response
 
-__all__ = ["Door"]
+__all__ = ["Door", "host_name"]
 
 _PORT = re.compile(r"(?<=[^:]):\d*$")
 
@@ -59,8 +59,9 @@ class Door:
 
     def _check(self, scope: Scope) -> None:
         limits, headers = self.limits, Headers(scope=scope)
-        host = _PORT.sub("", headers.get("host", ""))
-        if limits.hosts is not None and host.lower() not in limits.hosts and not _is_address(host):
+        given = headers.get("host")  # None: no browser, but HTTP/1.0, as of a load balancer's health check
+        host = host_name(given or "")
+        if given is not None and limits.hosts is not None and host not in limits.hosts and not _is_address(host):
             name = shortened(visible(host), 100)
             raise ServingError(
                 f"this server does not answer to the Host '{name}': start it with --allowed-host {name}",
@@ -118,6 +119,11 @@ class Door:
             return {"type": "http.request", "body": bytes(body), "more_body": False}
 
         return replay
+
+
+def host_name(host: str) -> str:
+    """A host in lower case, without a port."""
+    return _PORT.sub("", host).lower()
 
 
 def _is_address(host: str) -> bool:

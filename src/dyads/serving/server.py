@@ -20,6 +20,7 @@ from dyads.errors import ConfigError
 from dyads.runs.folder import RunFolder
 from dyads.serving.app import application
 from dyads.serving.connection import Connection
+from dyads.serving.door import host_name
 from dyads.serving.engine import Engine
 from dyads.serving.errors import ServingError, log
 from dyads.serving.limits import Limits
@@ -163,7 +164,7 @@ def _hosts(options: Options) -> frozenset[str] | None:
     A page of a browser reaches a server that listens on an address under any name, if the page's owner lets the name
     have this address.
     """
-    allowed = {name.lower() for name in options.allowed_hosts}
+    allowed = {host_name(name) for name in options.allowed_hosts}
     if "*" in allowed:
         return None
     own = f"[{options.host}]" if ":" in options.host else options.host

@@ -78,7 +78,9 @@ def _passes_task(model: nn.Module) -> bool:
     own = inspect.signature(type(model).forward).parameters.values()
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own):
         return _takes_task(type(model).forward)
-    return any(_takes_task(kind.forward) for kind in {type(module) for module in model.modules()})
+    # TorchScript's modules have forwards that cannot be inspected.
+    kinds = {type(module) for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)}
+    return any(_takes_task(kind.forward) for kind in kinds)
 
 
 class _Remove:
