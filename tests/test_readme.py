@@ -309,7 +309,7 @@ def test_the_adapters_of_the_picture_have_about_as_many_parameters_as_the_readme
 
 @pytest.mark.parametrize("row", re.findall(r"^\| `.*", (ROOT / "docs/choose.md").read_text(), re.MULTILINE))
 def test_differences_on_the_page_of_choices_are_those_of_the_studies(row: str) -> None:
-    """Both columns of a row; the number and its interval stand in one row of the results, for a run of that method."""
+    """All columns of a row; the number and its interval stand in one row of the results, for a run of that method."""
     labels = {
         "mode": "MoDE", "moelora": "MOELoRA", "more": "MoRE", "mtl_lora": "MTL-LoRA", "task_mode": "TaskMoDE"
     }  # fmt: skip

@@ -123,7 +123,7 @@ def test_predictions_keep_any_text_and_any_task_name(run: Run) -> None:
 
 def test_broken_predictions_are_named_with_their_line(run: Run) -> None:
     folder = RunFolder(run("a", {"t": [1, 2]}))
-    with folder.predictions_path("t").open("a") as file:
+    with (folder.path / "predictions" / "t.jsonl").open("a") as file:
         file.write('{"id": "t-2", "prediction": "x", "scores": {"rouge_l": "high"}}\n')
     with pytest.raises(RunError, match=r"is damaged: predictions/t\.jsonl has \d+ bytes, not \d+; run `dyads evaluate"):
         folder.predictions("t")

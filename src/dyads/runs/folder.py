@@ -416,10 +416,6 @@ class RunFolder:
 
     # predictions and scores
 
-    def predictions_path(self, task: str) -> Path:
-        """The file of a task's predictions, named after it (recipe/file_names.py)."""
-        return self.path / _PREDICTIONS / _predictions_file(task)
-
     @_read_again
     def predictions(self, task: str) -> list[Prediction]:
         """The predictions for a task, in the order they were written."""
