@@ -23,6 +23,7 @@ from benchmarks.profile import measure_apart as measure_profile
 from benchmarks.rounds import ROOT, measure_group
 
 DOCS = ROOT / "docs" / "benchmarks.md"
+RESULTS = DOCS.with_suffix(".json")
 
 Say = Callable[[str], None]
 
@@ -54,7 +55,7 @@ Examples:
 @click.option("--resume", is_flag=True, help="Keep groups measured at this commit with the same settings and machine.")
 @click.option("--quick", is_flag=True, help="A tiny model and one round; numbers mean nothing.")
 @click.option("--tables", is_flag=True, help="Measure nothing; show what was measured at this commit.")
-@click.option("--write-docs", is_flag=True, help=f"Write {DOCS.relative_to(ROOT)}.")
+@click.option("--write-docs", is_flag=True, help=f"Write {DOCS.relative_to(ROOT)} and {RESULTS.name}.")
 @click.option("--run", "scored", type=click.Path(exists=True, path_type=Path), help="The run that is scored.")
 @click.option(
     "--sni", type=click.Path(path_type=Path), default=training.SNI, show_default=True, help="Examples to train on."
@@ -126,6 +127,8 @@ def main(
     if write_docs and results:
         target = DOCS if not quick else out / DOCS.name
         target.write_text(page.to_markdown(results), encoding="utf-8")
+        if not quick:
+            RESULTS.write_text(page.to_json(results), encoding="utf-8")
         say(f"wrote {target}")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from benchmarks.training import LABELS as TRAINING_LABELS
 
 MEGA = 1e6
 NOT_SETTLED = "not settled"
+NOT_MEASURED = "not measured"
 WIDEST = 0.25
 """Quartiles of a ratio that lie further apart than this share of it leave it open: it is printed as not settled."""
 FEWEST = 3
@@ -87,6 +89,15 @@ def load(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
+def to_json(results: list[dict[str, Any]]) -> str:
+    """Results as one list, a line for each group, without the folder that they were measured into."""
+    lines = []
+    for result in results:
+        settings = {key: value for key, value in result["settings"].items() if key != "out"}
+        lines.append(json.dumps({**result, "settings": settings}, ensure_ascii=False))
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
 def source_of(result: dict[str, Any]) -> str:
     """Commit and machine of a result, in words."""
     return f"commit {result['environment']['commit']} on {machine(result['environment'])}"
@@ -136,7 +147,7 @@ def verdict(bar: Bar, results: list[dict[str, Any]]) -> tuple[Spread | None, str
     """(what was measured, met / not met / not settled / not measured)."""
     found = spread(results, bar.part, bar.metric, bar.top, bar.bottom)
     if found is None:
-        return None, "not measured"
+        return None, NOT_MEASURED
     if not found.is_settled:
         return found, NOT_SETTLED
     bound = limit(bar, results)
@@ -403,7 +414,7 @@ def to_terminal(results: list[dict[str, Any]], console: Console) -> None:
             console.print(line, markup=False)
     table = Table("what", "bar", "measured", "", title="bars")
     for what, limit, found, said in bars(results):
-        if said != "not measured":
+        if said != NOT_MEASURED:
             table.add_row(what, limit, found, said)
     if table.row_count:
         console.print(table)
@@ -419,13 +430,13 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         "",
         "*What each adapter costs. Written by `python -m benchmarks --write-docs` (or `make bench`); do not edit.*",
         "",
-        f"Every table was measured {when} at {source_of(results[0])}.",
+        f"Every table was measured {when} at {source_of(results[0])}. [benchmarks.json](benchmarks.json) has every round.",
         "",
         HOW,
         "",
         "## Bars",
         "",
-        *_markdown(("what", "bar", "measured", "verdict"), bars(results)),
+        *_markdown(("what", "bar", "measured", "verdict"), [row for row in bars(results) if row[3] != NOT_MEASURED]),
     ]
     for part, setting in SETTINGS.items():
         if part == "tiny" or not of_part(results, part):
@@ -500,7 +511,11 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
     lines += [
         text for part in ("profile", "scoring", "serving") for line in failures(results, part) for text in ("", line)
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(line if line.startswith("|") else _wrapped(line) for line in lines) + "\n"
+
+
+def _wrapped(paragraph: str) -> str:
+    return textwrap.fill(paragraph, width=120, break_long_words=False, break_on_hyphens=False)
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from benchmarks.__main__ import main
+from benchmarks.__main__ import DOCS, RESULTS, main
 from benchmarks.bars import BARS, Bar
 from benchmarks.contenders import SETTINGS, TINY
 from benchmarks.counted import COUNTED
@@ -317,6 +317,25 @@ def test_the_page_has_tables_and_verdicts_and_names_commit_and_processor_but_no_
     assert "rounds: 3 (main)" in text
     assert f"at commit {commit()} on {cpu()}" in text
     assert platform.node() not in text
+
+
+def test_the_page_is_the_one_of_its_results_file() -> None:
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert DOCS.read_text(encoding="utf-8") == page.to_markdown(results)
+    assert page.to_json(results) == RESULTS.read_text(encoding="utf-8")
+
+
+def test_the_results_file_names_no_folder() -> None:
+    one = result("smollm2", {}, [])
+    one["settings"]["out"] = "/a/folder"
+    assert "/a/folder" not in page.to_json([one])
+    assert json.loads(page.to_json([one, one])) == [{**one, "settings": {"attention": None}}] * 2
+
+
+def test_a_bar_that_was_not_measured_is_not_on_the_page() -> None:
+    text = page.to_markdown([result("startup", {}, [{"seconds": {"help": 0.1, "import": 0.1}}])])
+    assert "| dyads --help, seconds | ≤ 0.5 | 0.10 | met |" in text
+    assert "scoring" not in text.partition("## Bars")[2]
 
 
 def test_results_of_two_commits_or_two_machines_are_not_mixed(tmp_path: Path) -> None:
