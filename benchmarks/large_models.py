@@ -12,19 +12,22 @@ what is replicated or sharded follows from the sizes. On N GPUs
 with P trained parameters in fp32, `weights` bytes of the frozen model, and `block` the largest transformer block, which
 is whole while it computes. The peak is that of the examples of one GPU, with gradient checkpointing.
 
-    python -m benchmarks.large_models [--write-docs]    about ten minutes on one core
+    python -m benchmarks.large_models                 about ten minutes on one core
+    python -m benchmarks.large_models --write-docs    also docs/large-models.json and the tables of docs/scaling.md
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import click
 from transformers import GemmaConfig, LlamaConfig, PretrainedConfig
 
+from benchmarks.environment import environment
 from benchmarks.many_tasks import PAGE, replaced
 from benchmarks.training import TARGETS
 from dyads.models.budget import count
@@ -66,6 +69,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 TASKS = (16, 100, 1000)
 EXAMPLES, TOKENS = 8, 512
 """Of one GPU's micro-batch."""
+RESULTS = PAGE.with_name("large-models.json")
 BEGIN, END = "<!-- large models: begin -->", "<!-- large models: end -->"
 
 
@@ -78,7 +82,7 @@ class Large:
     peak: int
     """Bytes of activations, gradients and temporary tensors, with gradient checkpointing."""
     layers: int
-    trained: dict[tuple[str, int], int]
+    trained: dict[str, dict[str, int]]
     """Trained parameters by method and number of tasks."""
 
     def alone(self, parameters: int) -> float:
@@ -104,9 +108,11 @@ def measured(name: str, folder: Path) -> Large:
     path = folder / name
     config.save_pretrained(path)
     trained = {
-        (label, tasks): count(str(path), method, {**options, "target_modules": TARGETS}, _names(tasks)).trainable
+        label: {
+            str(tasks): count(str(path), method, {**options, "target_modules": TARGETS}, _names(tasks)).trainable
+            for tasks in TASKS
+        }
         for label, (method, options) in METHODS.items()
-        for tasks in TASKS
     }
     method, options = METHODS["MoDE 4x4"]
     cost = step_cost(
@@ -125,9 +131,9 @@ def tables(found: dict[str, Large]) -> str:
     columns = [f"{name}, {tasks:,} tasks" for name in found for tasks in TASKS]
     lines = [["trained parameters, millions", *columns], ["---", *("---:" for _ in columns)]]
     for label in METHODS:
-        sizes = [large.trained[label, tasks] / 1e6 for large in found.values() for tasks in TASKS]
+        sizes = [large.trained[label][str(tasks)] / 1e6 for large in found.values() for tasks in TASKS]
         lines += [[label, *(f"{size:.1f}" for size in sizes)]]
-    apart = (large.trained["LoRA 16", t] * t for large in found.values() for t in TASKS)
+    apart = (large.trained["LoRA 16"][str(t)] * t for large in found.values() for t in TASKS)
     lines.append(["one LoRA 16 for each task", *(f"{parameters / 1e6:,.0f}" for parameters in apart)])
     first = _markdown(lines)
     label, gpus = "MoDE 4x4", 8
@@ -135,7 +141,7 @@ def tables(found: dict[str, Large]) -> str:
     head += [*(f"a GPU of {n}, FSDP2" for n in (8, 64)), "sent in a step, DDP", "sent in a step, FSDP2"]
     rows = [head, ["---", *("---:" for _ in head[1:])]]
     for name, large in found.items():
-        parameters = large.trained[label, TASKS[0]]
+        parameters = large.trained[label][str(TASKS[0])]
         sizes = (large.weights, 12 * parameters, large.peak, large.alone(parameters))
         shards = (large.sharded(parameters, n) for n in (8, 64))
         sent = (large.sent(parameters, gpus), large.sent_sharded(parameters, gpus))
@@ -152,7 +158,7 @@ def _names(tasks: int) -> tuple[str, ...]:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--write-docs", is_flag=True, help=f"Write the tables of {PAGE.name}.")
+@click.option("--write-docs", is_flag=True, help=f"Write {RESULTS.name} and the tables of {PAGE.name}.")
 def main(write_docs: bool) -> None:
     """Count what large models take."""
     with tempfile.TemporaryDirectory() as folder:
@@ -160,6 +166,10 @@ def main(write_docs: bool) -> None:
     text = tables(found)
     click.echo(text)
     if write_docs:
+        models = {name: asdict(large) for name, large in found.items()}
+        RESULTS.write_text(
+            json.dumps({"environment": environment(), "models": models}, indent=1) + "\n", encoding="utf-8"
+        )
         PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8"), BEGIN, END, text), encoding="utf-8")
 
 

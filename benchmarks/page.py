@@ -346,6 +346,7 @@ HOW = (
     " Before anything was measured, outputs and gradients of the operator, of adapted layers and of whole models of"
     " dyads were compared with a double sum over rank-one terms. `python -m benchmarks --help` shows how to run a part."
 )
+ROUNDS = "[benchmarks.json](benchmarks.json) has every round."
 PROFILE_HEADS = ("side", "ms", "÷ the first", "its products alone, ms", "floor ÷ the first", *KINDS)
 CONTENDER_HEADS = ("contender", "parameters", *HEADS.values(), "peak above frozen, MB")
 
@@ -430,7 +431,7 @@ def to_markdown(results: list[dict[str, Any]]) -> str:
         "",
         "*What each adapter costs. Written by `python -m benchmarks --write-docs` (or `make bench`); do not edit.*",
         "",
-        f"Every table was measured {when} at {source_of(results[0])}. [benchmarks.json](benchmarks.json) has every round.",
+        f"Every table was measured {when} at {source_of(results[0])}. {ROUNDS}",
         "",
         HOW,
         "",

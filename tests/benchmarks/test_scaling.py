@@ -49,7 +49,8 @@ def test_the_page_holds_the_tables_of_the_result_files() -> None:
     for module in (many_tasks, growth):
         rows = json.loads(module.RESULTS.read_text(encoding="utf-8"))["rows"]
         assert module.table(rows) in page
-    assert large_models.BEGIN in page
+    models = json.loads(large_models.RESULTS.read_text(encoding="utf-8"))["models"]
+    assert large_models.tables({name: Large(**sizes) for name, sizes in models.items()}) in page
 
 
 def test_growth_is_no_worse_than_proportional_to_tasks() -> None:
