@@ -200,6 +200,18 @@ def test_the_questions_of_a_new_user_are_headings() -> None:
         assert any(words in heading for heading in headings), f"no question about {words!r}"
 
 
+def test_the_citation_is_the_same_on_the_page_and_in_its_file() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == dyads.__version__
+    shown = dict(re.findall(r"^  (\w+) = \{+(.*?)\}+,?$", TEXTS["docs/questions.md"], re.MULTILINE))
+    assert shown == {
+        "title": cited["title"],
+        "author": cited["authors"][0]["name"],
+        "version": cited["version"],
+        "license": cited["license"],
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),

@@ -217,7 +217,9 @@ def test_tables_and_sentences_of_a_page_are_those_of_its_file_of_results(page: s
     assert page in tables.PAGES
     text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
     found = tables.results(page)
-    assert tables.built(text, found.get("tables", [])) == text, "python docs/tables.py writes the tables again"
+    assert tables.built(text, found.get("tables", [])) == text, (
+        f"new numbers go into docs/{page}.json; then: python docs/tables.py"
+    )
     assert tables.to_json(found) == (ROOT / f"docs/{page}.json").read_text(encoding="utf-8")
     lines = found.get("lines", [])
     assert not set(lines) - set(text.splitlines())
