@@ -118,6 +118,85 @@ def test_a_pass_without_backward_leaves_no_hooks_behind(unlike: Variant) -> None
     assert model.base_model.routing.checked
 
 
+class _Blocks(nn.Module):
+    """Blocks with a layer whose output is unused, and one that another module reads the weight of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(_TwoBranches() for _ in range(2))
+        self.read = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [block(x) for block in self.blocks]
+        return F.linear(torch.stack(outputs).sum(0), self.read.weight)
+
+
+@pytest.mark.parametrize("part", ["whole", "blocks", "one of two blocks"])
+def test_adapters_without_a_gradient_in_compiled_code_are_reported_once(part: str) -> None:
+    torch._dynamo.reset()
+    model = get_peft_model(_Blocks(), MoDEConfig(r=2, target_modules=["used", "unused"])).train()
+    if part == "whole":
+        model = get_peft_model(_Blocks(), MoDEConfig(r=2, target_modules=["used", "unused", "read"])).train()
+    call: Any = model
+    options = {"backend": "aot_eager", "fullgraph": True}
+    if part == "whole":
+        call = torch.compile(model, **options)
+    else:
+        for block in list(model.base_model.model.blocks)[: 2 if part == "blocks" else 1]:
+            block.compile(**options)
+    x = torch.randn(3, 6)
+    with pytest.warns(UserWarning, match="got no gradient") as found:
+        call(x).sum().backward()
+    messages = [str(warning.message) for warning in found]
+    compiled = [m for m in messages if "in compiled code: " in m]
+    assert len(compiled) == 1
+    assert "blocks.0.unused" in compiled[0]
+    assert ("read" in compiled[0].partition(". If")[0]) == (part == "whole")
+    if part == "one of two blocks":
+        assert any("called in the first training step" in m and "blocks.1.unused" in m for m in messages)
+        assert "blocks.1.unused" not in compiled[0]
+    call(x).sum().backward()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of the tracer
+@pytest.mark.parametrize("key", ["mode", "more"])
+def test_blocks_compile_as_one_graph_each_in_training(key: str) -> None:
+    torch._dynamo.reset()
+    variant = Variant(key)
+    model, inputs = training(variant, target_modules=["q_proj"]), batch("llama")
+    compiled = copy.deepcopy(model)
+    for block in compiled.base_model.model.model.layers:
+        block.compile(backend="eager", fullgraph=True)
+    for each in (model, compiled.train()):
+        each(**inputs, **task_of(variant.config(), *TASKS), use_cache=False).logits.sum().backward()
+        assert each.base_model.routing.checked
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_close({name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_of_a_part_by_itself_are_no_verdict(training: bool) -> None:
+    model = get_peft_model(_Blocks(), MoDEConfig(r=2, target_modules=["used", "unused"])).train(training)
+    x = torch.randn(3, 6)
+    model.base_model.model.blocks[0](x).sum().backward()  # a part of the model, in no forward pass of its own
+    assert all(p.grad is None for p in model.base_model.model.blocks[1].parameters())
+    with pytest.warns(UserWarning, match=r"called in the first training step .*: blocks\.0\.unused, blocks\.1\.unused"):
+        model.train()(x).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@lossy_variants
+def test_compiled_blocks_do_not_hide_a_dropped_auxiliary_loss(lossy: Variant) -> None:
+    torch._dynamo.reset()
+    model, inputs = training(lossy, target_modules=["v_proj"]), batch("llama")
+    for block in model.base_model.model.model.layers:
+        block.compile(backend="eager")
+    given = {**inputs, **task_of(lossy.config(), *TASKS), "use_cache": False}
+    with pytest.warns(UserWarning, match=r"auxiliary loss .* does not contain it"):
+        own_loss(model(**given).logits, inputs).backward()
+
+
 # --- layers whose weight another module reads -------------------------------------------------------------------------
 
 
@@ -171,6 +250,8 @@ def test_a_module_that_reads_only_the_dtype_of_a_weight_is_served() -> None:
     model = get_peft_model(base, MoDEConfig(r=2, target_modules=["inner"]))
     assert torch.equal(model(x), expected)
     assert torch.equal(copy.deepcopy(model)(x), expected)
+    torch._dynamo.reset()
+    assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
 
 
 def test_mamba_is_adapted_where_its_layers_are_called() -> None:

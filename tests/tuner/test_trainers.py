@@ -35,6 +35,10 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+from trl.experimental.tpo import TPOConfig, TPOTrainer
 
 import dyads
 from dyads import with_tasks
@@ -83,8 +87,9 @@ def rows(kind: str, count: int = 8) -> Dataset:
         task = (number * 2) % 3
         prompt = f"w{FIRST + task} " + " ".join(f"w{20 + number + place}" for place in range(1 + number % 3))
         row: dict[str, Any] = {"prompt": prompt, "task": TASKS[task]}
-        if kind == "pairs":
+        if kind in ("pairs", "triples"):
             row |= {"chosen": f" w{40 + number} w41", "rejected": f" w{50 - number}"}
+            row |= {"reference": " w43 w44 w45"} if kind == "triples" else {}
         elif kind == "unpaired":
             row |= {"completion": f" w{40 + number}", "label": bool(number % 2)}
         elif kind == "prompts":
@@ -139,7 +144,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
 
 def watched(model: PeftModel, found: Seen) -> PeftModel:
     model.get_base_model().register_forward_pre_hook(
-        lambda _, args, kwargs: found.tokens.append(kwargs["input_ids"].clone()), with_kwargs=True, prepend=True
+        lambda _, args, kwargs: found.tokens.append((args[0] if args else kwargs["input_ids"]).clone()),
+        with_kwargs=True,
+        prepend=True,
     )
     return model
 
@@ -158,6 +165,11 @@ def make(kind: str, model: PeftModel, *, wrap: bool = True, **options: Any) -> A
         return dress(DPOTrainer)(model, args=DPOConfig("out", **arguments), train_dataset=rows("pairs"), **given)
     if kind == "kto":
         return dress(KTOTrainer)(model, args=KTOConfig("out", **arguments), train_dataset=rows("unpaired"), **given)
+    pairs = {"orpo": (ORPOTrainer, ORPOConfig), "cpo": (CPOTrainer, CPOConfig), "tpo": (TPOTrainer, TPOConfig)}
+    if kind in pairs:
+        trainer, config = pairs[kind]
+        data = rows("triples" if kind == "tpo" else "pairs")
+        return dress(trainer)(model, args=config("out", **arguments), train_dataset=data, **given)
     trainer, config = (GRPOTrainer, GRPOConfig) if kind == "grpo" else (RLOOTrainer, RLOOConfig)
     arguments = {"num_generations": 2, "max_completion_length": 3, "beta": 0.1, **arguments}
 
@@ -183,6 +195,9 @@ def make(kind: str, model: PeftModel, *, wrap: bool = True, **options: Any) -> A
         ("grpo", {}),
         ("grpo", {"steps_per_generation": 2, "gradient_accumulation_steps": 1}),  # the model runs on parts of a batch
         ("rloo", {}),
+        ("orpo", {}),
+        ("cpo", {}),
+        ("tpo", {}),
     ],
 )
 def test_every_row_has_its_task_in_every_forward_pass(kind: str, options: dict[str, Any], seen: Seen) -> None:
@@ -206,7 +221,7 @@ def gradient_of_embeddings(kind: str, **options: Any) -> Tensor:
     return found[0]
 
 
-@pytest.mark.parametrize("kind", ["trainer", "sft", "dpo"])
+@pytest.mark.parametrize("kind", ["trainer", "sft", "dpo", "orpo"])
 def test_accumulated_steps_have_the_auxiliary_loss_of_one_batch(kind: str) -> None:
     whole = gradient_of_embeddings(kind, per_device_train_batch_size=4)
     parts = gradient_of_embeddings(kind, per_device_train_batch_size=2, gradient_accumulation_steps=2)
@@ -275,9 +290,11 @@ def test_lora_plus_trains_b_faster() -> None:
         assert_close(before[name] - model.get_parameter(name), rate * gradients[name], atol=1e-6, rtol=1e-4)
 
 
-def test_evaluation_has_the_tasks_too(seen: Seen) -> None:
-    trainer = make("sft", watched(adapted(), seen))
-    assert math.isfinite(trainer.evaluate(rows("sft"))["eval_loss"])
+@pytest.mark.parametrize(("kind", "of"), [("sft", "sft"), ("orpo", "pairs")])
+def test_evaluation_has_the_tasks_too(kind: str, of: str, seen: Seen) -> None:
+    trainer = make(kind, watched(adapted(), seen))
+    data = rows(of) if kind == "sft" else trainer.train_dataset
+    assert math.isfinite(trainer.evaluate(data)["eval_loss"])
 
 
 def test_rows_without_a_task_are_an_error_where_the_adapter_needs_one() -> None:
@@ -286,6 +303,17 @@ def test_rows_without_a_task_are_an_error_where_the_adapter_needs_one() -> None:
         trainer.train_dataset = trainer.train_dataset.remove_columns("task")
         with pytest.raises(RoutingError, match="needs"):
             trainer.train()
+
+
+def test_a_trainer_whose_rows_cannot_be_followed_is_refused_by_name() -> None:
+    data = rows("prompts").map(lambda row: {"privileged_context": "w44"})
+    arguments = SDFTConfig("out", num_generations=1, max_completion_length=2, distillation_topk=8, **QUIET)
+    model = adapted()
+    trainer = with_tasks(SDFTTrainer)(model, args=arguments, train_dataset=data, processing_class=tokenizer())
+    with pytest.raises(RoutingError, match=r"SDFTTrainer makes its batches out of rows .*dyads\.use_task"):
+        trainer.train()
+    with dyads.use_task(model, "rte"):
+        trainer.train()
 
 
 def test_trls_packing_drops_the_tasks_loudly() -> None:

@@ -3,6 +3,9 @@
 
 Both train something else than the config says, without an error: a layer whose output another module does not use, and
 a trainer that builds its loss from logits and drops the loss that the model returned. The user is warned once.
+
+`BackwardCheck` notes calls of layers in a forward pass. Compiled code notes none, so `GradientWatch` hooks the
+parameters beforehand; an adapter in compiled code without a gradient was not called, or the loss does not depend on it.
 """
 
 from __future__ import annotations
@@ -14,14 +17,68 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Variable
+from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["BackwardCheck"]
+__all__ = ["BackwardCheck", "GradientWatch"]
+
+
+class GradientWatch:
+    """Observes the first gradients of a model's adapters, and reports those in compiled code that got none."""
+
+    def __init__(self, done: Callable[[], None]) -> None:
+        self.called: set[str] = set()
+        """Layers that ran uncompiled."""
+        self._done = done
+        self._layers: dict[str, bool] = {}  # and whether their gradient came
+        self._handles: list[Any] = []
+        self._watched = WeakTensorKeyDictionary()
+
+    def watch(self, layer: str, B: Tensor) -> None:
+        """Observe this B of a layer, where it trains."""
+        if B.requires_grad and B not in self._watched:
+            self._watched[B] = layer
+            self._layers.setdefault(layer, False)
+            hook = B.register_post_accumulate_grad_hook(partial(self._reached, layer))  # type: ignore[no-untyped-call]
+            self._handles.append(hook)
+
+    def compiled(self) -> bool:
+        """Whether a gradient of a layer in compiled code came."""
+        return any(came and layer not in self.called for layer, came in self._layers.items())
+
+    def end(self) -> None:
+        """Take the hooks off again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._watched.clear()
+
+    def _reached(self, layer: str, B: Tensor) -> None:
+        if B.grad is None:
+            return  # what a compiled backward returns for a B that the loss does not depend on
+        if not any(self._layers.values()):
+            _after_backward(self._finish)
+        self._layers[layer] = True
+
+    def _finish(self) -> None:
+        if not self.compiled():  # BackwardCheck's, or a part of the model by itself
+            self._layers = dict.fromkeys(self._layers, False)
+            return
+        self._done()
+        without = [layer for layer, came in self._layers.items() if not came and layer not in self.called]
+        if without:
+            warnings.warn(
+                "adapted layers got no gradient in the first training step, part of which ran in compiled code:"
+                f" {_shown(without)}. If another module reads their weight, or the loss does not depend on their"
+                " output, leave them out with exclude_modules",
+                stacklevel=2,
+            )
 
 
 class BackwardCheck:
     """Observes one forward pass of training and its backward pass; `done` is called after the first that reaches it."""
 
-    def __init__(self, done: Callable[[], None]) -> None:
+    def __init__(self, gradients: GradientWatch, done: Callable[[], None]) -> None:
+        self._gradients = gradients
         self._done = done
         self._layers: dict[str, bool] = {}  # called layers, and whether their gradient came
         self._losses = self._loss_came = self._started = self._ended = False
@@ -59,21 +116,20 @@ class BackwardCheck:
     def _start(self, gradient: Tensor) -> None:
         if not self._started:
             self._started = True
-            Variable._execution_engine.queue_callback(self._finish)  # type: ignore[attr-defined]  # as DDP and FSDP do
+            _after_backward(self._finish)
 
     def _finish(self) -> None:
         if self._ended:
             return
         self.end()
         without = [name for name, came in self._layers.items() if not came]
-        if len(without) == len(self._layers):
+        if len(without) == len(self._layers) and not self._gradients.compiled():
             return  # gradients of something else than the adapter, such as of the inputs
         self._done()
         if without:
-            shown = ", ".join(without[:4]) + (f", … ({len(without)} in all)" if len(without) > 4 else "")
             warnings.warn(
                 f"adapted layers were called in the first training step and got no gradient, so they do not train:"
-                f" {shown}. The loss does not depend on their output; leave them out with exclude_modules",
+                f" {_shown(without)}. The loss does not depend on their output; leave them out with exclude_modules",
                 stacklevel=2,
             )
         if self._losses and not self._loss_came:
@@ -84,6 +140,14 @@ class BackwardCheck:
                 " auxiliary loss to 0",
                 stacklevel=2,
             )
+
+
+def _after_backward(function: Callable[[], None]) -> None:
+    Variable._execution_engine.queue_callback(function)  # type: ignore[attr-defined]  # as DDP and FSDP do
+
+
+def _shown(layers: list[str]) -> str:
+    return ", ".join(layers[:4]) + (f", … ({len(layers)} in all)" if len(layers) > 4 else "")
 
 
 def _hook(tensor: Tensor, function: Callable[[Tensor], None]) -> Any:

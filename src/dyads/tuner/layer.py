@@ -67,7 +67,6 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     # Given by BaseTunerLayer, which carries no types.
     active_adapters: Any
     get_base_layer: Any
-    set_adapter: Any
     _move_adapter_to_device_of_base_layer: Any
 
     def __init__(self, base_layer: nn.Module, routing: Routing, key: str = "") -> None:
@@ -218,12 +217,11 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         core, dropout = self.core(adapter), self.lora_dropout[adapter]
         task = self._task(adapter, core, x)
         A, B = self.factors(adapter)
-        if self.training:
+        if self.training and core.has_auxiliary_loss:
             running = self.routing.here.current
-            if core.has_auxiliary_loss:
-                collect_loss(running.training if running else None, adapter, core, x, task, self.of_decoder)
-            if running is not None and running.check is not None and not in_backward():
-                running.check.called(self.key, B)
+            collect_loss(running.training if running else None, adapter, core, x, task, self.of_decoder)
+        if not torch.compiler.is_compiling() and not in_backward():  # a graph cannot have hooks on B
+            self.routing.note_call(self.key, B)
         drops = dropout.training and not isinstance(dropout, nn.Identity)
         y: Tensor = core(
             partial(fused, core=core),
@@ -241,11 +239,29 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     @property
     def weight(self) -> Tensor:
         """The base layer's; while a model with this layer runs, one that no other module can multiply by."""
-        weight: Tensor = BaseTunerLayer.weight.fget(self)
+        base = self.get_base_layer()
+        weight: Tensor = base.qweight if hasattr(base, "qweight") else base.weight  # PEFT's, but traceable
         idle = self.disable_adapters or self.merged or not any(name in self.scaling for name in self.active_adapters)
         if idle or torch.compiler.is_compiling() or self.routing.here.current is None:
             return weight
         return WatchedWeight.of(weight, self.key) if type(weight) is nn.Parameter else weight
+
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; then the gradients of what trains are observed until the first step."""
+        super().set_adapter(*args, **kwargs)
+        self._watch_gradients()
+
+    def train(self, mode: bool = True) -> DyadsLinear:
+        """As nn.Module's; parameters may have been replaced since their gradients were observed (FSDP, deepcopy)."""
+        super().train(mode)
+        if mode:
+            self._watch_gradients()
+        return self
+
+    def _watch_gradients(self) -> None:
+        if not self.routing.checked:
+            for B in self.lora_B.parameters():
+                self.routing.gradients.watch(self.key, B)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's; other tuners and transformers call it for each layer."""

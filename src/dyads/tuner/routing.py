@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dyads.errors import RoutingError, did_you_mean
 from dyads.ops import CachedOperator
 from dyads.tuner.auxiliary import TrainingCall
-from dyads.tuner.backward_check import BackwardCheck
+from dyads.tuner.backward_check import BackwardCheck, GradientWatch
 from dyads.tuner.batch_tasks import BatchTasks, TaskLike
 from dyads.tuner.packing import can_be_read
 
@@ -134,15 +134,16 @@ class Routing:
         """Callables that take our wrappers off the model (model_calls.py)."""
         self.checked = False
         """Whether a backward pass through all adapters was observed (backward_check.py)."""
+        self.gradients = GradientWatch(self._passed)
         self._threads = _Threads()
         self._caches: list[OperatorCache] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        # Passes, their losses and caches belong to threads: they can be neither copied nor stored.
-        return {key: value for key, value in self.__dict__.items() if key not in ("_threads", "_caches")}
+        # Passes, their losses and caches belong to threads, hooks to parameters: they can be neither copied nor stored.
+        return {key: v for key, v in self.__dict__.items() if key not in ("gradients", "_threads", "_caches")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _threads=_Threads(), _caches=[])
+        self.__dict__.update(state, gradients=GradientWatch(self._passed), _threads=_Threads(), _caches=[])
 
     @property
     def here(self) -> _Thread:
@@ -252,11 +253,19 @@ class Routing:
         """The check of a forward pass of training that starts; None after the first backward pass."""
         if self.here.check is not None:
             self.here.check.end()  # of a pass without a backward pass so far
-        self.here.check = None if self.checked else BackwardCheck(self._passed)
+        self.here.check = None if self.checked else BackwardCheck(self.gradients, self._passed)
         return self.here.check
+
+    def note_call(self, layer: str, B: Tensor) -> None:
+        """Note that a layer was called, uncompiled."""
+        if not self.checked:
+            self.gradients.called.add(layer)
+            if (running := self.here.current) is not None and running.check is not None:
+                running.check.called(layer, B)
 
     def _passed(self) -> None:
         self.checked = True
+        self.gradients.end()
 
     # --- operators of weights that do not change ----------------------------------------------------------------------
 

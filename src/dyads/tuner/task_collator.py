@@ -21,8 +21,9 @@ COLUMN = "task"
 class TaskCollator:
     """A collator around another one, which does not see the column `task` of the rows: a name, or an id.
 
-    The batch has as `task` what the model's call takes: a task for every row; each twice where the inner collator puts
-    all `chosen` before all `rejected`; one for every packed sequence (padding-free batches, rows with `seq_lengths`).
+    The batch has as `task` what the model's call takes: a task for every row; each twice (or three times) where the
+    inner collator puts all `chosen` before all `rejected` (and all `reference` after them); one for every packed
+    sequence (padding-free batches, rows with `seq_lengths`).
     A row that is packed already may have a list: a task for every one of its sequences, or an id for every token.
     Rows without the column give a batch without it.
     """
@@ -51,8 +52,8 @@ class TaskCollator:
             if all("seq_lengths" in row for row in rows):
                 return self.ids([t for task, row in zip(tasks, rows, strict=True) for t in _of_sequences(task, row)])
             return _of_tokens([self.ids(list(task)) for task in tasks], made)
-        if made[0] == 2 * len(rows) and any("chosen" in key for key in rows[0]):
-            return self.ids(tasks + tasks)
+        if made[0] in (2 * len(rows), 3 * len(rows)) and any("chosen" in key for key in rows[0]):
+            return self.ids(tasks * (made[0] // len(rows)))
         if made[0] in (len(rows), 1):  # 1: one row of all sequences, which the model's call checks
             return self.ids(tasks)
         raise RoutingError(

@@ -7,8 +7,8 @@ Private names relied on here: `_set_signature_columns_if_needed` of Trainer, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 
 def with_tasks(trainer: type[T]) -> type[T]:
-    """A subclass of a trainer (Trainer, TRL's SFT, DPO, KTO, GRPO and RLOO trainers) for models with dyads.
+    """A subclass of a trainer (Trainer, TRL's SFT, DPO, KTO, ORPO, CPO, GRPO, RLOO and others) for models with dyads.
 
     The column `task` of the dataset, a name or an id, reaches the model; auxiliary losses are part of the loss that is
-    optimised, whatever the trainer makes its loss of.
+    optimised, whatever the trainer makes its loss of. RoutingError for a trainer whose rows cannot be followed.
     """
     generates = hasattr(trainer, "_generate_and_score_completions")
     bases = (_GeneratesWithTasks, trainer) if generates else (_WithTasks, trainer)
@@ -65,6 +65,31 @@ class _WithTasks:
         if COLUMN not in self._signature_columns:
             self._signature_columns.append(COLUMN)
 
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        with self._tasks_of(inputs):
+            return super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc,no-any-return]
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._tasks_of(inputs):
+            return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _tasks_of(self, inputs: Any) -> AbstractContextManager[None]:
+        """The tasks of a batch for calls of the model that do not pass them on."""
+        routing = find_routing(self.model)
+        if routing is None or not routing.names:
+            return nullcontext()
+        if isinstance(inputs, Mapping):
+            tasks = inputs.get(COLUMN)
+            if isinstance(tasks, Tensor) and {"chosen_input_ids", "rejected_input_ids"} <= inputs.keys():
+                tasks = torch.cat([tasks, tasks])  # the ORPO and CPO trainers join both halves themselves
+            return nullcontext() if tasks is None else routing.using(tasks)
+        if routing.need_tasks() and routing.ambient is None:
+            raise RoutingError(
+                f"{type(self).__name__} makes its batches out of rows while it trains, and with_tasks cannot follow"
+                " which of them has which task: train on rows of one task, within `with dyads.use_task(model, …)`"
+            )
+        return nullcontext()
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -93,6 +118,9 @@ class _WithTasks:
 
 class _GeneratesWithTasks(_WithTasks):
     """A trainer that generates completions of the rows, and passes its own inputs to the model."""
+
+    def _tasks_of(self, inputs: Any) -> AbstractContextManager[None]:
+        return nullcontext()  # `inputs` are rows whose completions may be generated already, in another order
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         ids = self._ids(inputs)
