@@ -124,28 +124,6 @@ def test_a_run_that_trains_nothing_or_did_not_end_is_refused(tmp_path: Path) -> 
 # --- questions --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["routing", "tasks", "ranks", "redundancy", "cost"])
-def test_every_question_has_a_table_json_and_csv(what: str, run: Path) -> None:
-    text = inspect(run, "--what", what)
-    assert text.exit_code == 0, text.output
-    lines = text.output.splitlines()
-    assert lines[0].startswith(f"{what} of ")
-    assert max(len(line) for line in lines if "/" not in line) <= 80
-    content = json.loads(inspect(run, "--what", what, "--format", "json").output)
-    assert (content["schema"], content["what"]) == (1, what)
-    rows = list(csv.DictReader(io.StringIO(inspect(run, "--what", what, "--format", "csv").output)))
-    for name, array in content["arrays"].items():
-        axes, values = array["axes"], array["values"]
-        own = [row for row in rows if row["array"] == name]
-        sizes = [len(places) for places in axes.values()]
-        assert len(own) == torch.Size(sizes).numel()
-        for row in (own[0], own[-1]):
-            number = values
-            for axis, places in axes.items():
-                number = number[places.index(row[axis])]
-            assert row["value"] == ("" if number is None else f"{number:.6g}")
-
-
 def test_the_tokens_of_an_instance_are_shown(trained: Any) -> None:
     folder = trained("mode").path
     text = inspect(folder, "--what", "tokens", "--task", "count_words")
@@ -158,8 +136,8 @@ def test_the_tokens_of_an_instance_are_shown(trained: Any) -> None:
 
 def test_options_of_another_question_are_refused(run: Path) -> None:
     for arguments, message in [
-        (("--task", "a"), "--task and --instance are for --what tokens"),
-        (("--what", "cost", "--instances", "2"), "--instances is for --what routing, tasks or ranks"),
+        (("--task", "a"), "--task is for --what tokens"),
+        (("--what", "cost", "--instances", "2"), "--instances is for --what ranks, routing or tasks"),
         (("--what", "routing", "--layers"), "--layers is for the summary"),
         (("--what", "rooting"), "'rooting' is not one of"),
     ]:

@@ -31,7 +31,9 @@ from dyads.errors import RunError
 from dyads.runs.folder import RunFolder
 from dyads.runs.saved import SavedAdapter
 
-__all__ = ["Clusters", "clusters"]
+__all__ = ["Clusters", "answer", "clusters"]
+
+QUESTION = "of several LoRAs: do their ranks stay alike?"
 
 SIDES = ("down", "up")
 COMPONENTS = 3
@@ -65,6 +67,11 @@ class Clusters:
             rows.append((name, _shown(down), _shown(up), _shown(down - up)))
         title = "Silhouette of ranks: 1 every rank is a cluster, 0 ranks do not matter"
         return (Table(title, ("layers", "down-vectors", "up-vectors", "difference"), tuple(rows)),)
+
+
+def answer(runs: Sequence[Path]) -> Clusters:
+    """The answer of `dyads inspect --what clusters`."""
+    return clusters(runs)
 
 
 def clusters(adapters: Mapping[str, str | Path] | Sequence[str | Path]) -> Clusters:

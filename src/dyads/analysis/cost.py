@@ -13,7 +13,9 @@ from dyads.analysis.named_array import NamedArray, Table
 from dyads.runs.folder import RunFolder
 from dyads.runs.saved import SavedAdapter
 
-__all__ = ["Cost", "cost"]
+__all__ = ["Cost", "answer", "cost"]
+
+QUESTION = "parameters, multiplications, memory and time"
 
 PARTS = ("A", "B", "router", "embedding")
 _ADAM = 2
@@ -54,6 +56,11 @@ class Cost:
             for (phase,), value in self.seconds.rows()
         ]
         return Table("Trained parameters", header, tuple(rows)), Table("Memory and time", ("", "cost"), tuple(more))
+
+
+def answer(run: Path) -> Cost:
+    """The answer of `dyads inspect --what cost`."""
+    return cost(run)
 
 
 def cost(run: str | Path | RunFolder) -> Cost:

@@ -22,7 +22,9 @@ from dyads.analysis.named_array import NamedArray, Table
 from dyads.runs.folder import RunFolder
 from dyads.runs.saved import SavedAdapter, SavedLayer
 
-__all__ = ["Ranks", "effective_rank", "ranks", "ranks_of", "reduced"]
+__all__ = ["Ranks", "answer", "effective_rank", "ranks", "ranks_of", "reduced"]
+
+QUESTION = "ranks that tasks chose, and effective ranks of their updates"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class Ranks:
             of = f"{largest[0]}" if len(largest) == 1 else f"{largest[0]} to {largest[-1]}"
             tables.append(Table(f"{title}, of {of}: mean over layers", ("task", "all", *names), tuple(rows)))
         return tuple(tables)
+
+
+def answer(run: Path, instances: int = INSTANCES) -> Ranks:
+    """The answer of `dyads inspect --what ranks`."""
+    return ranks(run, instances)
 
 
 def ranks(run: str | Path | RunFolder, instances: int = INSTANCES) -> Ranks:

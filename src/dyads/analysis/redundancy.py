@@ -29,7 +29,9 @@ from dyads.errors import RunError
 from dyads.runs.folder import RunFolder
 from dyads.runs.saved import SavedAdapter, SavedLayer
 
-__all__ = ["Redundancy", "overlap", "overlap_of_adapters", "redundancy"]
+__all__ = ["Redundancy", "answer", "overlap", "overlap_of_adapters", "redundancy"]
+
+QUESTION = "overlap of the projections of experts, and of tasks"
 
 SIDES = ("down", "up")
 _SMALL = 1e-6
@@ -62,6 +64,11 @@ class Redundancy:
                 rows.append((f"{what}, {kind}", *shown))
         title = "Overlap of subspaces: 0 orthogonal, 1 one contains the other"
         return (Table(title, ("between", "down-projections", "up-projections"), tuple(rows)),)
+
+
+def answer(run: Path) -> Redundancy:
+    """The answer of `dyads inspect --what redundancy`."""
+    return redundancy(run)
 
 
 def redundancy(run: str | Path | RunFolder, *, tasks: bool = True) -> Redundancy:

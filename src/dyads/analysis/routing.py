@@ -23,7 +23,9 @@ from dyads.analysis.named_array import NamedArray, Table
 from dyads.errors import RunError
 from dyads.runs.folder import RunFolder
 
-__all__ = ["DEAD", "DOMINANT", "Routing", "routing", "routing_of"]
+__all__ = ["DEAD", "DOMINANT", "Routing", "answer", "routing", "routing_of"]
+
+QUESTION = "weights of experts by task and layer, dead and dominant ones"
 
 DEAD = 0.1
 """Of an equal share of the weight."""
@@ -76,6 +78,11 @@ class Routing:
         title = f"Routing, {n} experts; entropies: 0 one expert, 1 equal weights"
         task_header = ("task", "entropy of a token", "most used expert", "its weight")
         return Table(title, header, tuple(rows)), Table("By task, mean over layers", task_header, tuple(by_task))
+
+
+def answer(run: Path, instances: int = INSTANCES) -> Routing:
+    """The answer of `dyads inspect --what routing`."""
+    return routing(run, instances)
 
 
 def routing(run: str | Path | RunFolder, instances: int = INSTANCES) -> Routing:

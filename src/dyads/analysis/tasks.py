@@ -26,7 +26,9 @@ from dyads.analysis.named_array import NamedArray, Table
 from dyads.errors import RunError
 from dyads.runs.folder import RunFolder
 
-__all__ = ["TaskSimilarity", "dendrogram", "task_similarity", "task_similarity_of"]
+__all__ = ["TaskSimilarity", "answer", "dendrogram", "task_similarity", "task_similarity_of"]
+
+QUESTION = "similarity of the tasks, from gates, embeddings and updates"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ class TaskSimilarity:
             header = ("task", "most similar", "cosine", "least similar", "cosine")
             tables.append(Table(f"Similarity by {by}, in the order of the dendrogram", header, tuple(rows)))
         return tuple(tables)
+
+
+def answer(run: Path, instances: int = INSTANCES) -> TaskSimilarity:
+    """The answer of `dyads inspect --what tasks`."""
+    return task_similarity(run, instances)
 
 
 def task_similarity(run: str | Path | RunFolder, instances: int = INSTANCES) -> TaskSimilarity:

@@ -19,7 +19,9 @@ from dyads.runs.saved import SavedAdapter, sort_key
 from dyads.tasks import Example, Task
 from dyads.tuner.layer import adapted_layers
 
-__all__ = ["TokenExperts", "token_experts", "token_experts_of"]
+__all__ = ["TokenExperts", "answer", "token_experts", "token_experts_of"]
+
+QUESTION = "the experts that each token of one instance used"
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,11 @@ class TokenExperts:
             rows.append((f"{i} {text!r}", *cells))
         title = f"Most used expert by token: {self.task}, {self.instance}"
         return (Table(title, ("token", *names), tuple(rows)),)
+
+
+def answer(run: Path, task: str | None = None, instance: str | None = None) -> TokenExperts:
+    """The answer of `dyads inspect --what tokens`."""
+    return token_experts(run, task, instance)
 
 
 def token_experts(run: str | Path | RunFolder, task: str | None = None, instance: str | None = None) -> TokenExperts:

@@ -9,21 +9,35 @@ import io
 import json
 import shutil
 from collections.abc import Sequence
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dyads.analysis import questions
 from dyads.errors import visible, visible_in
 
 if TYPE_CHECKING:
     from dyads.analysis.inspection import Inspection
     from dyads.analysis.named_array import Table
 
-_QUESTIONS = ("routing", "tasks", "ranks", "redundancy", "tokens", "cost", "clusters")
+QUESTIONS = questions()
+_WIDTH = max(map(len, ["summary", *QUESTIONS])) + 2
+_HELP = f"""Show what the adapter in RUN, the folder of a run or of an adapter, is and learned.
+
+\b
+{"summary":{_WIDTH}}method, config, sizes, modules, and ranks that tasks choose (MoRE)
+{chr(10).join(f"{name:{_WIDTH}}{line}" for name, line in QUESTIONS.items())}
+
+A model is loaded only where gates look at the layer's input (MoDE and others): for questions over a few instances of
+each task, and for tokens.
+"""
 
 
 @click.command(
+    help=_HELP,
     short_help="Show an adapter: sizes, ranks, and what it learned.",
     epilog="""\b
 Examples:
@@ -37,7 +51,7 @@ Examples:
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--what",
-    type=click.Choice(["summary", *_QUESTIONS]),
+    type=click.Choice(["summary", *QUESTIONS]),
     default="summary",
     show_default=True,
     help="The question; see above.",
@@ -63,35 +77,17 @@ def command(
     task: str | None,
     instance: str | None,
 ) -> None:
-    """Show what the adapter in RUN, the folder of a run or of an adapter, is and learned.
-
-    \b
-    summary     method, config, sizes, modules, and ranks that tasks choose (MoRE)
-    routing     weights of experts by task and layer, dead and dominant ones
-    tasks       similarity of the tasks, from gates, embeddings and updates
-    ranks       ranks that tasks chose, and effective ranks of their updates
-    redundancy  overlap of the projections of experts, and of tasks
-    tokens      the experts that each token of one instance used
-    cost        parameters, multiplications, memory and time
-    clusters    of several LoRAs: do their ranks stay alike?
-
-    A model is loaded only where gates look at the layer's input (MoDE and others): for routing, tasks and ranks over a
-    few instances of each task, and for tokens.
-    """
+    """The summary, or the answer to a question."""
     width = min(120, shutil.get_terminal_size((80, 24)).columns)
-    if what == "clusters" and len(runs) < 2:
-        raise click.UsageError("--what clusters compares LoRAs that were trained apart: give two runs or more")
-    if what != "clusters" and len(runs) > 1:
-        raise click.UsageError(f"--what {what} is about one run, and {len(runs)} are given; clusters is about several")
+    given = {"instances": instances, "task": task, "instance": instance}
+    options = {name: value for name, value in given.items() if value is not None}
+    _check(what, len(runs), options)
     run = runs[0]
-    if (task is not None or instance is not None) and what != "tokens":
-        raise click.UsageError("--task and --instance are for --what tokens")
-    if instances is not None and what not in ("routing", "tasks", "ranks"):
-        raise click.UsageError("--instances is for --what routing, tasks or ranks")
     if what != "summary":
         if layers:
             raise click.UsageError("--layers is for the summary; --format csv has every layer")
-        result = visible_in(_analysis(runs, what, instances, task, instance))
+        answer = import_module(f"dyads.analysis.{what}").answer
+        result = visible_in(answer(runs if _takes(what, "runs") else run, **options))
         text = {"json": _result_json, "csv": _result_csv}[form](what, result) if form != "text" else ""
         about = str(run) if len(runs) == 1 else f"{len(runs)} adapters"
         click.echo(text or _result_text(what, about, result, width), nl=False)
@@ -109,24 +105,27 @@ def command(
     click.echo(text, nl=False)
 
 
-def _analysis(runs: Sequence[Path], what: str, instances: int | None, task: str | None, instance: str | None) -> Any:
-    """The result of one question."""
-    from dyads.analysis import clusters, cost, gates, ranks, redundancy, routing, tasks, tokens
+def _takes(what: str, argument: str) -> bool:
+    """Whether a question has an argument; the summary has none."""
+    return what != "summary" and argument in signature(import_module(f"dyads.analysis.{what}").answer).parameters
 
-    run, count = runs[0], instances or gates.INSTANCES
-    if what == "clusters":
-        return clusters.clusters(runs)
-    if what == "routing":
-        return routing.routing(run, count)
-    if what == "tasks":
-        return tasks.task_similarity(run, count)
-    if what == "ranks":
-        return ranks.ranks(run, count)
-    if what == "redundancy":
-        return redundancy.redundancy(run)
-    if what == "tokens":
-        return tokens.token_experts(run, task, instance)
-    return cost.cost(run)
+
+def _check(what: str, runs: int, options: dict[str, Any]) -> None:
+    """Refuse a number of runs or an option that is for other questions."""
+    several = _takes(what, "runs")
+    if several and runs < 2:
+        raise click.UsageError(f"--what {what} compares adapters: give two runs or more")
+    if not several and runs > 1:
+        others = _listed([name for name in QUESTIONS if _takes(name, "runs")])
+        raise click.UsageError(f"--what {what} is about one run, and {runs} are given; several are for {others}")
+    for option in options:
+        if not _takes(what, option):
+            others = _listed([name for name in QUESTIONS if _takes(name, option)])
+            raise click.UsageError(f"--{option} is for --what {others}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _result_json(what: str, result: Any) -> str:
