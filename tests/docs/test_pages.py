@@ -211,6 +211,25 @@ def test_a_tutorial_prints_the_outputs_that_it_shows(page: str, fresh: Path) -> 
         assert same(block.shown or "", printed), f"{block.id} shows\n{block.shown}\nand prints\n{printed}"
 
 
+def test_the_method_of_the_tutorial_is_found_as_a_file_of_the_package(tmp_path: Path) -> None:
+    """In a fresh process, with the file in a second folder of `dyads.methods`."""
+    code = next(b.code for b in BLOCKS["docs/tutorials/add-a-method.md"] if b.language == "python")
+    (tmp_path / "gated.py").write_text(code, encoding="utf-8")
+    program = """
+        import sys
+        from importlib.util import find_spec, module_from_spec
+        spec = find_spec("dyads.methods")
+        package = sys.modules["dyads.methods"] = module_from_spec(spec)
+        package.__path__ = [*spec.submodule_search_locations, sys.argv[1]]
+        spec.loader.exec_module(package)
+        print(package.GatedConfig(r=3).r, "gated" in package.method_names())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout == "3 True\n", done.stderr
+
+
 @pytest.mark.slow
 def test_the_demo_of_the_makefile_runs(workspace: Path) -> None:
     """`make demo` calls this script; here with a tiny model in place of SmolLM2."""

@@ -6,7 +6,8 @@
     class ToyConfig(DyadsConfig):      # fields, and core(d), which builds the Core of a layer with d inputs
         ...
 
-No other source file changes: the package's public names, PEFT, recipes, the command line and the tests of the contract
+It imports `register`, DyadsConfig and Core from their own modules, not from the package, which is not complete yet. No
+other source file changes: the package's public names, PEFT, recipes, the command line and the tests of the contract
 read the registry. Tests ask for a line in docs/formula.md's table (`dyads methods --format markdown`), an entry in
 docs/papers.md and a contender in benchmarks/contenders.py. The `TYPE_CHECKING` lists are for editors only.
 """
