@@ -63,7 +63,7 @@ def test_a_list_replaces_the_tasks_of_an_extended_recipe(tmp_path: Path) -> None
         ("  spath: x\n", r"^r\.yaml:9: unknown key 'spath' for tasks of family 'files' – did you mean 'path'\?$"),
         ("- {family: strter}\n", r"^r\.yaml:\d: unknown task family 'strter' – did you mean 'starter'\?$"),
         ("- {family: sni}\n", r"'tasks\.2\.path' is missing"),
-        ("- 3\n", r"'tasks\.2': tasks must be a mapping with a key 'family', or a list of such, got int"),
+        ("- 3\n", r"'tasks\.2': tasks must be a section such as .*, or a list of such, got 3"),
         ("- {names: x}\n", r"'tasks\.2': tasks needs a key 'family'"),
     ],
 )

@@ -69,8 +69,18 @@ def test_whole_floats_count_as_whole_numbers() -> None:
         ({"train": "{optimizer: adam}"}, "must be 'adamw' or 'adafactor', got 'adam' – did you mean 'adamw'?"),
         (
             {"train": "{report_to: wandbb}"},
-            "'train.report_to.0' must be 'tensorboard', 'wandb' or 'trackio', got 'wandbb'",
+            "'train.report_to' must be 'tensorboard', 'wandb' or 'trackio', got 'wandbb' – did you mean 'wandb'?",
         ),
+        ({"train": "{report_to: [wandb, tensorbord]}"}, "'train.report_to.1' must be 'tensorboard', 'wandb' or"),
+        ({"tasks": "{family: reasoning_gym, difficulty: hard}"}, "'tasks.difficulty' must be a whole number, got"),
+        ({"tasks": "{family: reasoning_gym, difficulty: {lcm: x}}"}, "'tasks.difficulty.lcm' must be a whole number"),
+        ({"model": "packaged:smollm2-135m"}, "got 'packaged:smollm2-135m': write model: {name: packaged:smollm2-135m}"),
+        (
+            {"method": "lora"},
+            "'method' must be a section of `key: value` lines, got 'lora': write method: {name: lora}",
+        ),
+        ({"tasks": "my.jsonl"}, "tasks must be a section such as {family: files, path: my.jsonl}, or a list of such"),
+        ({"tasks": "''"}, "tasks must be a section such as"),
         ({"train": "3"}, "'train' must be a section of `key: value` lines, got 3"),
         ({"train": "{batch_size: 16, gradient_accumulation: 3}"}, "batch_size 16 cannot be cut into 3 equal parts"),
         ({"train": "{warmup: 2.5}"}, "warmup 2.5 is neither a share below 1 nor a whole number of steps"),
@@ -138,6 +148,21 @@ def test_several_mistakes_are_listed_together() -> None:
             ["unknown task family 'strter'", "unknown key 'files' for tasks of family 'glue'", "unknown key 'pth'"],
         ),
         ({"model": "{nam: a}"}, ["'model.name' is missing", "unknown key 'model.nam'"]),
+        (  # a contradiction beside a wrong value and an unknown key of its section, and one of another section
+            {
+                "train": "{learning_rate: fast, stepz: 3, validation_steps: 5, compile: true, "
+                "gradient_checkpointing: true}",
+                "evaluate": "{length_normalise: true}",
+            },
+            [
+                "'train.learning_rate' must be a number",
+                "unknown key 'train.stepz'",
+                "length_normalise is for",
+                "compile is true, but gradient_checkpointing",
+                "validation_steps is 5, but validation_limit is null",
+            ],
+        ),
+        ({"name": "a/b", "train": "{warmup: 2.5}", "seed": "x"}, ["'a/b' cannot", "'seed' must", "warmup 2.5 is"]),
         (
             {"model": "{name: a, quantization: {quant_method: quanto, load_in_4bit: true, quant_type: x}}"},
             ["bitsandbytes needs either", "torchao needs a quant_type"],
@@ -154,6 +179,11 @@ def test_all_mistakes_are_reported_at_once(changed: dict[str, str], mistakes: li
     for line, mistake in zip(lines, mistakes, strict=True):
         assert mistake in line
         assert re.match(rf"  {re.escape(str(path))}:\d: ", line) or "missing" in mistake
+
+
+def test_a_contradiction_with_a_wrong_value_waits_until_the_value_is_mended() -> None:
+    with pytest.raises(ConfigError, match=r"^x\.yaml:5: 'train\.steps' must be a whole number, got 'ten'$"):
+        parse_recipe(text(train="{steps: ten, warmup: 3000}"), "x.yaml")  # the steps may be 3,000 or more
 
 
 def test_of_many_mistakes_the_first_are_shown(tmp_path: Path) -> None:

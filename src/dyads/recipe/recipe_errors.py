@@ -11,6 +11,7 @@ import difflib
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -101,6 +102,7 @@ def validated(
     except ValidationError as error:
         known = list(keys())
         errors = error.errors(include_url=False)
+        errors += _beside(errors, model, source.data)
         many = len(errors)
         explained = [_explained(found, model, source, known, remedy) for found in errors[:_MOST_MISTAKES]]
     others = list(islice(further(source.data), _MOST_MISTAKES + 1)) if further else []
@@ -114,6 +116,38 @@ def validated(
     more = ["…"] * (many > len(placed))
     count = f"{many}" if len(others) <= _MOST_MISTAKES else f"more than {many - 1}"
     raise ConfigError("\n  ".join([f"{name}: {count} mistakes", *placed, *more]))
+
+
+def _beside(errors: Sequence[ErrorDetails], root: type[BaseModel], data: Mapping[str, Any]) -> list[ErrorDetails]:
+    """The contradictions among the other values of sections with wrong values or unknown keys.
+
+    pydantic looks for contradictions in sections whose values all fit, so the data is validated again without the
+    wrong ones. A contradiction that names a key left out is no finding: it is with that key's default.
+    """
+    rest: Any = deepcopy(dict(data))
+    left_out: set[str] = set()
+    for error in errors:
+        path = _key_path(error["loc"], root, data)[0]
+        names = path[: next((i for i, part in enumerate(path) if isinstance(part, int)), len(path))]
+        section = rest
+        for name in names[:-1]:
+            section = section.get(name) if isinstance(section, dict) else None
+        contradiction = error["type"] == "value_error" and isinstance(error["input"], Mapping)
+        if names and isinstance(section, dict) and not contradiction:
+            section.pop(names[-1], None)
+            left_out.add(str(names[-1]))
+    try:
+        root.model_validate(rest)
+    except ValidationError as error:
+        reported = {(found["loc"], found["msg"]) for found in errors}
+        return [
+            found
+            for found in error.errors(include_url=False)
+            if found["type"] == "value_error"
+            and (found["loc"], found["msg"]) not in reported
+            and not left_out & set(re.findall(r"\w+", found["msg"]))
+        ]
+    return []
 
 
 def _origin(path: KeyPath, source: YamlSource) -> str | None:
@@ -164,7 +198,12 @@ def _explained(
             near if "did you mean" in near else ""
         )
     wanted = f"must be {_WANTED[kind].format(**context)}" if kind in _WANTED else None
-    return origin, (f"'{dotted}' {wanted}" if wanted else f"'{dotted}': {error['msg']}") + f", got {_given(value)}"
+    section = _models_in(model.model_fields[str(path[-1])].annotation) if kind == "model_type" and model else []
+    mended = ""
+    if isinstance(value, str) and any("name" in found.model_fields for found in section):
+        mended = f": write {dotted}: {{name: {to_yaml(value, one_line=True)}}}"
+    sentence = f"'{dotted}' {wanted}" if wanted else f"'{dotted}': {error['msg']}"
+    return origin, f"{sentence}, got {_given(value)}{mended}"
 
 
 _WANTED = {
@@ -234,6 +273,8 @@ def _key_path(loc: Iterable[str | int], root: type[BaseModel], data: Any) -> tup
         tagged = [m for m in models if _has_tag(m, step)]
         if len(models) > 1 and tagged and not (isinstance(data, Mapping) and step in data):
             models = tagged
+            continue
+        if isinstance(data, str | int | float):  # one value for a list, or for every task
             continue
         path.append(step)
         if isinstance(step, int):

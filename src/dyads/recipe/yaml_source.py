@@ -124,6 +124,8 @@ def _parsed(text: str, name: str, *, lines: bool = True) -> tuple[Any, dict[KeyP
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         reason = shortened(" ".join(str(getattr(error, "problem", None) or error).split()))
+        if "'\\t'" in reason:
+            reason = "a tab, where YAML takes blanks alone"
         raise ConfigError(f"{place(mark) if mark else name}: not valid YAML: {reason}") from error
     except RecursionError:
         raise ConfigError(f"{name}: not valid YAML: more than {DEEPEST} levels of lists and sections") from None

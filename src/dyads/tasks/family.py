@@ -68,7 +68,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, core_schema
 
-from dyads.errors import TaskError, did_you_mean, listed
+from dyads.errors import TaskError, did_you_mean, listed, shortened
 from dyads.tasks.task import Task
 
 __all__ = ["FamilySpec", "SeveralSpec", "Suite", "TasksSpec", "families", "register_family"]
@@ -179,7 +179,10 @@ def _one(given: Any) -> FamilySpec:
     if isinstance(given, FamilySpec):
         return given
     if not isinstance(given, Mapping):
-        raise ValueError(f"tasks must be a mapping with a key 'family', or a list of such, got {type(given).__name__}")
+        found = "nothing" if given in (None, "") else shortened(given, 60)
+        raise ValueError(
+            f"tasks must be a section such as {{family: files, path: my.jsonl}}, or a list of such, got {found}"
+        )
     if "family" not in given:
         raise ValueError(f"tasks needs a key 'family'{did_you_mean('', _FAMILIES)}")
     family = str(given["family"])
