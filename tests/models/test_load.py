@@ -75,6 +75,14 @@ def test_a_model_that_cannot_be_loaded_is_named_with_what_can(name: str) -> None
         load_tokenizer(name)
 
 
+@pytest.mark.parametrize("name", ["./no-such-model", "../no/model", "/no/model", "~/no-model", "C:\\no\\model"])
+def test_a_folder_that_is_not_there_is_no_wrong_hub_id(name: str) -> None:
+    with pytest.raises(
+        RunError, match=rf"model '{re.escape(name)}' could not be loaded: there is no such folder – give"
+    ):
+        load_model(ModelSpec(name=name))
+
+
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_a_truncated_model_is_refused(file: str, other_llama: Callable[..., Path]) -> None:
     path = other_llama()

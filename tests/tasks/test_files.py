@@ -292,6 +292,7 @@ def test_test_prompts_that_were_trained_on_are_noted(tmp_path):
             "columns 'task' and .* are missing; it has messages, a row .*; family: chat reads messages$",
         ),
         ([row(0), row(1, split="tset")], "line 2: unknown split 'tset' – did you mean 'test'"),
+        ([row(0), row(1, split="dev")], "line 2: unknown split 'dev' – known: train, validation, test$"),
         ([row(0, output=3)], "line 1: 'output' must be a text or a list of texts, got 3; put numbers in quotes"),
         ([row(0, output=["a", None])], "'output' must be a text or a list of texts"),
         ([row(0, output=[])], "line 1: 'output' is empty"),
@@ -324,12 +325,37 @@ def test_bad_rows_are_refused_with_their_place(tmp_path, rows, message):
         (["task,input,output", 't,x,"[""a"", b"'], "line 2: output starts like a JSON list but is not valid JSON"),
         (["task,input,output", 't,"x,y'], r"a\.csv, line 2: not valid CSV: unexpected end of data"),
         (["task,input,output,input", "t,x,y,z"], "line 1: a column name is used twice"),
+        (["task;input;output", "t;x;y"], "line 1: cells are separated by ';'; save the file with commas$"),
+        (["task\tinput\toutput", "t\tx\ty"], r"line 1: cells are separated by '\\t'; save the file with commas$"),
         ([""], "columns 'task' and 'input' and 'output' are missing; it has none, a row needs task, input, output$"),
     ],
 )
 def test_bad_csv_is_refused_with_its_place(tmp_path, rows, message):
     with pytest.raises(TaskError, match=message):
         read(write(tmp_path / "a.csv", *rows))
+
+
+def test_a_label_without_rows_and_names_that_differ_in_case_are_noted(tmp_path):
+    labels = ["no", "yes", "maybe"]
+    rows = [
+        row(n, task, "train" if n < 10 else "test", output=["no", "yes"][n % 2], labels=labels)
+        for task in ("t", "T")
+        for n in range(12)
+    ]
+    assert read(write(tmp_path / "a.jsonl", *rows)).notes == (
+        "tasks 't' and 'T' differ in case alone",
+        "t: no row has the label maybe",
+        "T: no row has the label maybe",
+    )
+    rows[0]["output"] = rows[12]["output"] = "maybe"
+    rows = [{**r, "task": {"t": "t", "T": "u"}[r["task"]]} for r in rows]
+    assert read(write(tmp_path / "a.jsonl", *rows)).notes == ()
+
+
+def test_a_missing_file_is_named_with_the_folder_that_was_searched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TaskError, match=rf"^no file or folder mine\.jsonl in {tmp_path}$"):
+        read("mine.jsonl")
 
 
 def test_bad_paths_are_refused(tmp_path):

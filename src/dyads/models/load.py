@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, cast
@@ -150,6 +151,8 @@ def _load(name: str, load: Any) -> Any:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the tokenizers in Rust
             raise
         reason = reason_of(error)
+        if re.match(r"[.~/\\]|[A-Za-z]:", name) and not os.path.exists(name):
+            reason = "there is no such folder"
         raise RunError(
             f"model '{name}' could not be loaded: {reason} – give a hub id, a folder with"
             f" a transformers model, or one of: {', '.join(PREFIX + key for key in PACKAGED)}"

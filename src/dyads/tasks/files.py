@@ -99,7 +99,8 @@ def _files(paths: tuple[Path, ...], suffixes: tuple[str, ...]) -> list[Path]:
                 raise TaskError(f"no {' or '.join(f'*{suffix}' for suffix in suffixes)} file in folder {path}")
             found += inside
         elif not path.exists():
-            raise TaskError(f"no file or folder {path}{similar_file(path)}")
+            where = "" if path.is_absolute() else f" in {Path.cwd()}"
+            raise TaskError(f"no file or folder {path}{similar_file(path) or where}")
         elif path.suffix.lower() not in suffixes:
             hint = "; family: dataset reads it" if path.suffix.lower() in (".parquet", ".arrow") else ""
             raise TaskError(f"{path}: cannot read '{path.suffix}' files; use {' or '.join(suffixes)}{hint}")

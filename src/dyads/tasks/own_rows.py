@@ -142,6 +142,12 @@ class OwnRowsSpec(FamilySpec):
             for name in getattr(self, option):
                 if name != ANY and name not in by_task:
                     raise TaskError(f"{option} for an unknown task '{name}'{did_you_mean(name, by_task)}")
+        alike: dict[str, str] = {}
+        notes += [
+            f"tasks '{first}' and '{name}' differ in case alone"
+            for name in by_task
+            if (first := alike.setdefault(name.casefold(), name)) != name
+        ]
         if ignored:
             notes.append(f"columns that are not read: {listed(ignored)}")
         if unanswered:
@@ -241,7 +247,7 @@ class OwnRowsSpec(FamilySpec):
         texts["split"] = texts["split"] or own.split
         if texts["split"] and texts["split"] not in SPLITS:
             near = did_you_mean(texts["split"], SPLITS)
-            raise TaskError(f"{place}: unknown split '{texts['split']}'{near}; use {', '.join(SPLITS)}")
+            raise TaskError(f"{place}: unknown split '{texts['split']}'{near}")
         labels = self._row_labels(place, fields)
         if conversation := [n for n in (MESSAGES, "conversations") if n in self.known and self._name(n) in fields]:
             messages, output, unanswered = self._conversation(place, fields, conversation, texts[SYSTEM])
@@ -335,6 +341,8 @@ class OwnRowsSpec(FamilySpec):
         labels = self._agreed(name, "labels", records)
         if labels:
             records = [replace(r, output=tuple(o.strip() for o in r.output)) for r in records]
+            if absent := set(labels).difference(*(r.output for r in records)):
+                notes.append(f"{name}: no row has the label {listed(label for label in labels if label in absent)}")
         template = self._template(instruction, records)
         examples = [_example(template, record) for record in records]
         _refuse_repeated_ids(name, records)

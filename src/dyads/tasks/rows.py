@@ -93,6 +93,8 @@ def read_csv(path: Path) -> tuple[list[str], list[Row]]:
     line = 1
     try:
         header = [name.strip() for name in next(reader, [])]
+        if len(header) == 1 and (other := next((c for c in ";\t|" if c in header[0]), None)):
+            raise TaskError(f"{path}, line 1: cells are separated by {other!r}; save the file with commas")
         if len(set(header)) < len(header):
             raise TaskError(f"{path}, line 1: a column name is used twice: {listed(header)}")
         line = reader.line_num + 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dyads.errors import TaskError, did_you_mean, shortened
+from dyads.errors import TaskError, did_you_mean, shortened, similar_file
 from dyads.reading import DATA, read_json, read_text
 from dyads.tasks.rows import DOWNLOAD_AGAIN
 
@@ -85,9 +85,10 @@ class Checkout:
         self.path, self.track, self.tasks = path, track, path / "tasks"
         for needed in (path, self.tasks, path / "splits" / track):
             if not needed.is_dir():
+                near = similar_file(path) if needed == path else ""
                 raise TaskError(
-                    f"no folder {needed}: `path` must be a checkout of natural-instructions with tasks/*.json and "
-                    f"splits/{track}/train_tasks.txt, test_tasks.txt, or the file of one task"
+                    f"no folder {needed}{near}: `path` must be a checkout of natural-instructions with tasks/*.json "
+                    f"and splits/{track}/train_tasks.txt, test_tasks.txt, or the file of one task"
                 )
         self.files = {p.stem: p for p in sorted(self.tasks.glob("*.json"))}
         if not self.files:
