@@ -163,6 +163,26 @@ def test_an_answer_whose_scorer_never_returns_scores_zero(monkeypatch):
 
 
 @pytest.mark.slow
+def test_one_process_scores_the_tasks_in_turn_and_another_follows_one_that_was_ended(monkeypatch):
+    tasks = read("countdown", "lcm").tasks
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(family.subprocess, "Popen", lambda *a, **o: started.append(popen(*a, **o)) or started[-1])
+    monkeypatch.setattr(family, "_IDLE", [])
+    monkeypatch.setattr(family, "PATIENCE", 3.0)
+    for task in tasks:
+        right = [e.references[0] for e in task.test]
+        assert reasoning_gym(right, [e.details for e in task.test]) == [1.0] * len(right)
+    assert len(started) == 1
+    details = [tasks[0].test[0].details] * 2
+    assert reasoning_gym(["9**9**9**9", tasks[0].test[0].references[0]], details) == [0.0, 1.0]
+    assert len(started) == 2
+    assert started[0].poll() is not None
+    family._close_idle()
+    assert started[1].poll() is not None
+
+
+@pytest.mark.slow
 def test_answers_are_not_run_as_code(tmp_path):
     evil = tmp_path / "evil"
     for task in read("spiral_matrix", "countdown", "string_insertion").tasks:

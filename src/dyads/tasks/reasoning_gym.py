@@ -12,6 +12,7 @@ the version of the package, which is noted.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import queue
@@ -189,46 +190,90 @@ def _generated(request: str) -> tuple[dict[str, Any], ...]:
 
 
 def _answers(request: dict[str, Any], *, patience: float | None) -> Iterator[dict[str, Any]]:
-    """The lines of a worker; {"stopped": True} ends them where an answer's score takes longer than `patience`."""
-    command = [sys.executable, "-c", "from dyads.tasks.reasoning_gym_worker import main; main()"]
-    path = os.pathsep.join(part for part in sys.path if part)
-    environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": path, "PYTHONUTF8": "1"}
-    lines: queue.Queue[str | None] = queue.Queue()
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8"
-        ) as worker,
-    ):
-        assert worker.stdin
-        assert worker.stdout
-        stdin, stdout = worker.stdin, worker.stdout
+    """The lines of a worker; {"stopped": True} ends them where an answer's score takes longer than `patience`.
 
-        def read() -> None:
-            for line in stdout:
-                lines.put(line)
-            lines.put(None)
+    A worker that has scored is kept for the next task: importing the package takes seconds.
+    """
+    scores = request["do"] == "score"
+    worker = _IDLE.pop() if scores and _IDLE else _Worker()
+    try:
+        yield from worker.answers(request, patience)
+    finally:
+        if scores and worker.idle:
+            _IDLE.append(worker)
+        else:
+            worker.close()
 
-        threading.Thread(target=read, daemon=True).start()
-        try:
-            with suppress(OSError):  # a worker that failed at its start
-                stdin.write(json.dumps(request))
-                stdin.close()
-            scoring = False
-            while True:
-                try:
-                    line = lines.get(timeout=patience if scoring else None)
-                except queue.Empty:
-                    yield {"stopped": True}
-                    return
-                if line is None:
-                    break
-                found = json.loads(line)
-                scoring = "at" in found
-                yield found
-            if worker.wait() != 0:
-                errors.seek(0)
-                said = errors.read().decode(errors="replace").strip().splitlines()
-                raise TaskError(f"reasoning_gym failed: {said[-1] if said else f'exit status {worker.returncode}'}")
-        finally:
-            worker.kill()
+
+class _Worker:
+    """A worker process."""
+
+    idle = False
+    """Whether it has answered a request and takes another one."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", "from dyads.tasks.reasoning_gym_worker import main; main()"]
+        path = os.pathsep.join(part for part in sys.path if part)
+        environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": path, "PYTHONUTF8": "1"}
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 – `close` closes it
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            encoding="utf-8",
+        )
+        self._lines: queue.Queue[str | None] = queue.Queue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def answers(self, request: dict[str, Any], patience: float | None) -> Iterator[dict[str, Any]]:
+        """The lines for a request."""
+        self.idle = scoring = False
+        assert self._process.stdin
+        with suppress(OSError):  # a worker that failed at its start
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        while True:
+            try:
+                line = self._lines.get(timeout=patience if scoring else None)
+            except queue.Empty:
+                yield {"stopped": True}
+                return
+            if line is None:
+                self._errors.seek(0)
+                said = self._errors.read().decode(errors="replace").strip().splitlines()
+                status = self._process.wait()
+                raise TaskError(f"reasoning_gym failed: {said[-1] if said else f'exit status {status}'}")
+            found = json.loads(line)
+            if "done" in found:
+                self.idle = True
+                return
+            scoring = "at" in found
+            yield found
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        for file in (self._process.stdin, self._process.stdout, self._errors):
+            assert file
+            with suppress(OSError):  # a line that was not read
+                file.close()
+
+
+_IDLE: list[_Worker] = []
+
+
+@atexit.register
+def _close_idle() -> None:
+    while _IDLE:
+        _IDLE.pop().close()

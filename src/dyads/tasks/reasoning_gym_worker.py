@@ -8,6 +8,8 @@ arithmetic and formulas only.
 
     {"do": "generate", "tasks": [{"name", "seed", "level", "options", "sizes": {split: n}}, …]}   a line for each task
     {"do": "score", "answers": [{"name", "level", "options", "entry", "answer"}, …]}     {"at": i} and {"score": x} each
+
+{"done": true} ends the lines of a request.
 """
 
 from __future__ import annotations
@@ -37,10 +39,15 @@ MOST_ROUNDS = 10
 
 
 def main() -> None:
-    """Read a request from standard input, and write its lines to standard output."""
+    """Read requests from standard input, a line for each, and write their lines to standard output."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # some generators print
-    request = json.loads(sys.stdin.read())
+    for line in sys.stdin:
+        _fulfil(json.loads(line), out)
+        _write(out, {"done": True})
+
+
+def _fulfil(request: dict[str, Any], out: TextIO) -> None:
     try:
         gym = importlib.import_module("reasoning_gym")
     except ImportError as error:
