@@ -16,11 +16,13 @@ import yaml
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from dyads.export import export
 from dyads.markdown import markdown_table
 from dyads.models.packaged import hub_id, key_of, same_model
 from dyads.runs import card as cards
 from dyads.runs.card import base_model, card, front_matter, write_card, write_shared
 from dyads.runs.folder import RunFolder
+from dyads.runs.saved import SavedAdapter
 from dyads.scoring.evaluate import evaluate
 
 Trained = Callable[..., RunFolder]
@@ -47,6 +49,31 @@ def test_the_python_of_a_card_loads_the_adapter(method: str, trained: Trained, t
     given = {"task": "has_animal"} if method == "more" else {}
     adapted = names["model"](input_ids=ids, **given).logits
     assert not torch.equal(adapted, AutoModelForCausalLM.from_pretrained(base)(input_ids=ids).logits)
+
+
+def test_the_card_of_an_export_loads_it_and_has_the_form_of_its_prompts(trained: Trained, tmp_path: Path) -> None:
+    run = trained("more")
+    export(SavedAdapter.read(run.path), tmp_path / "out", task="has_animal")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    base = Path(run.recipe().model.name)
+    code = python_of(text).replace(f"path/to/{base.name}", str(base))
+    names: dict[str, Any] = {}
+    exec(code.replace("path/to/this/folder", str(tmp_path / "out")), names)
+    assert names["model"].peft_config["default"].peft_type == "LORA"
+    form = run.templates()["has_animal"].form
+    assert 'The form of the prompts in training, for "has_animal":\n\n    Words: {input}\n' in text
+    assert all(line.strip() in text for line in form.splitlines())
+
+
+def test_a_prompt_of_a_published_protocol_is_no_message_of_the_chat_template(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained("more")
+    run.write_chat_template("{{ messages }}")
+    assert '"first_word":\n' in card(run)
+    chat = {name: form.model_copy(update={"chat": True}) for name, form in run.templates().items()}
+    monkeypatch.setattr(RunFolder, "templates", lambda folder: chat)
+    assert '"first_word", as a user\'s message of the chat template:\n' in card(run)
 
 
 def test_the_python_of_an_encoders_card_loads_its_heads(trained: Trained) -> None:

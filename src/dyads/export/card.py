@@ -15,7 +15,8 @@ from dyads.export.gguf_adapter import GGUF_ADAPTER
 from dyads.markdown import markdown_table
 from dyads.models.heads import MODULE as HEADS
 from dyads.models.packaged import hub_id
-from dyads.runs.card import base_model, front_matter
+from dyads.runs.card import base_model, front_matter, prompts
+from dyads.runs.folder import RunFolder
 from dyads.runs.saved import SavedAdapter
 from dyads.runs.weights import WEIGHTS
 
@@ -59,11 +60,10 @@ def lora_card(
             "PEFT loads it without dyads:",
             "",
             "```python",
-            "from peft import PeftModel",
-            "",
-            'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")',
+            *_loading(config),
             "```",
             "",
+            *_prompts(adapter, task),
             *_serving(commands),
             *([_HEADS_NOTE, ""] if heads else []),
             *([price, ""] if price is not None else []),
@@ -105,11 +105,34 @@ def merged_card(adapter: SavedAdapter, task: str | None, dtype: str, heads: bool
             "",
             f"The base model with {merged} in its weights. transformers loads it without dyads and PEFT.",
             "",
+            *_prompts(adapter, task),
             *([_HEADS_NOTE, ""] if heads else []),
             *([price, ""] if price is not None else []),
             *_facts(adapter, task, ("weights", dtype)),
         ]
     )
+
+
+def _loading(config: Any) -> list[str]:
+    """Lines of Python that load a LoRA."""
+    auto = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
+    auto_class = auto.get(config.task_type, "AutoModel")
+    name = config.base_model_name_or_path or "the base model"
+    return [
+        "from peft import PeftModel",
+        f"from transformers import {auto_class}",
+        "",
+        f'base = {auto_class}.from_pretrained("{hub_id(name) or f"path/to/{PurePath(name).name}"}")',
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+    ]
+
+
+def _prompts(adapter: SavedAdapter, task: str | None) -> list[str]:
+    """The form of the prompts, where the adapter is that of a run."""
+    run = RunFolder(adapter.path.parent)
+    if not run.is_run or run.adapter != adapter.path:
+        return []
+    return prompts(run, run.task_names() if task is None else [task], exported=True)
 
 
 def serve_commands(config: Any, folders: Mapping[str, str], rank: int | None = None) -> list[tuple[str, str]]:

@@ -27,7 +27,7 @@ from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import MANIFEST, write_text
 from dyads.runs.weights import CONFIG
 
-__all__ = ["CARD", "base_model", "card", "front_matter", "write_card", "write_shared"]
+__all__ = ["CARD", "base_model", "card", "front_matter", "prompts", "write_card", "write_shared"]
 
 CARD = "README.md"
 """Name of a card's file."""
@@ -79,7 +79,7 @@ def card(folder: RunFolder, place: str = _HERE, licence: str | None = None, scor
                 *_loading(recipe, tasks, place),
                 "```",
                 "",
-                *_prompts(folder, tasks),
+                *prompts(folder, tasks),
                 *_scores(scores, tasks),
                 "## Training",
                 "",
@@ -163,18 +163,20 @@ def _loading(recipe: Recipe, tasks: Sequence[str], place: str) -> list[str]:
     return lines
 
 
-def _prompts(folder: RunFolder, tasks: Sequence[str]) -> list[str]:
-    """The form of the first task's prompts, and the file with those of all."""
+def prompts(folder: RunFolder, tasks: Sequence[str], exported: bool = False) -> list[str]:
+    """The section on prompts: the form of the first task's, and the file with those of all unless it was exported."""
     templates = folder.templates()
     first = next((name for name in tasks if name in templates), None)
     if first is None:
         return []
-    chat = ", as a user's message of the chat template" if folder.chat_template() is not None else ""
-    indented = [f"    {line}".rstrip() for line in templates[first].form.split("\n")]
+    template = templates[first]
+    chat = ", as a user's message of the chat template" * (template.chat and folder.chat_template() is not None)
+    forms = "`templates.json` of the run has the form of every task's prompts. That of"
+    indented = [f"    {line}".rstrip() for line in template.form.split("\n")]
     return [
         "## Prompts",
         "",
-        f"`templates.json` of the run has the form of every task's prompts. That of {json.dumps(first)}{chat}:",
+        f"{'The form of the prompts in training, for' if exported else forms} {json.dumps(first)}{chat}:",
         "",
         *indented,
         "",
