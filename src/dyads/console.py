@@ -137,6 +137,9 @@ class Reporter:
     def summary(self, event: str, title: str, lines: Mapping[str, str], **data: Any) -> None:
         """Facts before a computation, by name."""
 
+    def waiting(self, text: str) -> None:
+        """What takes long before there is more to show; for people alone."""
+
     def note(self, event: str, text: str, **data: Any) -> None:
         """One sentence."""
 
@@ -179,6 +182,9 @@ class TextReporter(Reporter):
             table.add_row(f"  {name}", printable(text))
         print_to(self._console, printable(title), style="bold", soft_wrap=True)
         print_to(self._console, table)
+
+    def waiting(self, text: str) -> None:
+        print_to(self._console, f"{printable(text)} …", soft_wrap=True)
 
     def note(self, event: str, text: str, **data: Any) -> None:
         print_to(self._console, printable(text))

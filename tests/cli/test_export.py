@@ -51,7 +51,7 @@ def test_the_export_of_a_run_is_verified_on_its_prompts(trained: Callable[..., R
     assert result.exit_code == 0, result.output
     last = result.output.splitlines()[-1]
     assert re.fullmatch(
-        r"verified: stock PEFT reloads it without dyads; on 12 prompts the logits differ by at most [\d.]+e-0[6-9] .*",
+        r"verified: PEFT reloads it without dyads; on 12 prompts logits agree to [\d.]+e-0[6-9]",
         last,
     ), last
     result = export(run.path, "--task", "has_animal", "--out", tmp_path / "quick", "--no-verify")
@@ -65,7 +65,7 @@ def test_merged_runs_are_checkpoints_that_answer_alike(trained: Callable[..., Ru
     assert result.exit_code == 0, result.output
     written, verified = result.output.splitlines()
     assert re.fullmatch(rf"{tmp_path}/model: merged, [\d,]+ parameters in float32", written)
-    assert "verified: stock PEFT reloads it without dyads; on 4 prompts" in verified
+    assert "verified: PEFT reloads it without dyads; on 4 prompts" in verified
 
 
 def test_contradictions_and_refusals_name_the_options_that_mend_them(adapter: Path, tmp_path: Path) -> None:

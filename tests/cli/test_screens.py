@@ -68,12 +68,27 @@ def lines_of(drawn: str) -> list[str]:
     return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn))
 
 
+def test_a_list_of_tasks_with_long_names_fits_80_columns(tmp_path: Path) -> None:
+    name = "a_task_with_a_long_name_" + "x" * 30
+    rows = [{"task": name, "input": f"q {n}", "output": "yes"} for n in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    arguments = ["tasks", "--family", "files", "--path", "rows.jsonl"]
+    code, drawn = in_terminal(arguments, tmp_path)
+    lines = lines_of(drawn)
+    assert code == 0, drawn
+    assert max(map(len, lines)) <= 80
+    assert lines[2:4] == [f"   0  {name}", *(line for line in lines if line.startswith("     10 "))]
+    code, drawn = in_terminal(arguments, tmp_path, 200)
+    assert f"   0  {name}       10" in drawn
+
+
 def test_a_training_in_a_terminal_fits_80_columns(recipe: Path, tmp_path: Path) -> None:
     code, drawn = in_terminal(["train", "recipe.yaml", "--out", "run"], tmp_path)
     lines = lines_of(drawn)
     assert code == 0, drawn
     ours = [line for line in lines if not line.startswith("[transformers]")]
     assert max(map(len, ours)) <= 80
+    assert ours[0] == "reading recipe.yaml, its tasks and its model …"
     starts = [line.split()[0] for line in ours if line.startswith("  ") and not line.startswith("    ")]
     assert starts[:7] == ["model", "method", "trains", "tasks", "steps", "log", "expect"]
     trained = [line for line in ours if line.startswith("training")]

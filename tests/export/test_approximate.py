@@ -199,7 +199,7 @@ def test_a_run_is_exported_with_its_price_and_verified(
     layers = [line for line in lines if line.startswith("model.layers.")]
     assert len(layers) == 6
     assert any(line.endswith("rank 3 in 6 modules") for line in lines)
-    assert lines[-1].startswith("verified: stock PEFT reloads it without dyads")
+    assert lines[-1].startswith("verified: PEFT reloads it without dyads")
     config = LoraConfig.from_pretrained(tmp_path / "lora")
     assert (config.r, config.lora_alpha, config.rank_pattern) == (3, 3, {})
     assert {min(t.shape) for t in load_file(tmp_path / "lora" / "adapter_model.safetensors").values()} == {3}

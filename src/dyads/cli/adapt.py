@@ -85,6 +85,7 @@ def command(
     from dyads.runs.folder import RunFolder
 
     RunFolder.open(run)  # a missing run is refused before torch is imported
+    reporter.waiting(f"reading {run} and {source}")
     from dyads.training.adapt import adapt_recipe
 
     given = {"shots": shots, "parts": parts, "start": start}

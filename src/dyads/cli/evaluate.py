@@ -61,6 +61,7 @@ def command(
         if out is None:
             raise click.UsageError("--tasks needs --out, a new folder: the run keeps the scores of its own tasks")
         how["suite"] = _tasks(tasks)
+    reporter.waiting(f"reading {run}, its tasks and its model")
     from dyads.scoring.evaluate import evaluate
 
     scores = evaluate(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import click
@@ -62,11 +64,15 @@ def command(
     names = [visible(task.name) for task in suite.tasks]
     width = max(map(len, names), default=4)
     wide = max([len("metric"), *(len(task.metric) for task in suite.tasks)])
-    header = f"{'id':>4}  {'task':{width}}  {'train':>7} {'valid.':>7} {'test':>7}  {'metric':{wide}}  version"
-    click.secho(header, bold=True)
+    between = "  "
+    if sys.stdout.isatty() and 4 + 2 + width + 2 + 23 + 2 + wide + 2 + 16 > shutil.get_terminal_size().columns:
+        between, width = "\n", 0  # long names have lines of their own
+    sizes = f"{'train':>7} {'valid.':>7} {'test':>7}"
+    click.secho(f"{'id':>4}  {'task':{width}}{between}{sizes}  {'metric':{wide}}  version", bold=True)
     for i, (name, task) in enumerate(zip(names, suite.tasks, strict=True)):
         sizes = f"{len(task.train):7,} {len(task.validation):7,} {len(task.test):7,}"
-        click.echo(f"{i:4}  {name:{width}}  {sizes}  {task.metric:{wide}}  {task.version} ({task.fingerprint()})")
+        version = f"{task.version} ({task.fingerprint()})"
+        click.echo(f"{i:4}  {name:{width}}{between}{sizes}  {task.metric:{wide}}  {version}")
     for note in suite.notes:
         click.echo(visible(f"· {note}"))
 

@@ -77,6 +77,7 @@ def command(
     reporter: Reporter,
 ) -> None:
     """Train and score the adapter that RECIPE, a YAML file, describes."""
+    reporter.waiting(f"reading {recipe}, its tasks and its model")
     from dyads.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides)

@@ -52,7 +52,7 @@ def show_summary(
     data |= {"method": method.name, "options": method.options, "seed": recipe.seed}
     if trained:
         of_heads = f", and {heads:,} in heads" if heads else ""
-        lines["trains"] = f"{trained:,} parameters, {100 * trained / base:.2f} % of the model's{of_heads}"
+        lines["trains"] = f"{trained:,} parameters, {rounded(100 * trained / base)} % of the model's{of_heads}"
         data |= {"parameters": trained, "head_parameters": heads}
     count = {split: sum(len(task.split(split)) for task in suite.tasks) for split in ("train", recipe.evaluate.split)}
     scored = sum(len(recipe.evaluate.pick(len(task.split(recipe.evaluate.split)))) for task in suite.tasks)
