@@ -137,6 +137,22 @@ def test_too_many_instances_are_left_out_and_the_page_says_so(
     assert f"The page has the first {left} of at most 40 instances" in page_of(comparison, model=False)
 
 
+def test_a_page_without_instances_has_no_text_of_the_data(learned: list[Path], tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    result = CliRunner().invoke(main, ["report", *map(str, learned), "--out", str(out), "--no-instances"])
+    assert result.exit_code == 0, result.output
+    page = out.read_text(encoding="utf-8")
+    data = data_of(page)
+    assert [task["instances"] for task in data["tasks"]] == [[]] * len(data["tasks"])
+    assert all(of_task == {"texts": [], "scores": []} for of_run in data["answers"] for of_task in of_run)
+    assert data["learned"]
+    assert not any(entry["tokens"] for entry in data["learned"])
+    assert "written without instances" in page
+    assert '<form id="filters" class="filters" hidden>' in page
+    for prediction in RunFolder(learned[0]).predictions(data["tasks"][0]["name"]):
+        assert prediction["prompt"] not in page + json.dumps(data)
+
+
 def test_texts_from_runs_stay_texts(hostile: list[Path]) -> None:
     page = page_of(compare(hostile), model=False)
     reader = Reader(page)

@@ -31,6 +31,11 @@ Examples:
 @click.option("--baseline", metavar="LABEL", help="Show differences from this run name only.")
 @click.option("--no-model", is_flag=True, help="Load no base model: no analysis of gates that look at tokens.")
 @click.option(
+    "--no-instances",
+    is_flag=True,
+    help="Leave out all texts of the data (prompts, references, answers, tokens), to pass the page on.",
+)
+@click.option(
     "--figures",
     type=click.Path(file_okay=False, path_type=Path),
     help="Also write every figure into this folder, as in a paper; needs `pip install 'dyads[report]'`.",
@@ -48,6 +53,7 @@ def command(
     opens: bool,
     baseline: str | None,
     no_model: bool,
+    no_instances: bool,
     figures: Path | None,
     formats: tuple[str, ...],
 ) -> None:
@@ -76,7 +82,10 @@ def command(
         written = write_figures(comparison, figures, formats or ("pdf", "png"), model=not no_model)
         click.echo(printable(f"{len(written)} figures written to {figures}"), err=True)
     page = page_of(
-        comparison, model=not no_model, progress=lambda label: click.echo(printable(f"reading {label}"), err=True)
+        comparison,
+        model=not no_model,
+        instances=not no_instances,
+        progress=lambda label: click.echo(printable(f"reading {label}"), err=True),
     )
     write_output(out, page)
     click.echo(printable(f"written to {out} ({len(page.encode()) / 1e6:.1f} MB)"), err=True)

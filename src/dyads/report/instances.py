@@ -14,7 +14,7 @@ from dyads.errors import visible
 from dyads.runs.contents import Prediction
 from dyads.runs.folder import RunFolder
 
-__all__ = ["MOST", "instances_of", "kept", "pack"]
+__all__ = ["MOST", "first", "instances_of", "kept", "pack"]
 
 MOST = 2_000_000
 """Characters of packed data on a page."""
@@ -72,19 +72,23 @@ def pack(data: dict[str, Any]) -> str:
     return base64.b64encode(gzip.compress(text.encode("utf-8", "surrogatepass"), 9, mtime=0)).decode()
 
 
+def first(data: dict[str, Any], count: int) -> dict[str, Any]:
+    """The data with the first `count` instances of each task."""
+    return {
+        **data,
+        "tasks": [{**task, "instances": task["instances"][:count]} for task in data["tasks"]],
+        "answers": [
+            [{key: values[:count] for key, values in of_task.items()} for of_task in of_run]
+            for of_run in data["answers"]
+        ],
+    }
+
+
 def kept(data: dict[str, Any], most: int = MOST) -> tuple[str, int | None]:
     """(packed data of at most `most` characters, how many instances of each task are in them; None: all)."""
     packed, left = pack(data), None
     count = max((len(task["instances"]) for task in data["tasks"]), default=0)
     while len(packed) > most and count > 1:
         left = count = count // 2
-        shorter = {
-            **data,
-            "tasks": [{**task, "instances": task["instances"][:count]} for task in data["tasks"]],
-            "answers": [
-                [{key: values[:count] for key, values in of_task.items()} for of_task in of_run]
-                for of_run in data["answers"]
-            ],
-        }
-        packed = pack(shorter)
+        packed = pack(first(data, count))
     return packed, left

@@ -33,16 +33,23 @@ Numbers = npt.NDArray[np.float64]
 
 
 def learned_by(
-    comparison: Comparison, *, model: bool = True, progress: Callable[[str], object] = lambda name: None
+    comparison: Comparison,
+    *,
+    model: bool = True,
+    tokens: bool = True,
+    progress: Callable[[str], object] = lambda name: None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """(what each trained method's first run learned, notes on what is left out). Without `model` none is loaded."""
+    """(what each trained method's first run learned, notes on what is left out).
+
+    Without `model` no base model is loaded; without `tokens` no text of an instance is in it.
+    """
     found, notes = [], []
     for column in comparison.columns:
         if column.reference:
             continue
         progress(column.label)
         try:
-            of_column = _of_column(column, model)
+            of_column = _of_column(column, model, tokens)
         except (DyadsError, OSError) as error:
             notes.append(f"{column.shown}: {visible(str(error))}")
             continue
@@ -52,7 +59,7 @@ def learned_by(
     return found, notes
 
 
-def _of_column(column: Column, model: bool) -> dict[str, Any]:
+def _of_column(column: Column, model: bool, tokens: bool) -> dict[str, Any]:
     folder = RunFolder(column.runs[0])
     adapter = SavedAdapter.read(folder.path)
     content: dict[str, Any] = {"name": visible(column.shown), "maps": [], "taskmaps": [], "tokens": None, "notes": []}
@@ -86,7 +93,7 @@ def _of_column(column: Column, model: bool) -> dict[str, Any]:
         )
     similarities = _similarities(gates, content) if pairs else []
     content["maps"] = [*_routing(gates), *_ranks(gates), *similarities, *_overlaps(folder, pairs=pairs)]
-    if reader is not None:
+    if reader is not None and tokens:
         content["tokens"] = _tokens(reader)
     return content
 

@@ -21,7 +21,7 @@ from dyads import __version__
 from dyads.comparing.comparison import Comparison
 from dyads.errors import visible, visible_in
 from dyads.report.content import content_of, curves_of, marks
-from dyads.report.instances import instances_of, kept
+from dyads.report.instances import first, instances_of, kept
 from dyads.report.learned import learned_by
 
 __all__ = ["SECTIONS", "page_of"]
@@ -38,10 +38,17 @@ SECTIONS = (
 
 
 def page_of(
-    comparison: Comparison, *, model: bool = True, progress: Callable[[str], object] = lambda name: None
+    comparison: Comparison,
+    *,
+    model: bool = True,
+    instances: bool = True,
+    progress: Callable[[str], object] = lambda name: None,
 ) -> str:
-    """The page as HTML. `model` says whether base models may be loaded, which analyses of token gates need."""
-    learned, learned_notes = learned_by(comparison, model=model, progress=progress)
+    """The page as HTML. `model` says whether base models may be loaded, which analyses of token gates need.
+
+    Without `instances` the page has no text of the data: no prompt, reference or answer, and no tokens.
+    """
+    learned, learned_notes = learned_by(comparison, model=model, tokens=instances, progress=progress)
     methods = [
         {"label": column.label, "shown": column.shown, "colour": colour, "reference": column.reference}
         for column, colour in zip(comparison.columns, marks(comparison), strict=True)
@@ -52,14 +59,16 @@ def page_of(
         "learned": learned,
         **instances_of(comparison),
     }
-    packed, left = kept(data)
-    most = max(task.n for task in comparison.tasks)
-    left_out = (
-        f"The page has the first {left} of at most {most} instances of a task, to stay small; `dyads show RUN --task"
-        " NAME` prints all."
-        if left is not None
-        else ""
-    )
+    packed, left = kept(data if instances else first(data, 0))
+    left_out = ""
+    if not instances:
+        left_out = "The page was written without instances (--no-instances); `dyads show RUN --task NAME` prints them."
+    elif left is not None:
+        most = max(task.n for task in comparison.tasks)
+        left_out = (
+            f"The page has the first {left} of at most {most} instances of a task, to stay small; `dyads show RUN"
+            " --task NAME` prints all."
+        )
     script, style = _file("page.js"), _file("page.css")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined)
@@ -74,6 +83,7 @@ def page_of(
         "sections": SECTIONS,
         "learned": [entry["name"] for entry in data["learned"]],
         "learned_notes": visible_in(learned_notes),
+        "instances": instances,
         "left_out": left_out,
         "version": __version__,
     }
