@@ -139,7 +139,7 @@ def test_too_many_instances_are_left_out_and_the_page_says_so(
 
 def test_a_page_without_instances_has_no_text_of_the_data(learned: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "page.html"
-    result = CliRunner().invoke(main, ["report", *map(str, learned), "--out", str(out), "--no-instances"])
+    result = CliRunner().invoke(main, ["report", str(learned[0]), "--out", str(out), "--no-instances"])
     assert result.exit_code == 0, result.output
     page = out.read_text(encoding="utf-8")
     data = data_of(page)
@@ -275,9 +275,10 @@ def test_figures_are_written_in_every_format(
     pytest.importorskip("matplotlib", reason="needs `pip install matplotlib`")
     from dyads.report.figures import write_figures
 
-    written = write_figures(compare(learned[1:]), tmp_path / "figures", ("svg",))
-    written += write_figures(compare(fifteen()), tmp_path / "others", ("png", "pdf"))  # few: each takes long
-    assert len(written) > 20
+    # Few: each takes long.
+    written = write_figures(compare(learned[1:2]), tmp_path / "figures", ("svg",))
+    written += write_figures(compare(fifteen()), tmp_path / "others", ("png", "pdf"))
+    assert len(written) > 10
     names = {path.stem for path in written}
     assert {"scores", "scores-by-task", "win-rates", "curve-training-loss", "more-ranks-that-tasks-chose"} <= names
     heads = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}

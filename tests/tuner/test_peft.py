@@ -71,7 +71,7 @@ def test_saved_and_loaded_adapter_gives_equal_logits(placed: tuple[Variant, str]
     assert "import dyads" in (tmp_path / "README.md").read_text()
     expected = logits(model, variant, kind)
     assert not torch.equal(expected, logits(tiny_model(kind).eval(), kind=kind))
-    for low_memory in (False, True):
+    for low_memory in (False, True) if variant in UNLIKE else (False,):
         loaded = PeftModel.from_pretrained(tiny_model(kind), str(tmp_path), low_cpu_mem_usage=low_memory)
         assert type(loaded.peft_config["default"]) is type(variant.config())
         assert not any(p.is_meta for p in loaded.parameters())
