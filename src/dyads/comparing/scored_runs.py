@@ -230,7 +230,7 @@ def _refuse_unlike(a: ScoredRun, b: ScoredRun) -> None:
     if a.scores["split"] != b.scores["split"]:
         raise refuse(
             f"they differ in evaluate.split ({a.scores['split']} and {b.scores['split']})",
-            "Evaluate one of them on the other's split.",
+            f"Score both alike: `dyads evaluate {b.path} --split {a.scores['split']}`.",
         )
     for one, other in ((a, b), (b, a)):
         lacking = [task for task in one.headline if task not in other.headline]
@@ -243,7 +243,10 @@ def _refuse_unlike(a: ScoredRun, b: ScoredRun) -> None:
             if left[key] != right[key]:
                 name = "the number of scored instances (evaluate.limit)" if key == "n" else key
                 values = f"{left[key]} and {right[key]}"
-                way_out = "Evaluate both with the same limit." if key == "n" else "Evaluate both with the same tasks."
+                way_out = "Evaluate both with the same tasks."
+                if key == "n":
+                    longer, least = (a, right) if left["n"] > right["n"] else (b, left)
+                    way_out = f"Score both alike: `dyads evaluate {longer.path} --limit {least['n']}`."
                 raise refuse(f"task '{task}' differs in {name}: {values}", way_out)
         if a.values[task].keys() != b.values[task].keys():
             example = next(iter(a.values[task].keys() - b.values[task].keys()))
