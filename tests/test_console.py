@@ -190,6 +190,17 @@ def test_a_summary_wraps_below_its_own_column(monkeypatch: pytest.MonkeyPatch) -
     assert "[bold]" in _written(lambda r: r.note("note", "a [bold] :smile: note"))
 
 
+def test_what_takes_long_is_printed_at_a_terminal_alone() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    TextReporter(terminal).waiting("reading a\x1b[2J")
+    assert terminal.getvalue() == "reading a\\u001b[2J …\n"
+    assert not _written(lambda r: r.waiting("reading"))
+
+
 def _written(report: Callable[[TextReporter], Any]) -> str:
     stream = io.StringIO()
     report(TextReporter(stream))

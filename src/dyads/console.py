@@ -138,7 +138,7 @@ class Reporter:
         """Facts before a computation, by name."""
 
     def waiting(self, text: str) -> None:
-        """What takes long before there is more to show; for people alone."""
+        """What takes long before there is more to show; for people at a terminal."""
 
     def note(self, event: str, text: str, **data: Any) -> None:
         """One sentence."""
@@ -184,7 +184,8 @@ class TextReporter(Reporter):
         print_to(self._console, table)
 
     def waiting(self, text: str) -> None:
-        print_to(self._console, f"{printable(text)} …", soft_wrap=True)
+        if self._console.is_terminal:
+            print_to(self._console, f"{printable(text)} …", soft_wrap=True)
 
     def note(self, event: str, text: str, **data: Any) -> None:
         print_to(self._console, printable(text))

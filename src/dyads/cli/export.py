@@ -95,6 +95,7 @@ def command(
         )
     if trim and data is not None:
         raise click.UsageError("--approximate gives all layers one rank: leave --trim out")
+    reporter.waiting(f"reading {run}, writing {out}{'' if no_verify else ' and verifying it'}")
     from dyads.export import export, export_all
     from dyads.export.gguf_adapter import gguf_layout
     from dyads.export.merged import merge, merge_all

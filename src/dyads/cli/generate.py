@@ -96,6 +96,7 @@ def command(
     examples = [form.example(question) for question in questions]
     for warning in form.warnings:
         click.echo(printable(warning), err=True)
+    TextReporter().waiting(f"reading {run} and its model")
     from dyads.scoring.evaluate import generate
 
     answers = generate(
