@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from doors import Case, Cell, door, refused
-from dyads import auxiliary_loss
+from dyads import auxiliary_loss, use_task
 from tiny import MLP, TASKS, task_of, tiny_model
 
 PLACES = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu"}
@@ -116,6 +117,24 @@ def broken_graph(case: Case) -> None:
             optimizer.zero_grad()
         found.append((loss, model.state_dict()))
     assert_close(found[1], found[0])
+
+
+@door("PyTorch", "`torch.export` in evaluation, tasks as a tensor")
+def exported(case: Case) -> None:
+    model, x = mlp(case).eval(), torch.randn(3, 6, dtype=torch.float64)
+    task, others = ({"task": torch.tensor(ids)} if case.task else {} for ids in ([0, 1, 2], [2, 2, 0]))
+    program = torch.export.export(model, (x,), task).module()
+    y = torch.randn_like(x)
+    assert_close(program(y, **others), model(y, **others))
+
+
+@door("PyTorch", "`torch.jit.trace`, without a task or within `use_task`")
+def traced(case: Case) -> None:
+    model, x = mlp(case).eval(), torch.randn(3, 6, dtype=torch.float64)
+    with use_task(model, "cola") if case.task else nullcontext():
+        program = torch.jit.trace(model, x, check_trace=False)
+        y = torch.randn_like(x)
+        assert_close(program(y), model(y))
 
 
 @door("accelerate", "a base model that is partly on disk (`device_map`)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -377,6 +378,14 @@ def test_a_weight_that_is_computed_in_every_call_is_not_plain() -> None:
     assert not is_plain(parametrizations.weight_norm(nn.Linear(6, 4)))
 
 
+class _Described(_Packed):
+    """As GPTQModel's: the codes have the name `qweight`, and `weight` is a description of them and no tensor."""
+
+    @property
+    def weight(self) -> SimpleNamespace:
+        return SimpleNamespace(shape=self.qweight.shape, dtype=torch.float32, device=self.qweight.device)
+
+
 class _Half(_Packed):
     """A quantised layer with a bias, whose products are in bfloat16."""
 
@@ -398,6 +407,7 @@ class _Dynamic(_Packed):
 
 MAKES = [
     lambda: _Packed(6, 4),
+    lambda: _Described(6, 4),
     lambda: _Rounding(6, 4),
     lambda: _Half(6, 4),
     lambda: COMPUTED["pruned"](nn.Linear(6, 4)),
@@ -442,6 +452,22 @@ def test_what_needs_no_weight_works_over_quantised_layers() -> None:
     assert_close(model(x), base + x @ delta.T)
     model.add_weighted_adapter(["default"], [2.0], "twice")
     assert_close(adapted_layers(model)[0].get_delta_weight("twice"), 2 * delta)
+
+
+class _Router(nn.Linear):
+    """As Llama 4's and Phi-MoE's: a linear layer that returns more than its product."""
+
+    def forward(self, x: Tensor) -> Any:
+        scores = super().forward(x)
+        return scores.softmax(-1), scores
+
+
+def test_a_linear_layer_that_returns_no_tensor_is_refused() -> None:
+    model = get_peft_model(nn.Sequential(_Router(6, 4)), MoDEConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ConfigError, match=r"'0' \(_Router\) returns a tuple .*exclude_modules"):
+        model(torch.randn(3, 6))
+    with model.disable_adapter():
+        assert len(model(torch.randn(3, 6))) == 2
 
 
 def test_a_layer_with_a_harmless_forward_of_its_own_merges() -> None:

@@ -252,7 +252,7 @@ class HMoRA(Core):
         bias, of_task, rest = spread[..., :n], spread[..., n:-1], spread[..., -1:]
         g = rest * (scores + bias).softmax(-1) + of_task
         if self.top_k is not None:
-            kept = torch.zeros_like(g, dtype=torch.bool).scatter(-1, g.topk(self.top_k, dim=-1).indices, True)
+            kept = torch.zeros_like(g, dtype=torch.bool).scatter(-1, g.topk(self.top_k, dim=-1).indices, 1)
             g = g.masked_fill(~kept, -math.inf).softmax(-1)
         return g.to(h.dtype)
 

@@ -177,11 +177,12 @@ def fused(
 
 def is_fusable(core: Any) -> bool:
     """Whether `fused` may use its own backward pass: a core that declares `linear_scores`, outside of `plain()`,
-    torch.compile (which fuses by itself), torch.func and forward-mode differentiation."""
+    torch.compile (which fuses by itself), torch.jit.trace, torch.func and forward-mode differentiation."""
     return (
         getattr(core, "linear_scores", False)
         and not _PLAIN[0]
         and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )

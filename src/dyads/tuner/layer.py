@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from dyads.errors import MergeError, RoutingError
+from dyads.errors import ConfigError, MergeError, RoutingError
 from dyads.methods.config import DyadsConfig
 from dyads.methods.core import Core
 from dyads.ops import CachedOperator, Frozen, autocast_dtype, fused, in_backward
@@ -174,6 +174,11 @@ class DyadsLinear(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         frozen = self._frozen() if adapters and not args and not kwargs else None
         # Either the operator computes the frozen layer, or it adds to `out`, the frozen layer's output.
         out: Tensor | None = self.base_layer(x, *args, **kwargs) if frozen is None else None
+        if adapters and frozen is None and not isinstance(out, Tensor):
+            raise ConfigError(
+                f"'{self.key}' ({type(self.base_layer).__name__}) returns a {type(out).__name__} and not a tensor, as"
+                " some routers of experts do, so an adapter cannot add to it: leave it out with exclude_modules"
+            )
         cache = self._cache(x)
         for adapter in adapters:
             if cache is None:
