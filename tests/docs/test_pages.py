@@ -337,9 +337,7 @@ def test_blocks_are_found_with_title_output_and_reason() -> None:
 def test_a_command_that_fails_or_is_unknown_fails_the_page(workspace: Path) -> None:
     session = Session(workspace, WORDS)
     (wrong,) = blocks_of("a.md", "```\ndyads train gone.yaml\n```\n")
-    with pytest.raises(
-        AssertionError, match=r"^a\.md:1: dyads train gone\.yaml ended with 2:\n(?:reading .*\n)?Error: "
-    ):
+    with pytest.raises(AssertionError, match=r"^a\.md:1: dyads train gone\.yaml ended with 2:\nError: "):
         session.run(wrong)
     (unknown,) = blocks_of("a.md", "```\nvllm serve\n```\n")
     with pytest.raises(AssertionError, match="no program vllm in the tests"):
