@@ -77,7 +77,7 @@ def test_a_list_of_tasks_with_long_names_fits_80_columns(tmp_path: Path) -> None
     lines = lines_of(drawn)
     assert code == 0, drawn
     assert max(map(len, lines)) <= 80
-    assert lines[2:4] == [f"   0  {name}", *(line for line in lines if line.startswith("     10 "))]
+    assert lines[2:4] == [f"   0  {name}", *(line for line in lines if line.startswith("         10 "))]
     code, drawn = in_terminal(arguments, tmp_path, 200)
     assert f"   0  {name}       10" in drawn
 

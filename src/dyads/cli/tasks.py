@@ -66,7 +66,7 @@ def command(
     wide = max([len("metric"), *(len(task.metric) for task in suite.tasks)])
     between = "  "
     if sys.stdout.isatty() and 4 + 2 + width + 2 + 23 + 2 + wide + 2 + 16 > shutil.get_terminal_size().columns:
-        between, width = "\n", 0  # long names have lines of their own
+        between, width = "\n    ", 0  # long names have lines of their own
     sizes = f"{'train':>7} {'valid.':>7} {'test':>7}"
     click.secho(f"{'id':>4}  {'task':{width}}{between}{sizes}  {'metric':{wide}}  version", bold=True)
     for i, (name, task) in enumerate(zip(names, suite.tasks, strict=True)):
