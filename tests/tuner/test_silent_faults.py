@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune, spectral_norm
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -267,6 +268,62 @@ def test_mamba_is_adapted_where_its_layers_are_called() -> None:
     reads = get_peft_model(MambaForCausalLM(config), MoDEConfig(r=2, target_modules=["dt_proj"]))
     with pytest.raises(ConfigError, match=r"weight of 'backbone\.layers\.0\.mixer\.dt_proj' itself"):
         reads(input_ids=ids)
+
+
+class _Twice(nn.Module):
+    """One weight in two places: the same module, the same parameter in another layer, or in a module of its own."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second, self.how = nn.Linear(6, 6), nn.Linear(6, 6), how
+        if how == "module":
+            self.second = self.first
+        elif how == "layers":
+            self.second.weight = self.first.weight
+        else:
+            self.held = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.held.T if self.how == "held" else self.second(self.first(x))
+
+
+@pytest.mark.parametrize(("how", "other"), [("module", "'second'"), ("layers", "'second'"), ("held", "the model")])
+def test_a_weight_that_another_module_holds_is_reported_and_not_merged_into(how: str, other: str) -> None:
+    with pytest.warns(UserWarning, match=f"weight of 'first' is also that of {other}, where it has no adapter"):
+        model = get_peft_model(_Twice(how), LORA.config(target_modules=["first"], init_weights=False)).eval()
+    x = torch.randn(3, 6)
+    before = model(x)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MergeError, match=r"'first': its weight is shared \(tied\) with another module"):
+            merge()
+    assert torch.equal(model(x), before)
+
+
+def test_layers_that_share_a_weight_may_each_have_an_adapter() -> None:
+    model = get_peft_model(_Twice("layers"), LORA.config(target_modules=["first", "second"], init_weights=False))
+    assert len(adapted_layers(model)) == 2
+    with pytest.raises(MergeError, match="is shared"):
+        model.merge_adapter()
+
+
+def test_a_block_under_two_names_is_merged() -> None:
+    base = nn.Module()
+    base.block = base.again = nn.Sequential(nn.Linear(6, 6))
+    base.forward = lambda x: base.again(x)
+    expected = get_peft_model(base, LORA.config(target_modules=["0"], init_weights=False)).eval()
+    x = torch.randn(3, 6)
+    before = expected(x)
+    assert_close(expected.merge_and_unload()(x), before)
+
+
+def test_checkpointing_outside_transformers_names_the_way_out() -> None:
+    model, inputs = training(Variant("more")), {**batch("llama"), "task": list(TASKS), "use_cache": False}
+    layers = model.base_model.model.model.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    with pytest.raises(RoutingError, match=r"runs again in backward.*dyads\.use_task.*gradient_checkpointing_enable"):
+        model(**inputs).logits.sum().backward()
+    with use_task(model, inputs.pop("task")):
+        model(**inputs).logits.sum().backward()
 
 
 # --- packed experts ---------------------------------------------------------------------------------------------------

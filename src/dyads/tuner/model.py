@@ -10,6 +10,7 @@ that this one calls for LoRA.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from peft.tuners.tuners_utils import BaseTuner, _check_lora_target_modules_mamba
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from dyads.errors import ConfigError, did_you_mean
+from dyads.errors import ConfigError, MergeError, did_you_mean
 from dyads.methods.config import DyadsConfig
 from dyads.methods.declarations import check_declarations
 from dyads.tuner.base_layer import dequantized, is_plain
@@ -81,10 +82,27 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         for layer in list(layers.values())[:1]:
             tasks = len(self.routing.names.get(adapter_name, ()))
             check_declarations(layer.core(adapter_name), layer.in_features, tasks)
+        self._warn_of_shared(layers)
         cores = {name: layer.core(adapter_name) for name, layer in layers.items()}
         self.peft_config[adapter_name].share(cores)
         for core, depth in zip(cores.values(), _depths(cores), strict=True):
             core.set_depth(depth)
+
+    def _warn_of_shared(self, layers: dict[str, DyadsLinear]) -> None:
+        """Warn of weights that modules without an adapter hold, too; PEFT warns of tied embeddings."""
+        of_adapted = {f"'{name}.base_layer'" for name, m in self.model.named_modules() if isinstance(m, DyadsLinear)}
+        holders = _holders(self.model)
+        for name, layer in layers.items():
+            of_weight = holders.get(layer.get_base_layer()._parameters.get("weight"), {})
+            others = [path for path, holder in of_weight.items() if not isinstance(holder, nn.Embedding)]
+            bare = [path for path in others if path not in of_adapted]
+            if bare:
+                warnings.warn(
+                    f"the weight of '{name}' is also that of {', '.join(bare[:3])}, where it has no adapter: a call of"
+                    " that module does not have the adapter's effect. Leave it out with exclude_modules, or give each"
+                    " module a weight of its own",
+                    stacklevel=2,
+                )
 
     def _create_and_replace(
         self,
@@ -136,10 +154,18 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         # Before the first layer is touched: a refusal must not leave half a model merged.
+        holders = _holders(self.model)
         for layer in self._layers():
             for name in adapter_names or layer.active_adapters:
                 if name in layer.lora_A:
                     layer.check_merge(name)
+                    shared = list(holders.get(layer.get_base_layer()._parameters.get("weight"), {}))
+                    if len(shared) > 1:
+                        raise MergeError(
+                            f"cannot merge adapter '{name}' into '{layer.key}': its weight is shared (tied) with"
+                            f" another module ({', '.join(shared[:3])}), which the merge would change, too. Keep the"
+                            " adapter unmerged, or give each module a weight of its own, a clone"
+                        )
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, task: TaskLike | None = None
@@ -278,6 +304,19 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         if re.search(pattern, key):
             return re.sub(pattern, r"\1", key)
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+
+def _holders(model: nn.Module) -> dict[nn.Parameter, dict[str, nn.Module]]:
+    """By parameter, the modules that hold it, by path; a module that its parent has under two names counts twice."""
+    found: dict[nn.Parameter, dict[str, nn.Module]] = {}
+    children = (
+        (f"{path}.{name}".lstrip("."), m) for path, p in model.named_modules() for name, m in p._modules.items()
+    )
+    for path, module in (("", model), *children):
+        for parameter in () if module is None else module._parameters.values():
+            if parameter is not None:
+                found.setdefault(parameter, {})[f"'{path}'" if path else "the model"] = module
+    return found
 
 
 def _depths(modules: Iterable[str]) -> list[float]:

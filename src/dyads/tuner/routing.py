@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dyads.errors import RoutingError, did_you_mean
-from dyads.ops import CachedOperator
+from dyads.ops import CachedOperator, in_backward
 from dyads.tuner.auxiliary import TrainingCall
 from dyads.tuner.backward_check import BackwardCheck, GradientWatch
 from dyads.tuner.batch_tasks import BatchTasks, TaskLike
@@ -200,6 +200,12 @@ class Routing:
         tasks = self.tasks()
         if tasks is None and len(names) == 1:
             tasks = _ONLY
+        if tasks is None and in_backward():
+            raise RoutingError(
+                f"adapter '{adapter}' needs a task, and its layer runs again in backward, by a kind of checkpointing"
+                " that is not transformers': do both forward and backward within `with dyads.use_task(model, …)`, or"
+                " call model.gradient_checkpointing_enable()"
+            )
         if tasks is None:
             raise RoutingError(
                 f"adapter '{adapter}' needs a task: pass task=… to the model's call or to generate, one name or id for"
