@@ -317,7 +317,8 @@ def _training_notes(columns: Sequence[Column]) -> list[str]:
             for line in RunFolder(path).log():
                 if line.get("event") == "collapsed" and isinstance(line.get("layers"), dict):
                     of_seed = f", seed {seed}" if len(column.seeds) > 1 else ""
-                    place = f"step {line.get('step')}, in {len(line['layers'])} layers"
+                    layers = len(line["layers"])
+                    place = f"step {line.get('step')}, in {layers} layer{'s' * (layers != 1)}"
                     notes.append(f"{column.shown}{of_seed}: routers collapsed at {place}")
     return notes
 
