@@ -198,7 +198,8 @@ def _explained(
             near if "did you mean" in near else ""
         )
     wanted = f"must be {_WANTED[kind].format(**context)}" if kind in _WANTED else None
-    section = _models_in(model.model_fields[str(path[-1])].annotation) if kind == "model_type" and model else []
+    field = model.model_fields.get(str(path[-1])) if kind == "model_type" and model else None
+    section = _models_in(field.annotation) if field is not None else []  # an item of a list is no field
     mended = ""
     if isinstance(value, str) and any("name" in found.model_fields for found in section):
         mended = f": write {dotted}: {{name: {to_yaml(value, one_line=True)}}}"
