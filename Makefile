@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 KILLS ?= 2000
 
+# Tests and commands are many short processes: where the environment forbids bytecode, each would compile every import again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-all check format bench docs wheel extras attack clean
 
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -211,6 +211,7 @@ def test_a_tutorial_prints_the_outputs_that_it_shows(page: str, fresh: Path) -> 
         assert same(block.shown or "", printed), f"{block.id} shows\n{block.shown}\nand prints\n{printed}"
 
 
+@pytest.mark.slow
 def test_the_method_of_the_tutorial_is_found_as_a_file_of_the_package(tmp_path: Path) -> None:
     """In a fresh process, with the file in a second folder of `dyads.methods`."""
     code = next(b.code for b in BLOCKS["docs/tutorials/add-a-method.md"] if b.language == "python")

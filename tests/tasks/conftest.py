@@ -7,6 +7,7 @@ A fixture `<family>_options` returns the options that load a family from such fi
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 
 import pytest
 from made_up import GLUE_LAYOUTS, glue_rows, jsonl, listed, superglue_rows, tsv
@@ -161,7 +162,8 @@ def dataset_options(tmp_path):
 
 @pytest.fixture
 def reasoning_gym_options():
-    pytest.importorskip("reasoning_gym")
+    if find_spec("reasoning_gym") is None:
+        pytest.skip("needs `pip install reasoning-gym`")
     return {"names": ["chain_sum", "spell_backward"], "train_per_task": 3, "validation_per_task": 1, "test_per_task": 2}
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 from pydantic import ValidationError
@@ -17,7 +18,8 @@ from dyads.tasks import reasoning_gym as family
 from dyads.tasks.reasoning_gym import REASONING_GYM_TASKS, SLOW_TASKS, ReasoningGymSpec, reasoning_gym
 from dyads.tasks.reasoning_gym_worker import _evaluate, _is_formula
 
-pytest.importorskip("reasoning_gym")
+if find_spec("reasoning_gym") is None:  # not imported here: it takes seconds, and its own process does that
+    pytest.skip("needs `pip install reasoning-gym`", allow_module_level=True)
 
 SMALL = {"train_per_task": 3, "validation_per_task": 1, "test_per_task": 2}
 
