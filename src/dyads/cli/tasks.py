@@ -65,14 +65,17 @@ def command(
     width = max(map(len, names), default=4)
     wide = max([len("metric"), *(len(task.metric) for task in suite.tasks)])
     between = "  "
-    if sys.stdout.isatty() and 4 + 2 + width + 2 + 23 + 2 + wide + 2 + 16 > shutil.get_terminal_size().columns:
+
+    def row(number: int | str, name: str, sizes: str, metric: str, version: str) -> str:
+        return f"{number:>4}  {name:{width}}{between}{sizes}  {metric:{wide}}  {version}"
+
+    header = ("id", "task", f"{'train':>7} {'valid.':>7} {'test':>7}", "metric")
+    if sys.stdout.isatty() and len(row(*header, "1 (0123456789ab)")) > shutil.get_terminal_size().columns:
         between, width = "\n    ", 0  # long names have lines of their own
-    sizes = f"{'train':>7} {'valid.':>7} {'test':>7}"
-    click.secho(f"{'id':>4}  {'task':{width}}{between}{sizes}  {'metric':{wide}}  version", bold=True)
+    click.secho(row(*header, "version"), bold=True)
     for i, (name, task) in enumerate(zip(names, suite.tasks, strict=True)):
         sizes = f"{len(task.train):7,} {len(task.validation):7,} {len(task.test):7,}"
-        version = f"{task.version} ({task.fingerprint()})"
-        click.echo(f"{i:4}  {name:{width}}{between}{sizes}  {task.metric:{wide}}  {version}")
+        click.echo(row(i, name, sizes, task.metric, f"{task.version} ({task.fingerprint()})"))
     for note in suite.notes:
         click.echo(visible(f"· {note}"))
 
