@@ -135,7 +135,7 @@ def test_the_verb_reads_several_adapters_and_other_questions_read_one(tmp_path: 
     content = json.loads(done.output)
     assert content["arrays"]["components"]["axes"]["adapter"] == ["task0", "task1"]
     shown = CliRunner().invoke(main, ["inspect", *folders, "--what", "clusters"])
-    assert "clusters of 2 adapters" in shown.output
+    assert "clusters of 2 runs" in shown.output
     one = CliRunner().invoke(main, ["inspect", folders[0], "--what", "clusters"])
     assert "give two runs or more" in one.output
     several = CliRunner().invoke(main, ["inspect", *folders])

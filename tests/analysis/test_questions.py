@@ -35,8 +35,10 @@ def inspect(*arguments: str | Path) -> Result:
 
 
 @pytest.fixture
-def folders(what: str, tmp_path: Path, trained: Callable[..., RunFolder]) -> list[Path]:
+def folders(what: str, tmp_path: Path, trained: Callable[..., RunFolder], run: Callable[..., Path]) -> list[Path]:
     """Two LoRAs for a question about several, a run of MoDE for one about an instance, else an adapter of MoRE."""
+    if what == "interference":
+        return [run("all", {"a": [40, 60], "b": [10, 20]}), run("b", {"b": [10, 30]})]
     takes = signature(import_module(f"dyads.analysis.{what}").answer).parameters
     if "runs" in takes:
         found = []

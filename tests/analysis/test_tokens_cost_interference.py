@@ -13,6 +13,7 @@ from dyads.analysis.cost import cost
 from dyads.analysis.gates import Reader, gates_of
 from dyads.analysis.interference import interference
 from dyads.analysis.tokens import token_experts
+from dyads.comparing.comparison import compare
 from dyads.errors import RunError
 from dyads.runs.folder import RunFolder
 from dyads.runs.saved import SavedAdapter
@@ -99,6 +100,25 @@ def test_scores_alone_and_together_are_compared_instance_by_instance(run: Callab
     assert low < value < high
     assert np.isnan(found.differences.at(setting="alone", task="b").values).all()
     assert "one seed" in found.notes[0]
+
+
+def test_the_mean_over_tasks_is_the_difference_of_the_comparison(run: Callable[..., Path]) -> None:
+    values = {0: {"a": [40, 60, 50, 30], "b": [10, 20, 30, 50]}, 1: {"a": [50, 60, 70, 30], "b": [20, 20, 30, 60]}}
+    mixture = [run("all", of, seed=seed) for seed, of in values.items()]
+    changed = {
+        seed: {"a": [x + 9 for x in of["a"]], "b": [x - 3 * seed for x in of["b"]]} for seed, of in values.items()
+    }
+    alone = [run(f"{task} alone", {task: of[task]}, seed=seed) for task in ("a", "b") for seed, of in changed.items()]
+    found = interference(mixture, alone)
+    together = [run("together", of, seed=seed) for seed, of in changed.items()]
+    gap = compare([*mixture, *together]).pair("together", "all").macro
+    assert found.mean.at(setting="alone").values.tolist() == pytest.approx([gap.value, gap.low, gap.high])
+    assert found.mean.at(setting="alone").values[0] == pytest.approx((9 - 1.5) / 2)
+    (table,) = found.tables
+    assert table.rows[-1][0] == "mean of 2 tasks"
+    unlike = interference(mixture, [*alone, run("a alone", {"a": [1, 2, 3, 4]}, seed=2)])
+    assert np.isnan(unlike.mean.values).all()
+    assert unlike.tables[0].rows[-1][-1] == "–"
 
 
 def test_scores_of_other_instances_are_refused(run: Callable[..., Path]) -> None:

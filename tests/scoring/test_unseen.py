@@ -374,3 +374,65 @@ def test_a_file_of_ones_own_is_a_suite_of_unseen_tasks(trained: Trained, tmp_pat
     scores = evaluate(trained("more"), suite=spec, unseen="nearest", into=tmp_path / "new")
     assert [row["task"] for row in scores["scores"] if row["headline"]] == ["new"]
     assert RunFolder(tmp_path / "new").recipe().tasks == spec
+
+
+# --- tasks of the recipe without training examples --------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_unseen(tmp_path: Path) -> dict[str, Any]:
+    """Super-NaturalInstructions by the release's protocol: task001 and task002 are trained on, task003 is unseen."""
+    names = [f"task00{n}_colours" for n in (1, 2, 3)]
+    for folder in ("tasks", "splits/default", "splits/xlingual"):
+        (tmp_path / "sni" / folder).mkdir(parents=True)
+    for name in names:
+        rows = [{"id": f"{name}-{i}", "input": f"thing {i}", "output": [f"colour {i % 3}"]} for i in range(120)]
+        content = {"Definition": [f"Name a {name}."], "Positive Examples": [], "Negative Examples": []}
+        text = json.dumps({**content, "Categories": [], "Output_language": ["English"], "Instances": rows})
+        (tmp_path / "sni" / "tasks" / f"{name}.json").write_text(text)
+    for track in ("default", "xlingual"):
+        (tmp_path / "sni" / "splits" / track / "train_tasks.txt").write_text("\n".join(names[:2]))
+        (tmp_path / "sni" / "splits" / track / "test_tasks.txt").write_text(names[2])
+    return {"family": "sni", "path": str(tmp_path / "sni"), "protocol": "official", "demonstrations": 0}
+
+
+@pytest.mark.parametrize("policy", ["nearest", "mean"])
+@pytest.mark.parametrize("scored", ["all", "unseen"])
+def test_a_task_without_training_examples_has_no_row_and_gets_a_stand_in(
+    policy: str, scored: str, tiny: Tiny, with_unseen: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = tiny(
+        "more",
+        tasks=with_unseen,
+        train={"steps": 1, "validation_limit": 2},
+        evaluate={"unseen": policy, "tasks": scored, "limit": 2},
+    )
+    folder = train(recipe, tmp_path / "run")
+    assert folder.task_names() == ("task001_colours", "task002_colours")
+    named = [row["task"][:7] for row in folder.scores()["scores"] if row["headline"]]
+    assert named == (["task001", "task002", "task003"] if scored == "all" else ["task003"])
+    (line,) = [line for line in folder.log() if line.get("event") == "unseen"]
+    assert line["task"] == "task003_colours"
+    assert line["known"] in (folder.task_names() if policy == "nearest" else (None,))
+    (losses,) = [line["tasks"] for line in folder.log() if line.get("event") == "validated"]
+    assert set(losses) == set(folder.task_names())
+    assert evaluate(folder, suite=OTHERS, unseen=policy, limit=1, into=tmp_path / "more")["scores"]
+
+
+def test_gates_that_could_not_answer_afterwards_are_refused_before_the_training(
+    tiny: Tiny, with_unseen: dict[str, Any], tmp_path: Path
+) -> None:
+    message = r"^task003_colours has no training examples, and the gates of 'more' look at the task: choose a stand-in"
+    with pytest.raises(ConfigError, match=message):
+        train(tiny("more", tasks=with_unseen, train={"steps": 1}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    folder = train(
+        tiny("mode", tasks=with_unseen, train={"steps": 1}, evaluate={"tasks": "unseen", "limit": 2}), tmp_path / "mode"
+    )
+    assert {row["task"] for row in folder.scores()["scores"]} == {"task003_colours"}
+
+
+def test_scoring_unseen_tasks_alone_needs_one(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"evaluate\.tasks is unseen, but every task has training examples"):
+        train(tiny("mode", train={"steps": 1}, evaluate={"tasks": "unseen"}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

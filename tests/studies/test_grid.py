@@ -213,12 +213,14 @@ CELLS = {
     "evidence-sni": 17,
     "evidence-starter": 44,
     "evidence-tasks": 15,
+    "few-tasks-cpu": 21,
     "few-tasks-paper": 52,
     "glue-ablations-mode": 34,
     "glue-ablations-more": 31,
     "glue-minilm": 19,
     "glue-transfer": 111,
     "mode-equal-paper": 36,
+    "mode-fifteen-cpu": 48,
     "mode-fifteen-paper": 34,
     "mode-groups-cpu": 16,
     "mode-groups-paper": 24,
@@ -233,6 +235,7 @@ CELLS = {
     "more-sensitivity-cpu": 16,
     "more-sensitivity-paper": 24,
     "sni15": 10,
+    "unseen-cpu": 13,
     "unseen-paper": 16,
 }
 ADAPTED = {

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dyads.analysis import interference
 from dyads.cli import main
 from dyads.comparing.comparison import compare
 from dyads.errors import ConfigError, RunError, TaskError
@@ -154,6 +155,16 @@ def test_known_tasks_stay_bit_identical_when_only_rows_of_new_tasks_train(
     start = adapt(run, source, "start", "train.learning_rate=1e-30", shots=4)
     assert not torch.equal(values(folder, new), values(start, new))
     assert torch.equal(values(start, old), values(run, old))
+
+
+def test_interference_finds_that_known_tasks_lost_nothing(trained: Trained, new_task: Path, tmp_path: Path) -> None:
+    run = trained("more")
+    adapted = adapt(run, new_task, "new", "train.learning_rate=0.1", shots=4)
+    evaluate(adapted, suite=run.recipe().tasks, into=tmp_path / "later")
+    found = interference.answer([run.path, tmp_path / "later"])
+    assert found.scores.axes["setting"] == ("mixture", "adapted")
+    assert (found.differences.values[..., 0] == 0).all()
+    assert found.mean.values[0, 0] == 0
 
 
 def test_rows_of_known_tasks_get_no_gradient(trained: Trained, new_task: Path) -> None:

@@ -222,8 +222,10 @@ class Reader:
         self.answerer = Answerer(folder)
         self.model = self.answerer.model
         self.recipe = folder.recipe()
-        self.tasks: tuple[Task, ...] = load_suite(self.recipe.tasks).tasks
         self.routed = self.answerer.needs_task
+        known = self.answerer.task_names  # gates have no row for a task that was not trained on
+        tasks = load_suite(self.recipe.tasks).tasks
+        self.tasks = tuple(task for task in tasks if not self.routed or task.name in known)
 
     def examples(self, task: Task) -> tuple[Example, ...]:
         """The instances of the scored split; those of the training split where it has none."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from dyads.analysis.named_array import NamedArray, Table
 from dyads.comparing.intervals import Sample
@@ -18,7 +19,9 @@ from dyads.comparing.scored_runs import ScoredRun, read
 from dyads.errors import RunError
 from dyads.runs.folder import RunFolder
 
-__all__ = ["Interference", "interference"]
+__all__ = ["Interference", "answer", "interference"]
+
+QUESTION = "of scored runs: what do tasks lose in a mixture?"
 
 Runs = Sequence[str | Path | RunFolder]
 BOUNDS = ("value", "low", "high")
@@ -32,6 +35,9 @@ class Interference:
     """(setting task): headline scores, means over runs; nan where a setting does not have the task."""
     differences: NamedArray
     """(setting task bound): a setting minus the mixture, with its 95 % interval."""
+    mean: NamedArray
+    """(setting bound): the mean difference over the tasks of all settings, with its 95 % interval; nan where tasks have
+    different seeds."""
     notes: tuple[str, ...]
 
     @property
@@ -45,13 +51,30 @@ class Interference:
                 value = self.scores.values[i, j]
                 cells.append("–" if np.isnan(value) else f"{value:.1f}")
                 if setting in self.differences.axes["setting"]:
-                    gap, low, high = self.differences.at(setting=setting, task=task).values
-                    cells.append("–" if np.isnan(gap) else f"{gap:+.1f} ({low:.1f} to {high:.1f})")
+                    cells.append(_shown(self.differences.at(setting=setting, task=task).values))
             rows.append((task, *cells))
+        shared = ~np.isnan(self.scores.values).any(axis=0)
+        if shared.sum() > 1:
+            cells = []
+            for i, setting in enumerate(settings):
+                cells.append(f"{self.scores.values[i, shared].mean():.1f}")
+                if setting in self.mean.axes["setting"]:
+                    cells.append(_shown(self.mean.at(setting=setting).values))
+            rows.append((f"mean of {shared.sum()} tasks", *cells))
         header = ["task"]
         for setting in settings:
             header += [setting] + (["minus mixture"] if setting in self.differences.axes["setting"] else [])
         return (Table("Scores by setting", tuple(header), tuple(rows)),)
+
+
+def answer(runs: Sequence[Path]) -> Interference:
+    """The answer of `dyads inspect --what interference`: a run that adapted another is a later one of the mixture, one
+    of a single task has it alone, and all others are mixtures."""
+    settings: dict[str, list[RunFolder]] = {"mixture": [], "alone": [], "adapted": []}
+    for run in map(RunFolder.open, runs):
+        tasks = {row["task"] for row in run.scores()["scores"]}
+        settings["adapted" if _is_adapted(run) else "alone" if len(tasks) == 1 else "mixture"].append(run)
+    return interference(**settings)
 
 
 def interference(mixture: Runs, alone: Mapping[str, Runs] | Runs = (), adapted: Runs = ()) -> Interference:
@@ -69,6 +92,7 @@ def interference(mixture: Runs, alone: Mapping[str, Runs] | Runs = (), adapted: 
     others = [name for name in groups if name != "mixture"]
     scores = np.full((len(groups), len(tasks)), np.nan)
     differences = np.full((len(others), len(tasks), 3), np.nan)
+    mean = np.full((len(others), 3), np.nan)
     samples: dict[tuple[str, str], Sample] = {}
     for i, (setting, by_task) in enumerate(groups.items()):
         for j, task in enumerate(tasks):
@@ -76,13 +100,21 @@ def interference(mixture: Runs, alone: Mapping[str, Runs] | Runs = (), adapted: 
                 _refuse_unlike(groups["mixture"][task][0], by_task[task], task)
                 samples[setting, task] = _sample(by_task[task], task, list(groups["mixture"][task][0].values[task]))
                 scores[i, j] = samples[setting, task].scores.mean()
+    seeds = {(name, t): [run.seed for run in runs] for name, by in groups.items() for t, runs in by.items()}
+    shared = [task for task in tasks if all(task in by_task for by_task in groups.values())]
     for i, setting in enumerate(others):
         for j, task in enumerate(tasks):
             if task in groups[setting]:
-                seeds = [[run.seed for run in groups[name][task]] for name in (setting, "mixture")]
-                gap = samples[setting, task].minus(samples["mixture", task], paired=seeds[0] == seeds[1])
-                interval = gap.interval(np.ones(1))
+                paired = seeds[setting, task] == seeds["mixture", task]
+                interval = samples[setting, task].minus(samples["mixture", task], paired=paired).interval(np.ones(1))
                 differences[i, j] = interval.value, interval.low, interval.high
+        if shared and all(
+            seeds[name, task] == seeds[name, shared[0]] for name in (setting, "mixture") for task in shared[1:]
+        ):
+            one, other = (_joined([samples[name, task] for task in shared]) for name in (setting, "mixture"))
+            paired = seeds[setting, shared[0]] == seeds["mixture", shared[0]]
+            interval = one.minus(other, paired=paired).interval(np.full(len(shared), 1 / len(shared)))
+            mean[i] = interval.value, interval.low, interval.high
     if not np.isfinite(differences[..., 0]).any():
         raise RunError("the runs have no task in common")
     one_seed = any(len(runs) == 1 for by_task in groups.values() for runs in by_task.values())
@@ -90,8 +122,26 @@ def interference(mixture: Runs, alone: Mapping[str, Runs] | Runs = (), adapted: 
     return Interference(
         NamedArray.of(scores, setting=list(groups), task=tasks),
         NamedArray.of(differences, setting=others, task=tasks, bound=BOUNDS),
+        NamedArray.of(mean, setting=others, bound=BOUNDS),
         notes,
     )
+
+
+def _is_adapted(run: RunFolder) -> bool:
+    """Whether a run, or the one whose adapter it scores, adapted another."""
+    scored = run.environment().get("adapter") if run.has_environment else None
+    runs = [run, *([RunFolder(scored)] if scored and RunFolder(scored).is_run else [])]
+    return any(one.recipe().adapt is not None for one in runs)
+
+
+def _joined(samples: Sequence[Sample]) -> Sample:
+    """Several tasks of the same seeds as one sample."""
+    return Sample(np.concatenate([x.scores for x in samples], axis=1), [i for x in samples for i in x.instances])
+
+
+def _shown(bounds: npt.NDArray[np.float64]) -> str:
+    value, low, high = bounds
+    return "–" if np.isnan(value) else f"{value:+.1f} ({low:.1f} to {high:.1f})"
 
 
 def _by_task(runs: Runs) -> dict[str, list[ScoredRun]]:

@@ -89,7 +89,7 @@ def command(
         answer = import_module(f"dyads.analysis.{what}").answer
         result = visible_in(answer(runs if _takes(what, "runs") else run, **options))
         text = {"json": _result_json, "csv": _result_csv}[form](what, result) if form != "text" else ""
-        about = str(run) if len(runs) == 1 else f"{len(runs)} adapters"
+        about = str(run) if len(runs) == 1 else f"{len(runs)} runs"
         click.echo(text or _result_text(what, about, result, width), nl=False)
         return
     from dyads.analysis.inspection import inspect
@@ -114,7 +114,7 @@ def _check(what: str, runs: int, options: dict[str, Any]) -> None:
     """Refuse a number of runs or an option that is for other questions."""
     several = _takes(what, "runs")
     if several and runs < 2:
-        raise click.UsageError(f"--what {what} compares adapters: give two runs or more")
+        raise click.UsageError(f"--what {what} compares runs: give two runs or more")
     if not several and runs > 1:
         others = _listed([name for name in QUESTIONS if _takes(name, "runs")])
         raise click.UsageError(f"--what {what} is about one run, and {runs} are given; several are for {others}")

@@ -94,10 +94,7 @@ def _recipe_notes(groups: Mapping[str, list[ScoredRun]]) -> list[str]:
     for labels, sections in ((trained, ("train.", "mixture.", "adapt")), (decoding, ("evaluate.", "model."))):
         flat = {label: recipes[label] for label in labels}
         keys = dict.fromkeys(
-            key
-            for a, b in pairwise(flat.values())
-            for key in changed(a, b)
-            if key.startswith(sections) and key not in ("evaluate.split", "evaluate.limit")
+            key for a, b in pairwise(flat.values()) for key in changed(a, b) if key.startswith(sections)
         )
         notes += [f"{key} differs: " + _values({k: _get(recipe, key) for k, recipe in flat.items()}) for key in keys]
     return notes

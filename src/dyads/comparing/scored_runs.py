@@ -29,6 +29,7 @@ _UNIMPORTANT = (
     "evaluate.batch_size",
     "evaluate.limit",  # what was scored is compared itself, since it may differ from the recipe's
     "evaluate.split",
+    "evaluate.tasks",
     "train.gradient_accumulation",
     "train.gradient_checkpointing",
     "train.logging_steps",

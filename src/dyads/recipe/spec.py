@@ -29,10 +29,10 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from dyads.data.mixture import MixtureSpec
-from dyads.errors import ConfigError, did_you_mean, shortened
+from dyads.errors import ConfigError, TaskError, did_you_mean, shortened
 from dyads.recipe.file_names import name_mistake
 from dyads.recipe.yaml_source import to_yaml
-from dyads.tasks import TasksSpec
+from dyads.tasks import Task, TasksSpec
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -383,6 +383,8 @@ class EvaluateSpec(Section):
 
     split: Literal["test", "validation", "train"] = "test"
     """The split that is scored; use validation for sweeps"""
+    tasks: Literal["all", "unseen"] = "all"
+    """all, or unseen: only tasks without training examples, such as the test tasks of SNI's protocol official"""
     limit: PositiveInt | None = None
     """Instances scored per task, the same in every run; null: all"""
     batch_size: PositiveInt = 32
@@ -409,6 +411,12 @@ class EvaluateSpec(Section):
             yield f"num_beams is {self.num_beams}, but answer: likelihood uses no beams: drop one"
         if self.nearest_by != "inputs" and self.unseen != "nearest":
             yield f"nearest_by is for unseen: nearest, but unseen is {self.unseen}"
+
+    def scored(self, tasks: Iterable[Task]) -> tuple[Task, ...]:
+        """Those of the tasks that are scored; TaskError where none is."""
+        if not (scored := tuple(task for task in tasks if self.tasks == "all" or not task.train)):
+            raise TaskError("nothing to score: evaluate.tasks is unseen, but every task has training examples")
+        return scored
 
     def pick(self, n: int) -> list[int]:
         """The indices of the instances that are scored, of a task with n of them, in ascending order.

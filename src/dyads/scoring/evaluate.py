@@ -51,11 +51,12 @@ def evaluate(
 ) -> Scores:
     """Score a run; predictions and scores are written to its folder.
 
-    `split`, `limit`, `unseen` and `nearest_by` override the recipe's section `evaluate`, `suite` its tasks. With `into`
-    the results are written to a new run folder, whose recipe has these tasks, without an adapter; those of `folder` are
-    unchanged. The new run's name ends with the policy if there are stand-ins. `on_stand_in` is called for each of them
-    before scoring; `reporter` shows the progress. In each of several processes (torchrun, accelerate launch) this
-    answers a share of the instances, and the main process alone writes.
+    `split`, `limit`, `unseen` and `nearest_by` override the recipe's section `evaluate`, `suite` its tasks; those of
+    another family are all scored. With `into` the results are written to a new run folder, whose recipe has these
+    tasks, without an adapter; those of `folder` are unchanged. The new run's name ends with the policy if there are
+    stand-ins. `on_stand_in` is called for each of them before scoring; `reporter` shows the progress. In each of
+    several processes (torchrun, accelerate launch) this answers a share of the instances, and the main process alone
+    writes.
     """
     if split is not None and split not in SPLITS:
         raise ConfigError(f"cannot evaluate on split '{split}'{did_you_mean(split, SPLITS)}")
@@ -88,15 +89,18 @@ def _evaluate(
         raise _other_run(target)
     recipe = folder.recipe()
     changes = {"split": split, "limit": limit, "unseen": unseen, "nearest_by": nearest_by}
+    if isinstance(suite, FamilySpec):
+        changes["tasks"] = "all"
     spec = _override(recipe.evaluate, {key: value for key, value in changes.items() if value is not None})
     tasks_spec = suite if isinstance(suite, FamilySpec) else recipe.tasks
     if not isinstance(suite, Suite):
         suite = load_suite(tasks_spec)
         if recipe.adapt is not None and tasks_spec is recipe.tasks:
             suite = few_shot(suite, recipe.adapt.shots, recipe.seed)  # the train split that the run was trained on
-    check_answers(recipe, suite.tasks)
-    instances = [[task.split(spec.split)[i] for i in spec.pick(len(task.split(spec.split)))] for task in suite.tasks]
-    if empty := [task.name for task, examples in zip(suite.tasks, instances, strict=True) if not examples]:
+    tasks = spec.scored(suite.tasks)
+    check_answers(recipe, tasks)
+    instances = [[task.split(spec.split)[i] for i in spec.pick(len(task.split(spec.split)))] for task in tasks]
+    if empty := [task.name for task, examples in zip(tasks, instances, strict=True) if not examples]:
         raise TaskError(f"nothing to score: split '{spec.split}' of {', '.join(empty)} is empty")
 
     stand_ins: list[StandIn] = []
@@ -104,8 +108,8 @@ def _evaluate(
         answerer: Majority | Answerer = Majority()
     else:
         answerer = Answerer(folder)
-        stand_ins = answerer.add_unseen(suite.tasks, spec)
-    answerer.check(suite.tasks)
+        stand_ins = answerer.add_unseen(tasks, spec)
+    answerer.check(tasks)
     for stand_in in stand_ins:
         on_stand_in(stand_in)
     name = recipe.name
@@ -122,16 +126,16 @@ def _evaluate(
             target.clear_ended()
             return target.scores()
     begin = time.perf_counter()
-    answers = _answers(answerer, suite.tasks, instances, spec, reporter)
+    answers = _answers(answerer, tasks, instances, spec, reporter)
     seconds = time.perf_counter() - begin
 
     main = launched().is_main_process
     if beside and main:
         target = RunFolder.create(target.path, scored, resume=True)
-        target.write_environment(seed=recipe.seed, tasks=[task.name for task in suite.tasks], **facts)
+        target.write_environment(seed=recipe.seed, tasks=[task.name for task in tasks], **facts)
     for stand_in in stand_ins if main else ():
         target.append_log({"event": "unseen", **asdict(stand_in)})
-    predictions, rows = _score(suite.tasks, instances, answers, spec.split)
+    predictions, rows = _score(tasks, instances, answers, spec.split)
     micro, macro = _means(rows)
     trained = next((line for line in reversed(list(folder.log())) if line.get("event") == "trained"), None)
     result = Scores(

@@ -38,6 +38,7 @@ _TABLE_KEYS: tuple[tuple[str, ...], ...] = (
     ("model", "kind"),
     ("model", "revision"),
     ("evaluate", "split"),
+    ("evaluate", "tasks"),
     ("evaluate", "limit"),
 )
 """Keys that say what is scored: runs that differ in them cannot share a table."""

@@ -288,7 +288,7 @@ def adaptation(run: Path, given: Mapping[str, Any]) -> YamlSource:
     whole = adapted.resolved()
     del whole["tasks"]  # replaced as a whole, not key by key
     whole["adapt"] = {"run": str(run if run.name else run.resolve()), **given}
-    whole["evaluate"] = {**whole["evaluate"], "limit": None, "split": "test"}
+    whole["evaluate"] = {**whole["evaluate"], "limit": None, "split": "test", "tasks": "all"}
     shots = given.get("shots") or _LARGEST_BATCH
     size = min(_LARGEST_BATCH, adapted.train.batch_size, shots if isinstance(shots, int) else _LARGEST_BATCH)
     whole["train"] |= {

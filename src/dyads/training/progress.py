@@ -55,7 +55,8 @@ def show_summary(
         lines["trains"] = f"{trained:,} parameters, {rounded(100 * trained / base)} % of the model's{of_heads}"
         data |= {"parameters": trained, "head_parameters": heads}
     count = {split: sum(len(task.split(split)) for task in suite.tasks) for split in ("train", recipe.evaluate.split)}
-    scored = sum(len(recipe.evaluate.pick(len(task.split(recipe.evaluate.split)))) for task in suite.tasks)
+    sizes = [len(task.split(recipe.evaluate.split)) for task in recipe.evaluate.scored(suite.tasks)]
+    scored = sum(len(recipe.evaluate.pick(n)) for n in sizes)
     many = f"{len(suite.tasks)} task" + "s" * (len(suite.tasks) != 1)
     lines["tasks"] = f"{many} ({recipe.tasks.family}): {count['train']:,} examples, {scored:,} instances to score"
     data |= {"tasks": [task.name for task in suite.tasks], "examples": count["train"], "instances": scored}

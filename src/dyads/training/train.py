@@ -42,6 +42,7 @@ from dyads.runs.manifest import writing
 from dyads.runs.signals import Sigterm, on_sigterm
 from dyads.scoring.evaluate import check_answers
 from dyads.scoring.evaluate import evaluate as evaluate_run
+from dyads.scoring.unseen import check_unseen
 from dyads.tasks import Suite, load_suite
 from dyads.tasks.shots import few_shot
 from dyads.training.adapt import (
@@ -113,6 +114,8 @@ def _train(
     if recipe.adapt is not None:
         suite = few_shot(suite, recipe.adapt.shots, recipe.seed)
     check_answers(recipe, suite.tasks)
+    if evaluate:
+        check_unseen(recipe, suite.tasks)
     training: Training | None = None
     chat_template = _chat_template(recipe, suite, folder)
     facts: dict[str, Any] = {}
@@ -281,11 +284,13 @@ class Training:
 
     def __init__(self, recipe: Recipe, suite: Suite, chat_template: str | None = None) -> None:
         self.recipe, self.suite = recipe, suite
+        self.tasks = tuple(task for task in suite.tasks if task.train) or suite.tasks
+        """Those with training examples. The others are unseen: they have no rows in gates, and are scored alone."""
         spec = recipe.train
         if spec.threads:
             torch.set_num_threads(spec.threads)
         set_seed(recipe.seed)
-        source = source_run(recipe, suite.tasks) if recipe.adapt is not None else None
+        source = source_run(recipe, self.tasks) if recipe.adapt is not None else None
         base = load_model(recipe.model)
         kind = kind_of(recipe.model.name, base.config, recipe.model.kind)
         self.encoder_decoder = kind == "seq2seq"
@@ -299,12 +304,12 @@ class Training:
         if source is None:
             self._add_adapter(base, kind)
         else:
-            self.extended = load_extended(recipe, source, base, suite.tasks)
+            self.extended = load_extended(recipe, source, base, self.tasks)
             self.model, self.heads = self.extended.model, self.extended.heads
             self.task_names = self.extended.task_names
-        places = range(len(self.task_names))[-len(suite.tasks) :]
+        places = range(len(self.task_names))[-len(self.tasks) :]
         if self.heads:
-            by_place = dict(zip(places, suite.tasks, strict=True))
+            by_place = dict(zip(places, self.tasks, strict=True))
             self.prompt_tokenizer = pair_tokenizer_of(
                 base, self.tokenizer, spec.max_prompt_tokens, self.heads, by_place
             )
@@ -312,7 +317,7 @@ class Training:
         else:
             self.prompt_tokenizer = prompt_tokenizer_of(base.config, kind, self.tokenizer, recipe, chat_template)
             self.collator = Collator(pad_id_of(self.tokenizer), encoder_decoder=self.encoder_decoder)
-        self.dataset = TaskDataset(suite.tasks, self.prompt_tokenizer, places=places)
+        self.dataset = TaskDataset(self.tasks, self.prompt_tokenizer, places=places)
         if self.extended is not None:
             self._start_new_tasks(self.extended)
         lengths = self.dataset.lengths()
@@ -328,7 +333,7 @@ class Training:
         """Input tokens of every step."""
         at_once = spec.batch_size // spec.gradient_accumulation // launched().num_processes
         self.padding = padding_share(self.batches, lengths, max(at_once, 1))
-        if spec.validation_limit and (empty := [task.name for task in suite.tasks if not task.validation]):
+        if spec.validation_limit and (empty := [task.name for task in self.tasks if not task.validation]):
             raise TaskError(
                 f"train.validation_limit is {spec.validation_limit}, but there are no validation instances of"
                 f" {', '.join(empty)}: leave it out, or give them some"
@@ -338,7 +343,7 @@ class Training:
 
     def _add_adapter(self, base: PreTrainedModel, kind: Kind) -> None:
         """Add a fresh adapter, and to an encoder fresh heads."""
-        recipe, tasks = self.recipe, self.suite.tasks
+        recipe, tasks = self.recipe, self.tasks
         self.task_names = tuple(task.name for task in tasks)
         config = recipe.method.peft_config(self.task_names)
         config.task_type = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}[kind]
@@ -506,9 +511,9 @@ class Training:
         """
         training = self.model.training
         self.model.eval()
-        dataset = TaskDataset(self.suite.tasks, self.prompt_tokenizer, split="validation", places=self.dataset.places)
+        dataset = TaskDataset(self.tasks, self.prompt_tokenizer, split="validation", places=self.dataset.places)
         size, processes = self.recipe.train.batch_size // self.recipe.train.gradient_accumulation, launched()
-        counts = [min(limit, len(task.validation)) for task in self.suite.tasks]
+        counts = [min(limit, len(task.validation)) for task in self.tasks]
         batches = [
             [(number, i) for i in range(start, min(start + size, count))]
             for number, count in enumerate(counts)
@@ -526,7 +531,7 @@ class Training:
         self.model.train(training)
         found = gather_object(found)
         losses: dict[str, float] = {}
-        for number, task in enumerate(self.suite.tasks):
+        for number, task in enumerate(self.tasks):
             of_task = [(loss, labels) for at, loss, labels in found if at == number]
             losses[task.name] = sum(loss for loss, _ in of_task) / sum(labels for _, labels in of_task)
         return losses
