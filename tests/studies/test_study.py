@@ -102,6 +102,9 @@ def test_an_interrupted_study_ends_in_the_same_verdicts(
     assert "interrupted" in status
     assert "1 done, 1 interrupted, 2 left" in status
     assert "time left: " in status
+    of_some = study(path, "--out", tmp_path / "cut", "--status", "--only", "LoRA*").output
+    assert "1 done, 1 left" in of_some
+    assert "MoDE" not in of_some
 
     study(path, "--out", tmp_path / "cut", "--workers", "2")
     for name in ("verdict.json",):

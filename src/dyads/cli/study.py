@@ -58,7 +58,7 @@ Examples:
     show_default=True,
     help="local: processes of this machine. ray: tasks of Ray (pip install 'dyads[study]').",
 )
-@click.option("--only", metavar="PATTERN", help="Run the cells whose names match, such as 'MoDE-*' or '*seed0'.")
+@click.option("--only", metavar="PATTERN", help="The cells whose names match alone, such as 'MoDE-*' or '*seed0'.")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a key of every recipe; repeatable.")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="The study's folder. Default: runs/studies/NAME."
@@ -147,15 +147,16 @@ def _report_status(runner: Runner, workers: int, reporter: Reporter) -> None:
     from dyads.console import duration
     from dyads.studies.progress import grid_table, seconds_left
 
-    states, cells = runner.states(), list(runner.distinct().values())
-    waiting = runner.waiting()
+    cells, waiting = runner.selected(), runner.waiting()
+    distinct = {cell.name: cell for cell in cells.values()}
+    states = {name: state for name, state in runner.states().items() if name in distinct}
     count = {
         state: sum(s.state == state for s in states.values())
         for state in ("done", "running", "interrupted", "failed", "left")
     }
     lines = [", ".join(f"{n} {state}" for state, n in count.items() if n or state == "done")]
-    left = seconds_left(cells, states, workers)
-    if count["done"] < len(cells):
+    left = seconds_left(list(distinct.values()), states, workers)
+    if count["done"] < len(distinct):
         at_once = f", {workers} at a time" if workers > 1 else ""
         beside = " and the trials of choose" if waiting else ""
         lines.append(f"time left: {duration(left) if left is not None else 'unknown'}{at_once}{beside}")
@@ -166,7 +167,7 @@ def _report_status(runner: Runner, workers: int, reporter: Reporter) -> None:
     ]
     changed = runner.changed()
     lines += [f"another recipe in {line}" for line in changed]
-    text = _printed(grid_table(runner.study, runner.cells, states, waiting), "\n".join(lines))
+    text = _printed(grid_table(runner.study, cells, states, waiting), "\n".join(lines))
     facts = {name: {"state": s.state, "step": s.step, "macro": s.score} for name, s in states.items()}
     reporter.result("status", text, runs=facts, seconds_left=left, changed=changed, **count)
 

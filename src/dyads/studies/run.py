@@ -117,6 +117,10 @@ class Runner:
         """Every cell once, by name."""
         return {cell.name: cell for cell in self.cells.values()}
 
+    def selected(self) -> dict[Combination, Cell]:
+        """The cells that `only` selects."""
+        return {combination: cell for combination, cell in self.cells.items() if cell.name in self._selected}
+
     def states(self) -> dict[str, CellState]:
         """The state of every cell by name."""
         return {name: state_of(cell, self.folder) for name, cell in self.distinct().items()}
