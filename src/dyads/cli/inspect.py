@@ -28,7 +28,7 @@ _WIDTH = max(map(len, ["summary", *QUESTIONS])) + 2
 _HELP = f"""Show what the adapter in RUN, the folder of a run or of an adapter, is and learned.
 
 \b
-{"summary":{_WIDTH}}method, config, sizes, modules, and ranks that tasks choose (MoRE)
+{"summary":{_WIDTH}}method, config, sizes, modules; ranks that tasks chose
 {chr(10).join(f"{name:{_WIDTH}}{line}" for name, line in QUESTIONS.items())}
 
 A model is loaded only where gates look at the layer's input (MoDE and others): for questions over a few instances of
