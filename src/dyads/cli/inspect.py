@@ -52,6 +52,7 @@ Examples:
 @click.option(
     "--what",
     type=click.Choice(["summary", *QUESTIONS]),
+    metavar="QUESTION",
     default="summary",
     show_default=True,
     help="The question; see above.",
