@@ -121,6 +121,15 @@ def test_the_mean_over_tasks_is_the_difference_of_the_comparison(run: Callable[.
     assert unlike.tables[0].rows[-1][-1] == "–"
 
 
+def test_runs_that_are_no_seeds_of_one_recipe_are_not_pooled(run: Callable[..., Path]) -> None:
+    values = {"a": [40, 60, 50, 30], "b": [10, 20, 30, 50]}
+    mixture, alone = run("all", values), run("a alone", {"a": [50, 70, 60, 40]})
+    with pytest.raises(RunError, match=r"would be seeds of one setting of task 'a', but they differ in method\.name"):
+        interference([mixture, run("other", values, method="lora", seed=1)], [alone])
+    with pytest.raises(RunError, match=r"of task 'a', but both have seed 0: give the runs of one method"):
+        interference([mixture], [alone, alone])
+
+
 def test_scores_of_other_instances_are_refused(run: Callable[..., Path]) -> None:
     mixture = run("all", {"a": [40, 60, 50, 30]})
     with pytest.raises(RunError, match=r"was scored otherwise .*\(instances differ\)"):

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from torch.testing import assert_close
 
+from dyads.cli import main
 from dyads.comparing.comparison import compare
-from dyads.errors import ConfigError, RoutingError, RunError, TaskError
+from dyads.errors import ConfigError, DyadsError, RoutingError, RunError, TaskError
 from dyads.methods import Core
 from dyads.models.load import load_model, load_tokenizer
 from dyads.recipe.load import parse_recipe
@@ -28,6 +30,7 @@ from dyads.scoring.unseen import INPUTS, StandIn, own_tasks
 from dyads.tasks import FamilySpec, Suite, Task, load_suite
 from dyads.tasks.files import FilesSpec
 from dyads.tasks.starter import StarterSpec
+from dyads.training.adapt import adapt_recipe
 from dyads.training.train import train
 
 Tiny = Callable[..., Recipe]
@@ -419,20 +422,55 @@ def test_a_task_without_training_examples_has_no_row_and_gets_a_stand_in(
     assert evaluate(folder, suite=OTHERS, unseen=policy, limit=1, into=tmp_path / "more")["scores"]
 
 
-def test_gates_that_could_not_answer_afterwards_are_refused_before_the_training(
+def test_methods_that_look_at_no_task_answer_an_unseen_one_by_its_name(
     tiny: Tiny, with_unseen: dict[str, Any], tmp_path: Path
 ) -> None:
-    message = r"^task003_colours has no training examples, and the gates of 'more' look at the task: choose a stand-in"
-    with pytest.raises(ConfigError, match=message):
-        train(tiny("more", tasks=with_unseen, train={"steps": 1}), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
     folder = train(
         tiny("mode", tasks=with_unseen, train={"steps": 1}, evaluate={"tasks": "unseen", "limit": 2}), tmp_path / "mode"
     )
     assert {row["task"] for row in folder.scores()["scores"]} == {"task003_colours"}
+    assert folder.task_names() == ("task001_colours", "task002_colours", "task003_colours")
+    assert len(generate(folder, ["thing"], ["task003_colours"])) == 1
+    shown = CliRunner().invoke(main, ["generate", str(folder.path), "--task", "task003_colours", "--input", "thing 7"])
+    assert shown.exit_code == 0, shown.output
+    assert "no majority" not in str(compare([folder]).notes)
+
+
+@pytest.mark.parametrize(
+    ("method", "how", "message"),
+    [
+        ("more", {}, r"^task003_colours has no training examples, and the gates of 'more' look at the task: choose a"),
+        ("mode", {"split": "validation"}, r"^nothing to score: split 'validation' of task003_colours is empty$"),
+        ("majority", {}, r"^there is no majority answer without training examples: task003_colours has none$"),
+    ],
+)
+def test_what_could_not_be_scored_is_refused_before_the_training(
+    method: str, how: dict[str, Any], message: str, tiny: Tiny, with_unseen: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = tiny(method, tasks=with_unseen, train={"steps": 1}, evaluate={"tasks": "unseen", **how})
+    with pytest.raises(DyadsError, match=message):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    if method != "majority":
+        assert train(recipe, tmp_path / "run", evaluate=False).has_adapter
 
 
 def test_scoring_unseen_tasks_alone_needs_one(tiny: Tiny, tmp_path: Path) -> None:
+    recipe = tiny("mode", train={"steps": 1}, evaluate={"tasks": "unseen"})
     with pytest.raises(TaskError, match=r"evaluate\.tasks is unseen, but every task has training examples"):
-        train(tiny("mode", train={"steps": 1}, evaluate={"tasks": "unseen"}), tmp_path / "run")
+        train(recipe, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    assert train(recipe, tmp_path / "run", evaluate=False).has_adapter
+
+
+def test_a_run_adapts_to_a_suite_with_an_unseen_task(
+    trained: Trained, with_unseen: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "new.yaml").write_text(json.dumps({"tasks": with_unseen}))
+    overrides = ("train.steps=1", "evaluate.unseen=nearest", "evaluate.limit=1")
+    recipe = adapt_recipe(trained("more").path, tmp_path / "new.yaml", {"shots": 4}, overrides)
+    folder = train(recipe, tmp_path / "run")
+    assert folder.task_names() == (*KNOWN, "task001_colours", "task002_colours")
+    assert "task003_colours" not in {task.name for task in own_tasks(recipe)}
+    (line,) = [line for line in folder.log() if line.get("event") == "unseen"]
+    assert line["task"] == "task003_colours"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from dyads.errors import ConfigError, DyadsError
 from dyads.recipe.load import load_recipe
 from dyads.runs.folder import RunFolder
 from dyads.studies.grid import Study, load_study
+from dyads.studies.parameters import scored_names, task_names
 from dyads.studies.spec import study_keys
 from dyads.studies.verdicts import claims_of
 from made_studies import LORA, MODE, TARGETS, Write
@@ -271,6 +273,26 @@ def test_every_cell_of_a_shipped_study_is_a_recipe(path: Path, tmp_path: Path, m
     claims = claims_of(study, cells)
     assert claims
     assert all(cell.recipe.train.steps >= 60 for claim in claims for cell in claim.runs)
+
+
+def test_the_adapters_of_unseen_tasks_have_no_rows_for_them_in_the_budget(tmp_path: Path) -> None:
+    study = load_study(ROOT / "recipes/studies/study-unseen-cpu.yaml")
+    cell = next(cell for cell in study.cells().values() if cell.label == "MoRE 9, nearest")
+    sni = tmp_path / "sni"
+    for folder in ("tasks", "splits/default", "splits/xlingual"):
+        (sni / folder).mkdir(parents=True)
+    rows = [{"id": str(i), "input": f"thing {i}", "output": ["grey"]} for i in range(120)]
+    content = {"Definition": ["?"], "Positive Examples": [], "Negative Examples": [], "Categories": []}
+    text = json.dumps({**content, "Output_language": ["English"], "Instances": rows})
+    for name in ("task001_a", "task002_b", "task003_c"):
+        (sni / "tasks" / f"{name}.json").write_text(text)
+    for track in ("default", "xlingual"):
+        (sni / "splits" / track / "train_tasks.txt").write_text("task001_a\ntask002_b")
+        (sni / "splits" / track / "test_tasks.txt").write_text("task003_c")
+    tasks = cell.recipe.tasks.model_copy(update={"path": sni, "names": None})
+    recipe = cell.recipe.model_copy(update={"tasks": tasks})
+    assert task_names(recipe) == ("task001_a", "task002_b")
+    assert scored_names(recipe) == ("task003_c",)
 
 
 @pytest.mark.parametrize(

@@ -272,16 +272,20 @@ def test_the_time_left_is_that_of_the_cells_that_are_done(write: Write, tmp_path
     cells = list(dict.fromkeys(c.name for c in study_.cells().values()))
     by_name = {cell.name: cell for cell in study_.cells().values()}
     folder = StudyFolder(tmp_path)
-    assert seconds_left(list(by_name.values()), {n: state_of(c, folder) for n, c in by_name.items()}, 1) is None
+    assert (
+        seconds_left(list(by_name.values()), {n: state_of(c, folder) for n, c in by_name.items()}, 1, by_name) is None
+    )
     assert cells == CELLS
     # write_run: 61 seconds of training and 5 of scoring
     write_run(tmp_path / CELLS[0], "LoRA 4", {"t": [1.0, 2.0]}, method="lora")
     states = {name: state_of(cell, folder) for name, cell in by_name.items()}
     assert (states[CELLS[0]].state, states[CELLS[0]].score) == ("done", 1.5)
-    assert seconds_left(list(by_name.values()), states, 1) == pytest.approx(3 * 66)
-    assert seconds_left(list(by_name.values()), states, 2) == pytest.approx(3 * 33)
+    assert seconds_left(list(by_name.values()), states, 1, by_name) == pytest.approx(3 * 66)
+    assert seconds_left(list(by_name.values()), states, 2, by_name) == pytest.approx(3 * 33)
+    # of some cells, at the pace of those that are done
+    assert seconds_left(list(by_name.values()), states, 1, CELLS[2:]) == pytest.approx(2 * 66)
     RunFolder.create(tmp_path / CELLS[1], by_name[CELLS[1]].recipe).append_log({"step": 3, "loss": 1.0, "seconds": 6.0})
     states = {name: state_of(cell, folder) for name, cell in by_name.items()}
     assert (states[CELLS[1]].state, states[CELLS[1]].step) == ("interrupted", 3)
     # MoDE takes 2 seconds a step: 3 and 6 steps are left; LoRA has 61 seconds
-    assert seconds_left(list(by_name.values()), states, 1) == pytest.approx(3 * 2 + 6 * 2 + 61 + 3 * 5)
+    assert seconds_left(list(by_name.values()), states, 1, by_name) == pytest.approx(3 * 2 + 6 * 2 + 61 + 3 * 5)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy.typing as npt
 
 from dyads.analysis.named_array import NamedArray, Table
 from dyads.comparing.intervals import Sample
-from dyads.comparing.scored_runs import ScoredRun, read
+from dyads.comparing.scored_runs import ScoredRun, changed, read
 from dyads.errors import RunError
 from dyads.runs.folder import RunFolder
 
@@ -72,8 +73,9 @@ def answer(runs: Sequence[Path]) -> Interference:
     of a single task has it alone, and all others are mixtures."""
     settings: dict[str, list[RunFolder]] = {"mixture": [], "alone": [], "adapted": []}
     for run in map(RunFolder.open, runs):
-        tasks = {row["task"] for row in run.scores()["scores"]}
-        settings["adapted" if _is_adapted(run) else "alone" if len(tasks) == 1 else "mixture"].append(run)
+        trained = _trained(run)
+        tasks = trained.task_names() or {row["task"] for row in trained.scores()["scores"]}
+        settings["adapted" if trained.recipe().adapt else "alone" if len(tasks) == 1 else "mixture"].append(run)
     return interference(**settings)
 
 
@@ -81,7 +83,8 @@ def interference(mixture: Runs, alone: Mapping[str, Runs] | Runs = (), adapted: 
     """Compare the scores of runs that learned all tasks with those of single tasks, and of adapted runs.
 
     `alone` are runs of a single task each, `adapted` are runs of the mixture's tasks after `dyads adapt` learned
-    further ones. Runs of a setting with the same task are seeds. RunError where instances differ.
+    further ones. Runs of a setting with the same task are seeds of one recipe. RunError where they are not, and where
+    instances differ.
     """
     given = [run for runs in alone.values() for run in runs] if isinstance(alone, Mapping) else list(alone)
     groups = {"mixture": _by_task(mixture), "alone": _by_task(given), "adapted": _by_task(adapted)}
@@ -127,11 +130,17 @@ def interference(mixture: Runs, alone: Mapping[str, Runs] | Runs = (), adapted: 
     )
 
 
-def _is_adapted(run: RunFolder) -> bool:
-    """Whether a run, or the one whose adapter it scores, adapted another."""
+def _trained(run: RunFolder) -> RunFolder:
+    """The run whose adapter was scored: another one where the scores stand beside it."""
     scored = run.environment().get("adapter") if run.has_environment else None
-    runs = [run, *([RunFolder(scored)] if scored and RunFolder(scored).is_run else [])]
-    return any(one.recipe().adapt is not None for one in runs)
+    if not scored:
+        return run
+    if not RunFolder(scored).is_run:
+        raise RunError(
+            f"'{run.path}' has the scores of the adapter in '{scored}', which is not there: run this in the folder"
+            " where it was scored"
+        )
+    return RunFolder(scored)
 
 
 def _joined(samples: Sequence[Sample]) -> Sample:
@@ -155,6 +164,15 @@ def _by_task(runs: Runs) -> dict[str, list[ScoredRun]]:
 
 
 def _refuse_unlike(first: ScoredRun, runs: Sequence[ScoredRun], task: str) -> None:
+    """Refuse runs of a task that are no seeds of one recipe, and other instances than those of the mixture."""
+    for a, b in pairwise(runs):
+        keys = [key for key in changed(a.recipe, b.recipe) if not key.startswith("tasks")]
+        if keys or a.seed == b.seed:
+            what = f"they differ in {', '.join(keys)}" if keys else f"both have seed {a.seed}"
+            raise RunError(
+                f"'{a.path}' and '{b.path}' would be seeds of one setting of task '{task}', but {what}: give the runs"
+                " of one method"
+            )
     for run in runs:
         one: Mapping[str, object] = first.headline[task]
         other: Mapping[str, object] = run.headline[task]

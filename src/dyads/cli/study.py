@@ -147,16 +147,16 @@ def _report_status(runner: Runner, workers: int, reporter: Reporter) -> None:
     from dyads.console import duration
     from dyads.studies.progress import grid_table, seconds_left
 
-    cells, waiting = runner.selected(), runner.waiting()
-    distinct = {cell.name: cell for cell in cells.values()}
-    states = {name: state for name, state in runner.states().items() if name in distinct}
+    cells, of_all = runner.selected(), runner.states()
+    waiting = runner.waiting() & {runner.study.group_of(combination) for combination in cells}
+    states = {cell.name: of_all[cell.name] for cell in cells.values()}
     count = {
         state: sum(s.state == state for s in states.values())
         for state in ("done", "running", "interrupted", "failed", "left")
     }
     lines = [", ".join(f"{n} {state}" for state, n in count.items() if n or state == "done")]
-    left = seconds_left(list(distinct.values()), states, workers)
-    if count["done"] < len(distinct):
+    left = seconds_left(runner.distinct().values(), of_all, workers, states)
+    if count["done"] < len(states):
         at_once = f", {workers} at a time" if workers > 1 else ""
         beside = " and the trials of choose" if waiting else ""
         lines.append(f"time left: {duration(left) if left is not None else 'unknown'}{at_once}{beside}")

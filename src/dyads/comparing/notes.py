@@ -75,6 +75,8 @@ def notes_on(
     # Heads are random before they are trained, so an encoder has no zero-shot run.
     headed = any(RunFolder(run.path).heads.is_file() for group in groups.values() for run in group)
     possible = ("majority",) if headed else UNTRAINED
+    if any(run.recipe.evaluate.tasks == "unseen" for group in groups.values() for run in group):
+        possible = ("zero-shot",)  # there is no majority answer without training examples
     absent = [name for name in possible if all(c.method != name for c in columns)]
     if absent and trained:
         notes.append(f"no {' and no '.join(absent)} run here: add one to see how much of a score was learned")

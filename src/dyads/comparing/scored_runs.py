@@ -237,7 +237,10 @@ def _refuse_unlike(a: ScoredRun, b: ScoredRun) -> None:
         lacking = [task for task in one.headline if task not in other.headline]
         if lacking:
             shown = ", ".join(lacking[:5]) + (f", … ({len(lacking)} in all)" if len(lacking) > 5 else "")
-            raise refuse(f"they differ in tasks, '{other.path}' lacks {shown}", "Give both the same tasks.")
+            raise refuse(
+                f"they differ in tasks, '{other.path}' lacks {shown}",
+                "Give both the same tasks, and the same evaluate.tasks.",
+            )
     for task, left in a.headline.items():
         right = b.headline[task]
         for key in ("version", "metric", "n", "fingerprint"):

@@ -29,7 +29,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails
 
 from dyads.data.mixture import MixtureSpec
-from dyads.errors import ConfigError, TaskError, did_you_mean, shortened
+from dyads.errors import ConfigError, did_you_mean, shortened
 from dyads.recipe.file_names import name_mistake
 from dyads.recipe.yaml_source import to_yaml
 from dyads.tasks import Task, TasksSpec
@@ -413,10 +413,8 @@ class EvaluateSpec(Section):
             yield f"nearest_by is for unseen: nearest, but unseen is {self.unseen}"
 
     def scored(self, tasks: Iterable[Task]) -> tuple[Task, ...]:
-        """Those of the tasks that are scored; TaskError where none is."""
-        if not (scored := tuple(task for task in tasks if self.tasks == "all" or not task.train)):
-            raise TaskError("nothing to score: evaluate.tasks is unseen, but every task has training examples")
-        return scored
+        """Those of the tasks that are scored."""
+        return tuple(task for task in tasks if self.tasks == "all" or not task.train)
 
     def pick(self, n: int) -> list[int]:
         """The indices of the instances that are scored, of a task with n of them, in ascending order.

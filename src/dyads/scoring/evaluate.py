@@ -34,7 +34,7 @@ from dyads.scoring.unseen import INPUTS, StandIn
 from dyads.tasks import SPLITS, Example, FamilySpec, Suite, Task, load_suite
 from dyads.tasks.shots import few_shot
 
-__all__ = ["check_answers", "evaluate", "generate"]
+__all__ = ["check_answers", "check_scored", "evaluate", "generate"]
 
 
 def evaluate(
@@ -97,11 +97,9 @@ def _evaluate(
         suite = load_suite(tasks_spec)
         if recipe.adapt is not None and tasks_spec is recipe.tasks:
             suite = few_shot(suite, recipe.adapt.shots, recipe.seed)  # the train split that the run was trained on
-    tasks = spec.scored(suite.tasks)
+    tasks = _scored(spec, suite.tasks)
     check_answers(recipe, tasks)
     instances = [[task.split(spec.split)[i] for i in spec.pick(len(task.split(spec.split)))] for task in tasks]
-    if empty := [task.name for task, examples in zip(tasks, instances, strict=True) if not examples]:
-        raise TaskError(f"nothing to score: split '{spec.split}' of {', '.join(empty)} is empty")
 
     stand_ins: list[StandIn] = []
     if recipe.method.name == "majority":
@@ -256,6 +254,29 @@ def _override(spec: EvaluateSpec, changes: Mapping[str, Any]) -> EvaluateSpec:
         first = error.errors()[0]
         key = "".join(f"{step}: " for step in first["loc"])
         raise ConfigError(f"cannot evaluate: {key}{first.get('ctx', {}).get('error', first['msg'])}") from None
+
+
+def _scored(spec: EvaluateSpec, tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """The tasks that are scored, each with instances to score."""
+    if not (scored := spec.scored(tasks)):
+        raise TaskError("nothing to score: evaluate.tasks is unseen, but every task has training examples")
+    if empty := [task.name for task in scored if not task.split(spec.split)]:
+        raise TaskError(f"nothing to score: split '{spec.split}' of {', '.join(empty)} is empty")
+    return scored
+
+
+def check_scored(recipe: Recipe, tasks: Sequence[Task]) -> None:
+    """Refuse, before the training, what could not be scored after it."""
+    scored = _scored(recipe.evaluate, tasks)
+    if recipe.method.name == "majority":
+        Majority().check(scored)
+    unseen = [task.name for task in scored if not task.train]
+    if unseen and recipe.method.reads_task and recipe.evaluate.unseen == "error":
+        raise ConfigError(
+            f"{', '.join(unseen[:5])} {'have' if len(unseen) > 1 else 'has'} no training examples, and the gates of"
+            f" '{recipe.method.name}' look at the task: choose a stand-in (evaluate.unseen: nearest or mean), or leave"
+            " out what is not trained on"
+        )
 
 
 def check_answers(recipe: Recipe, tasks: Sequence[Task]) -> None:

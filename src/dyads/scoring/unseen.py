@@ -25,13 +25,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from dyads.data.batches import Collator, PromptTokenizer, pad_id_of
-from dyads.errors import ConfigError, DyadsError, RunError, TaskError
+from dyads.errors import DyadsError, RunError, TaskError
 from dyads.recipe.spec import Recipe
 from dyads.runs.folder import RunFolder
 from dyads.tasks import Example, Task, load_suite
 from dyads.tuner.add_task import add_task
 
-__all__ = ["INPUTS", "StandIn", "by_mean", "by_nearest", "check_unseen", "described", "own_tasks"]
+__all__ = ["INPUTS", "StandIn", "by_mean", "by_nearest", "described", "own_tasks"]
 
 INPUTS = 8
 """How many inputs of a task are compared: the first of the split."""
@@ -54,17 +54,6 @@ class StandIn:
             return f"{self.task} is unseen: answered with the mean over the known tasks"
         after = f"; next {self.runner_up}, {self.runner_up_similarity:.2f}" if self.runner_up else ""
         return f"{self.task} is unseen: answered as {self.known} (similarity {self.similarity:.2f}{after})"
-
-
-def check_unseen(recipe: Recipe, tasks: Sequence[Task]) -> None:
-    """Refuse tasks without training examples that the gates could not answer afterwards; before the training."""
-    unseen = [task.name for task in recipe.evaluate.scored(tasks) if not task.train]
-    if unseen and recipe.method.reads_task and recipe.evaluate.unseen == "error":
-        raise ConfigError(
-            f"{', '.join(unseen[:5])} {'have' if len(unseen) > 1 else 'has'} no training examples, and the gates of"
-            f" '{recipe.method.name}' look at the task: choose a stand-in (evaluate.unseen: nearest or mean), or leave"
-            " out what is not trained on"
-        )
 
 
 def by_mean(model: PeftModel, unseen: Iterable[str]) -> list[StandIn]:
@@ -149,7 +138,7 @@ def own_tasks(recipe: Recipe) -> tuple[Task, ...]:
         while recipe.adapt is not None:
             recipe = RunFolder.open(recipe.adapt.run).recipe()
             tasks = (*load_suite(recipe.tasks).tasks, *tasks)
-        return tasks
+        return tuple(task for task in tasks if task.train)
     except (DyadsError, OSError) as error:
         raise RunError(
             f"unseen 'nearest' compares with the tasks that the run was trained on, which cannot be read: {error};"

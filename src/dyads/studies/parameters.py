@@ -103,10 +103,17 @@ def _nearest(recipe: Recipe, target: int, within: float) -> str:
 
 
 def task_names(recipe: Recipe) -> tuple[str, ...]:
-    """The names of a recipe's tasks."""
-    return _names_of(to_yaml(recipe.resolved()["tasks"]))
+    """The names of a recipe's tasks that are trained on, for which gates have rows."""
+    return tuple(name for name, trained in _names_of(to_yaml(recipe.resolved()["tasks"])) if trained)
+
+
+def scored_names(recipe: Recipe) -> tuple[str, ...]:
+    """The names of the tasks that a recipe scores."""
+    unseen = recipe.evaluate.tasks == "unseen"
+    return tuple(name for name, trained in _names_of(to_yaml(recipe.resolved()["tasks"])) if not (unseen and trained))
 
 
 @cache
-def _names_of(tasks: str) -> tuple[str, ...]:
-    return tuple(task.name for task in load_suite(read_text(tasks, "tasks").data).tasks)
+def _names_of(tasks: str) -> tuple[tuple[str, bool], ...]:
+    """Every task's name, and whether it has training examples."""
+    return tuple((task.name, bool(task.train)) for task in load_suite(read_text(tasks, "tasks").data).tasks)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -86,8 +86,10 @@ def state_of(cell: Cell, folder: StudyFolder) -> CellState:
     return CellState("interrupted" if run.is_run else "left", step, seconds_so_far)
 
 
-def seconds_left(cells: Sequence[Cell], states: Mapping[str, CellState], workers: int) -> float | None:
-    """Expected seconds until all cells are done, by those of the same label, else by all; None: unknown."""
+def seconds_left(
+    cells: Collection[Cell], states: Mapping[str, CellState], workers: int, selected: Container[str]
+) -> float | None:
+    """Expected seconds until the selected cells are done, by all of the same label, else by all; None: unknown."""
     pace: dict[str | None, list[float]] = {}
     scoring: dict[str | None, list[float]] = {}
     for cell in cells:
@@ -100,7 +102,7 @@ def seconds_left(cells: Sequence[Cell], states: Mapping[str, CellState], workers
     total = 0.0
     for cell in cells:
         state = states[cell.name]
-        if state.state == "done":
+        if state.state == "done" or cell.name not in selected:
             continue
         if cell.steps:
             known = pace.get(cell.label) or pace.get(None)

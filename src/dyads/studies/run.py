@@ -149,12 +149,12 @@ class Runner:
 
     def check(self) -> dict[str, int]:
         """Refuse what can be refused before anything trains; the counted parameters by cell."""
-        from dyads.studies.parameters import check_budget, task_names  # imports torch
+        from dyads.studies.parameters import check_budget, scored_names  # imports torch
 
         self._check_recipes()
         claims = claims_of(self.study, self.cells)
         for claim in claims:
-            names = () if claim.spec.on in ("macro", "micro") else task_names(claim.runs[0].recipe)
+            names = () if claim.spec.on in ("macro", "micro") else scored_names(claim.runs[0].recipe)
             if names and claim.spec.on not in names:
                 raise ConfigError(
                     f"{self.study.path}: a claim is 'on: {claim.spec.on}', neither macro, micro nor a task"
@@ -281,14 +281,14 @@ class Runner:
 
     def _show(self, tracker: Tracker, workers: int) -> int:
         """One line over the grid: the steps of all runs, how many runs are done, and the time left; gives the steps."""
-        cells = self._selected_cells()
-        states = {cell.name: state_of(cell, self.folder) for cell in cells}
+        cells, of_all = self._selected_cells(), self.states()
+        states = {cell.name: of_all[cell.name] for cell in cells}
         count = {state: sum(s.state == state for s in states.values()) for state in ("done", "running")}
         trials = sum(map(is_running, self.folder.trials.path.glob("logs/*.txt")))
         tracker.facts = {"runs": f"{count['done']}/{len(cells)}", "running": count["running"]}
         tracker.facts |= {"trials": trials} if trials else {}
         tracker.facts |= {"failed": len(self.failed)} if self.failed else {}
-        tracker.expected = seconds_left(cells, states, workers)
+        tracker.expected = seconds_left(self.distinct().values(), of_all, workers, states)
         if cells and all(cell.steps == 0 for cell in cells):
             steps = int(count["done"] == len(cells))
         else:

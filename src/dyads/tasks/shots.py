@@ -17,13 +17,14 @@ def few_shot(suite: Suite, shots: int | None, seed: int) -> Suite:
     """The suite with `shots` training examples of every task, chosen by the seed; all of them where shots is None.
 
     Labels are taken in turn, in a random order, so that their counts differ by at most one while each has examples
-    left. With the same seed a larger number of shots contains a smaller one. TaskError for a task with fewer examples.
+    left. With the same seed a larger number of shots contains a smaller one. TaskError for a task with fewer examples;
+    one without any is left as it is.
     """
     return Suite(tuple(replace(task, train=_shots(task, shots, seed)) for task in suite.tasks), suite.notes)
 
 
 def _shots(task: Task, shots: int | None, seed: int) -> tuple[Example, ...]:
-    if shots is None:
+    if shots is None or not task.train:  # without any, it is scored alone
         return task.train
     if len(task.train) < shots:
         raise TaskError(

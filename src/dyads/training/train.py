@@ -40,9 +40,8 @@ from dyads.runs.checkpoints import checkpoint_to_resume, loading, rotate, step_o
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import writing
 from dyads.runs.signals import Sigterm, on_sigterm
-from dyads.scoring.evaluate import check_answers
+from dyads.scoring.evaluate import check_answers, check_scored
 from dyads.scoring.evaluate import evaluate as evaluate_run
-from dyads.scoring.unseen import check_unseen
 from dyads.tasks import Suite, load_suite
 from dyads.tasks.shots import few_shot
 from dyads.training.adapt import (
@@ -115,7 +114,7 @@ def _train(
         suite = few_shot(suite, recipe.adapt.shots, recipe.seed)
     check_answers(recipe, suite.tasks)
     if evaluate:
-        check_unseen(recipe, suite.tasks)
+        check_scored(recipe, suite.tasks)
     training: Training | None = None
     chat_template = _chat_template(recipe, suite, folder)
     facts: dict[str, Any] = {}
@@ -128,6 +127,8 @@ def _train(
         folder = RunFolder.create(out, recipe, resume=resume)
         if training is not None:
             task_names = training.task_names
+            if not recipe.method.reads_task:  # those that no training saw can be named too
+                task_names = tuple(dict.fromkeys((*task_names, *(task.name for task in suite.tasks))))
         else:
             task_names = folder.task_names() or tuple(task.name for task in suite.tasks)
         facts["processes"] = processes.num_processes
