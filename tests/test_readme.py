@@ -138,6 +138,9 @@ def test_numbers_of_the_readme_are_those_of_their_tables() -> None:
             results,
             r"\| LoRA 9 \|.* 47\.0 \|[^\n]*\n.*\n\| MoDE 4x2 \|.* 46\.5 \|",
         ),
+        ("LoRA 18 has 59.1", results, r"\| LoRA 18 \|.* 59\.1 \|"),
+        ("TaskMoDE h 4x7 has 58.9", results, r"\| TaskMoDE h 4x7 † \|.* 58\.9 \|"),
+        ("MoDE 4x4 has 58.2", results, r"\| MoDE 4x4 \|.* 58\.2 \|"),
         ("TaskMoDE h 4x4 has 48.3", results, r"\| TaskMoDE h 4x4 † \|.* 48\.3 \|"),
         ("+1.3, 95 % interval −0.0 to 2.6", results, r"\| TaskMoDE h 4x4 † − LoRA 9 \|.* \+1\.3 \| -0\.0 to 2\.6 \|"),
         ("LoRA 9 has 95.9", results, r"\| LoRA 9 \|.* 95\.9 \|"),
@@ -246,9 +249,9 @@ def test_every_number_in_the_sentences_of_the_results_stands_in_their_tables() -
     glue = {
         row[0]: int(row[3])
         for row in rows
-        if len(row) == 11 and row[0] in ("cola", "mnli", "mrpc", "qqp", "rte", "sst2", "stsb", "wnli")
+        if len(row) == 10 and row[0] in ("cola", "mnli", "mrpc", "qqp", "rte", "sst2", "stsb", "wnli")
     }
-    counted = {f"{n:,}" for n in (sum(glue.values()), 300 * 16, 200 * 16, 400 * 16, 800 * 16, 12 * 100)}
+    counted = {f"{n:,}" for n in (sum(glue.values()), 200 * 16, 400 * 16, 800 * 16, 1500 * 16, 12 * 100)}
     said = set(re.findall(NUMBER, prose("docs/results.md")))
     facts = json.loads((ROOT / "docs/results.json").read_text(encoding="utf-8"))["facts"]
     assert said - known - rounded - counted - OF_PAPERS - {"4.3"} == facts.keys()
@@ -272,8 +275,6 @@ def test_every_difference_with_its_interval_in_the_results_stands_in_one_row_of_
         for a, low, high in (tuple(map(float, found)) for found in said)
         if not {(a, low, high), (-a, -high, -low)} & known
     ]
-    single, *transfer = without
-    assert single == (4.8, 2.0, 7.6), "of a single run"
     scores = {
         row[0]: [float(cell.partition(" ")[0]) for cell in row[1:]]
         for row in cells("docs/results.md")
@@ -281,7 +282,7 @@ def test_every_difference_with_its_interval_in_the_results_stands_in_one_row_of_
     }
     lora, mode, task = 1, 2, 4
     pairs = (("SciTail, 16", task), ("SciTail, 32", task), ("CB, 32", task), ("CB, 16", mode))
-    assert [round(scores[row][column] - scores[row][lora], 1) for row, column in pairs] == [a for a, _, _ in transfer]
+    assert [round(scores[row][column] - scores[row][lora], 1) for row, column in pairs] == [a for a, _, _ in without]
 
 
 def test_the_page_of_benchmarks_agrees_with_itself() -> None:
