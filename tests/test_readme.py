@@ -155,8 +155,7 @@ def test_numbers_of_the_readme_are_those_of_their_tables() -> None:
 
 def test_numbers_of_the_choices_and_of_time_and_memory_are_those_of_their_tables() -> None:
     results, costs = ((ROOT / f"docs/{page}.md").read_text(encoding="utf-8") for page in ("results", "step-cost"))
-    assert "65.5 on CB, a new task, from 16 examples with 20,736 parameters; LoRA 56.5 with all of its own" in README
-    assert re.search(r"^\| CB, 16 \|[^|]*\| 56\.5 [^|]*\|[^|]*\|[^|]*\| 65\.5 [^|]*\|$", results, re.MULTILINE)
+    assert "trains 20,736 parameters and a head" in README
     assert re.search(r"^\| parameters that train, .*\| 20,736 \|$", results, re.MULTILINE)
     rows = re.findall(r"^\| (?:SmolLM2|shape of).*", README, re.MULTILINE)
     assert len(rows) == 3

@@ -334,8 +334,7 @@ def all_notes(comparison: Comparison) -> list[str]:
         )
     if any(c.given_task for c in comparison.columns):
         notes.append(
-            f"{GIVEN_TASK} the gates are given the task of each instance (`task=` in use); other methods read it in the"
-            " prompt alone"
+            f"{GIVEN_TASK} the gates are given the task of each instance (`task=` in use); those of others are not"
         )
     return [*notes, *comparison.notes]
 
