@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -119,6 +120,22 @@ def run(tmp_path: Path) -> Callable[..., Path]:
 def recipe() -> Callable[..., Recipe]:
     """A small valid recipe, with sections replaced."""
     return recipe_of
+
+
+def write_sni(folder: Path) -> dict[str, Any]:
+    """Options of Super-NaturalInstructions by the release's protocol: task001 and task002 train, task003 is unseen."""
+    names = [f"task00{n}_colours" for n in (1, 2, 3)]
+    for part in ("tasks", "splits/default", "splits/xlingual"):
+        (folder / part).mkdir(parents=True)
+    for name in names:
+        rows = [{"id": f"{name}-{i}", "input": f"thing {i}", "output": [f"colour {i % 3}"]} for i in range(120)]
+        content = {"Definition": [f"Name a {name}."], "Positive Examples": [], "Negative Examples": []}
+        text = json.dumps({**content, "Categories": [], "Output_language": ["English"], "Instances": rows})
+        (folder / "tasks" / f"{name}.json").write_text(text)
+    for track in ("default", "xlingual"):
+        (folder / "splits" / track / "train_tasks.txt").write_text("\n".join(names[:2]))
+        (folder / "splits" / track / "test_tasks.txt").write_text(names[2])
+    return {"family": "sni", "path": str(folder), "protocol": "official", "demonstrations": 0}
 
 
 # --- real, tiny runs --------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from dyads.tasks.files import FilesSpec
 from dyads.tasks.starter import StarterSpec
 from dyads.training.adapt import adapt_recipe
 from dyads.training.train import train
+from made_runs import write_sni
 
 Tiny = Callable[..., Recipe]
 Trained = Callable[..., RunFolder]
@@ -384,19 +385,8 @@ def test_a_file_of_ones_own_is_a_suite_of_unseen_tasks(trained: Trained, tmp_pat
 
 @pytest.fixture
 def with_unseen(tmp_path: Path) -> dict[str, Any]:
-    """Super-NaturalInstructions by the release's protocol: task001 and task002 are trained on, task003 is unseen."""
-    names = [f"task00{n}_colours" for n in (1, 2, 3)]
-    for folder in ("tasks", "splits/default", "splits/xlingual"):
-        (tmp_path / "sni" / folder).mkdir(parents=True)
-    for name in names:
-        rows = [{"id": f"{name}-{i}", "input": f"thing {i}", "output": [f"colour {i % 3}"]} for i in range(120)]
-        content = {"Definition": [f"Name a {name}."], "Positive Examples": [], "Negative Examples": []}
-        text = json.dumps({**content, "Categories": [], "Output_language": ["English"], "Instances": rows})
-        (tmp_path / "sni" / "tasks" / f"{name}.json").write_text(text)
-    for track in ("default", "xlingual"):
-        (tmp_path / "sni" / "splits" / track / "train_tasks.txt").write_text("\n".join(names[:2]))
-        (tmp_path / "sni" / "splits" / track / "test_tasks.txt").write_text(names[2])
-    return {"family": "sni", "path": str(tmp_path / "sni"), "protocol": "official", "demonstrations": 0}
+    """Two tasks to train on, and one that is unseen."""
+    return write_sni(tmp_path / "sni")
 
 
 @pytest.mark.parametrize("policy", ["nearest", "mean"])

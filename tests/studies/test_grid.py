@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from dyads.studies.grid import Study, load_study
 from dyads.studies.parameters import scored_names, task_names
 from dyads.studies.spec import study_keys
 from dyads.studies.verdicts import claims_of
+from made_runs import write_sni
 from made_studies import LORA, MODE, TARGETS, Write
 
 ROOT = Path(__file__).parents[2]
@@ -280,21 +280,11 @@ def test_every_cell_of_a_shipped_study_is_a_recipe(path: Path, tmp_path: Path, m
 def test_the_adapters_of_unseen_tasks_have_no_rows_for_them_in_the_budget(tmp_path: Path) -> None:
     study = load_study(ROOT / "recipes/studies/study-unseen-cpu.yaml")
     cell = next(cell for cell in study.cells().values() if cell.label == "MoRE 9, nearest")
-    sni = tmp_path / "sni"
-    for folder in ("tasks", "splits/default", "splits/xlingual"):
-        (sni / folder).mkdir(parents=True)
-    rows = [{"id": str(i), "input": f"thing {i}", "output": ["grey"]} for i in range(120)]
-    content = {"Definition": ["?"], "Positive Examples": [], "Negative Examples": [], "Categories": []}
-    text = json.dumps({**content, "Output_language": ["English"], "Instances": rows})
-    for name in ("task001_a", "task002_b", "task003_c"):
-        (sni / "tasks" / f"{name}.json").write_text(text)
-    for track in ("default", "xlingual"):
-        (sni / "splits" / track / "train_tasks.txt").write_text("task001_a\ntask002_b")
-        (sni / "splits" / track / "test_tasks.txt").write_text("task003_c")
-    tasks = cell.recipe.tasks.model_copy(update={"path": sni, "names": None})
+    sni = write_sni(tmp_path / "sni")
+    tasks = cell.recipe.tasks.model_copy(update={"path": Path(sni["path"]), "names": None})
     recipe = cell.recipe.model_copy(update={"tasks": tasks})
-    assert task_names(recipe) == ("task001_a", "task002_b")
-    assert scored_names(recipe) == ("task003_c",)
+    assert task_names(recipe) == ("task001_colours", "task002_colours")
+    assert scored_names(recipe) == ("task003_colours",)
 
 
 @pytest.mark.parametrize(
