@@ -145,6 +145,7 @@ def test_what_it_would_take_is_seeds_instances_or_another_difference(write: Writ
     spread = np.std(gains, ddof=1)
     enough = next(k for k in range(4, 99) if stats.t.ppf(0.975, k - 1) * spread / math.sqrt(k) < np.mean(gains))
     assert found.needs == f"{enough - 4} more seeds ({enough} in all)"
+    assert needs(write, tmp_path / "b", (0.6, 2.6, 0.6, 2.6)).needs == "1 more seed (5 in all)"
     assert needs(write, tmp_path / "c", (0.1, -0.1, 0.1, -0.1)).needs.endswith("too near for 100 seeds")
 
 
