@@ -265,7 +265,7 @@ def test_an_entry_without_a_page_is_left_out(site: ModuleType) -> None:
         ("index.md", "![scores](docs/scores.svg)", "![scores](scores.svg)"),
         ("index.md", "[`LOG.md`](LOG.md), [log](LOG.md)", "[`LOG.md`](log.md), [log](log.md)"),
         ("studies.md", "[recipes](../README.md#on-the-command-line)", "[recipes](index.md#on-the-command-line)"),
-        ("studies.md", "[glue](../recipes/glue-minilm/study.yaml)", "glue"),
+        ("studies.md", "[glue](../recipes/evidence/study-glue.yaml)", "glue"),
         ("studies.md", "[papers](papers.md)", "[papers](papers.md)"),
         ("studies.md", "[gone](gone.md)", "[gone](gone.md)"),
         ("studies.md", "[gone](../gone.md)", "[gone](../gone.md)"),

@@ -278,8 +278,8 @@ def test_the_grid_of_a_study_that_is_not_run_is_shown(
     monkeypatch.chdir(tmp_path)
     Path("recipes").symlink_to(ROOT / "recipes")
     if "glue-transfer" in block.code:  # it adapts runs of this study
-        for cell in load_study("recipes/glue-minilm/study.yaml").cells().values():
-            RunFolder.create(Path("runs/studies/glue-minilm", cell.name), cell.recipe, resume=True)
+        for cell in load_study("recipes/evidence/study-glue.yaml").cells().values():
+            RunFolder.create(Path("runs/studies/evidence-glue", cell.name), cell.recipe, resume=True)
     for words in commands(block.code):
         printed = Session(tmp_path, {}).command([*words, "--status"], block)
         (left,) = re.findall(r"^0 done, (\d+) left$", printed, re.MULTILINE)

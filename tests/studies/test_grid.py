@@ -221,8 +221,7 @@ CELLS = {
     "few-tasks-paper": 52,
     "glue-ablations-mode": 34,
     "glue-ablations-more": 31,
-    "glue-minilm": 19,
-    "glue-transfer": 111,
+    "glue-transfer": 138,
     "mode-equal-paper": 36,
     "mode-fifteen-cpu": 48,
     "mode-fifteen-paper": 34,
@@ -238,12 +237,11 @@ CELLS = {
     "more-llama-paper": 10,
     "more-sensitivity-cpu": 16,
     "more-sensitivity-paper": 24,
-    "sni15": 10,
     "unseen-cpu": 13,
     "unseen-paper": 16,
 }
 ADAPTED = {
-    "glue-transfer": ("glue-minilm/study.yaml", "LoRA-18"),
+    "glue-transfer": ("evidence/study-glue.yaml", "LoRA-18-learning_rate0.001"),
     "more-fewshot-paper": ("studies/study-more-glue-paper.yaml", "LoRA-8"),
 }
 """Studies that adapt the runs of another one: its file, and the name of its first run."""
