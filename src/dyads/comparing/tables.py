@@ -212,12 +212,13 @@ def headline(comparison: Comparison) -> str:
     n = sum(t.n for t in comparison.tasks)
     runs = sum(len(c.runs) for c in comparison.columns)
     return (
-        f"{_count(runs, 'run')} of {comparison.model} · {comparison.split} split · "
-        f"{_count(len(comparison.tasks), 'task')}, {_count(n, 'instance')}"
+        f"{counted(runs, 'run')} of {comparison.model} · {comparison.split} split · "
+        f"{counted(len(comparison.tasks), 'task')}, {counted(n, 'instance')}"
     )
 
 
-def _count(n: int, what: str) -> str:
+def counted(n: int, what: str) -> str:
+    """A number of things: "1 run", "2,009 instances"."""
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 

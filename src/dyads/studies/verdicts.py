@@ -26,6 +26,7 @@ from typing import Literal
 
 from dyads.comparing.comparison import Comparison
 from dyads.comparing.intervals import LEVEL, Array, Sample, holm, holm_levels
+from dyads.comparing.tables import counted
 from dyads.errors import ConfigError, did_you_mean
 from dyads.studies.grid import SEED, Cell, Combination, Study
 from dyads.studies.spec import ClaimSpec
@@ -180,10 +181,6 @@ def _decided(found: Judgement, comparison: Comparison, corrected: float, level: 
     )
 
 
-def _more_seeds(n: int) -> str:
-    return f"{n} more seed{'' if n == 1 else 's'}"
-
-
 def _needs(sample: Sample, weights: Array, level: float, distance: float) -> str:
     """What would make the interval narrower than the distance of the estimate from the claim's bound."""
     if not sample.over_seeds:
@@ -201,10 +198,10 @@ def _needs(sample: Sample, weights: Array, level: float, distance: float) -> str
     found = enough(1.0)
     if found is not None:
         found = max(found, seeds + 1)
-        return f"{_more_seeds(found - seeds)} ({found} in all)"
+        return f"{counted(found - seeds, 'more seed')} ({found} in all)"
     both = [(factor * k, factor, k) for factor in _INSTANCES if (k := enough(factor)) is not None]
     if both:
         _, factor, k = min(both)  # the fewest answers to score
-        more = f" and {_more_seeds(k - seeds)} ({k} in all)" if k > seeds else ""
+        more = f" and {counted(k - seeds, 'more seed')} ({k} in all)" if k > seeds else ""
         return f"{factor:g} times the instances{more}; seeds alone do not decide it"
     return f"the estimate is {distance:.2g} from the claim's bound, too near for {_MOST_SEEDS} seeds"
