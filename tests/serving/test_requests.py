@@ -633,6 +633,17 @@ def test_metrics_count_tokens_and_time_by_model(client: httpx.Client) -> None:
     assert value("dyads_running", after) == 0
 
 
+def test_an_idle_engine_has_counted_every_request(
+    client: httpx.Client, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, idle = server.engine.metrics.ended, []
+    monkeypatch.setattr(
+        server.engine.metrics, "ended", lambda *given: idle.append(server.engine.is_idle) or ended(*given)
+    )
+    assert client.post("/v1/completions", json=PROMPT).status_code == 200
+    assert idle == [False]
+
+
 def test_the_page_stands_alone_and_inserts_text_only(client: httpx.Client) -> None:
     response = client.get("/")
     policy = response.headers["content-security-policy"]

@@ -275,6 +275,6 @@ class Engine:
         job.state = "ended"
         if job.answer is not None:
             job.batch.jobs.pop(job.answer, None)
-        with self._lock:
-            self._jobs.discard(job)
         self.metrics.ended(job.model, outcome, len(job.question.prompt), job.answer_tokens)
+        with self._lock:
+            self._jobs.discard(job)  # last: an engine that is idle has counted every request
