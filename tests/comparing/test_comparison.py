@@ -62,7 +62,8 @@ def test_columns_with_the_same_seeds_are_paired(run: Run) -> None:
     low, high = stats.ttest_1samp([50, 60, 70], 0).confidence_interval(0.95)
     assert (found.columns[0].micro.low, found.columns[0].micro.high) == pytest.approx((low, high))
     gap = found.pair("b", "a").micro
-    assert (gap.low, gap.high, gap.over_seeds) == (3, 3, True)
+    # Nothing differs in any seed: the error is that of a fifth instance that differs by 100.
+    assert (gap.value, gap.high - 3, gap.over_seeds) == pytest.approx((3, stats.t.ppf(0.975, 3) * 20, True))
 
 
 def test_columns_with_other_seeds_and_references_are_compared_too(run: Run) -> None:
@@ -122,8 +123,10 @@ def test_instances_are_matched_by_their_id_and_not_by_their_place(run: Run) -> N
     path = folders[1] / "predictions" / "t.jsonl"
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     accept(folders[1])
+    mixed = compare([run("c", {"t": [0, 50, 100]}), run("d", {"t": [100, 50, 0]})]).pair("c", "d").micro
     gap = compare(folders).pair("a", "b").micro
-    assert (gap.low, gap.high) == (0, 0)
+    assert gap.high == -gap.low == pytest.approx(stats.t.ppf(0.975, 2) * 25), "no instance differs"
+    assert mixed.high == pytest.approx(stats.t.ppf(0.975, 2) * 100 / 3**0.5)
 
 
 def test_win_rates_count_ties_half_and_one_seed_is_no_evidence(run: Run) -> None:
@@ -149,6 +152,11 @@ def test_win_rates_have_stars_from_six_common_seeds(run: Run) -> None:
     text = to_markdown(found)
     assert r"| b | 100\* | · |" in text
     assert r"\* p < 0.05" in text
+    bare = run("bare", {t: [x - 1, x - 1] for t, x in tasks.items()}, method="majority")
+    text = to_markdown(compare([*folders[6:], bare]))
+    assert r"| b | 100\* | · |" in text
+    assert r"\* p < 0.05" in text, "the reference is the same for every seed"
+    assert "not tested" not in text
 
 
 def test_references_come_first_and_have_no_parameters_shown(run: Run) -> None:
@@ -382,7 +390,13 @@ def test_a_folder_without_a_scored_run_is_refused_with_where_to_look(run: Run, t
 
 def columns(run: Run, count: int, tasks: int = 3) -> list[Path]:
     values = {f"task{i}00_{'long_' * i}name": [float(i), 50.0, 100.0] for i in range(tasks)}
-    return [run(f"method-{i}-of-many", {t: [x - i for x in v] for t, v in values.items()}) for i in range(count)]
+    return [
+        run(
+            f"method-{i}-of-many",
+            {t: [x - i * step for x, step in zip(v, (0.9, 1.0, 1.1), strict=True)] for t, v in values.items()},
+        )
+        for i in range(count)
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 3, 30])
@@ -415,7 +429,7 @@ def test_a_terminal_shows_metrics_where_they_differ_and_times_in_fit_units(run: 
 def test_markdown_has_names_in_full_and_the_best_in_bold(run: Run) -> None:
     text = to_markdown(compare(columns(run, 2)))
     assert "| task200_long_long_name | rouge_l | v1 | 3 | **50.7** | 49.7 |" in text
-    assert "| method-1-of-many − method-0-of-many | -1.0 | -1.0 to -1.0 | < 0.001 | (behind) | -1.0 |" in text
+    assert "| method-1-of-many − method-0-of-many | -1.0 | -1.1 to -0.9 | < 0.001 | (behind) | -1.0 |" in text
     assert "Row minus column, paired 95 % intervals over instances alone." in text
 
 
@@ -424,8 +438,8 @@ def test_csv_has_a_line_for_every_value(run: Run) -> None:
     assert len(rows) == 2 * (3 + 2) + 2
     assert [row["level"] for row in rows[:5]] == ["task", "task", "task", "micro", "macro"]
     assert (rows[0]["task"], rows[0]["label"], float(rows[0]["value"])) == ("task000_name", "method-0-of-many", 50.0)
-    shown = [(row["level"], row["label"], row["minus"], row["value"], row["low"], row["verdict"]) for row in rows[-2:]]
-    assert shown == [(x, "method-1-of-many", "method-0-of-many", "-1", "-1", "behind") for x in ("micro", "macro")]
+    shown = [(row["level"], row["label"], row["minus"], row["value"], row["verdict"]) for row in rows[-2:]]
+    assert shown == [(x, "method-1-of-many", "method-0-of-many", "-1", "behind") for x in ("micro", "macro")]
     assert {row["minus"] for row in rows[:-2]} == {""}
 
 
@@ -436,7 +450,7 @@ def test_json_holds_everything(run: Run) -> None:
     assert content["baseline"] == "method-0-of-many"
     assert [(pair["macro_verdict"], pair["macro_holm"]) for pair in content["pairs"]] == [
         ("undecided", None),
-        ("behind", 0.0),
+        ("behind", pytest.approx(0.0, abs=1e-6)),
     ]
 
 

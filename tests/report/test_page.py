@@ -173,6 +173,12 @@ def test_the_first_sentence_says_what_is_beyond_chance(run: Callable[..., Path])
     same = [run("same", {"a": [50.0, 50, 51, 49, 50, 52], "b": [60.0, 61, 59, 60, 62, 58]}, seed=s) for s in range(3)]
     assert "high is ahead of low by 40.0 (" in answer_to(compare([*low, *high]))
     assert answer_to(compare([*high, *same])).startswith("No difference between trained methods is beyond chance: ")
+    assert answer_to(compare([*high, *same], baseline="same")).startswith("No difference from same is beyond chance: ")
+    none = run("none", {"a": [0.0, 2, 0, 0, 0, 0], "b": [0.0, 0, 1, 0, 0, 0]}, method="majority")
+    reference = answer_to(compare([*low, *high, none], baseline="none"))
+    assert reference == (
+        "high has the highest mean over tasks, 55.5. Trained methods are compared with none here, not with each other."
+    )
     assert answer_to(compare(high)).startswith("high scores 55.5 as a mean over tasks")
     alone = answer_to(compare([low[0], high[0]]))
     assert alone.endswith("For these trained adapters alone: there is one seed.")

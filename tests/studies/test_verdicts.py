@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dyads.errors import ConfigError
 from dyads.studies.grid import load_study
 from dyads.studies.outcome import Outcome, outcome_of, to_json, to_page
 from dyads.studies.progress import StudyFolder
-from dyads.studies.verdicts import Judgement
+from dyads.studies.verdicts import Judgement, claims_of
 from made_runs import write_run
 from made_studies import LORA, MODE, Write
 
@@ -147,6 +149,42 @@ def test_what_it_would_take_is_seeds_instances_or_another_difference(write: Writ
     assert found.needs == f"{enough - 4} more seeds ({enough} in all)"
     assert needs(write, tmp_path / "b", (0.6, 2.6, 0.6, 2.6)).needs == "1 more seed (5 in all)"
     assert needs(write, tmp_path / "c", (0.1, -0.1, 0.1, -0.1)).needs.endswith("too near for 100 seeds")
+
+
+def test_what_it_would_take_counts_from_the_method_with_more_seeds(write: Write, tmp_path: Path) -> None:
+    study = load_study(
+        write(
+            vary={"method": {"base": LORA, "x": MODE}, "seed": [0, 1, 2, 3, 4]},
+            only=[{"method": "base"}, {"method": "x", "seed": [0, 1, 2]}],
+            claims=[CLAIM],
+        )
+    )
+    cells, rng = study.cells(), np.random.default_rng(0)
+    for cell in cells.values():
+        gain = (2.0, 0.0, 4.0, 1.0, 3.0)[cell.recipe.seed] + 2.0 * (cell.label == "x")
+        values = {t: 50 + gain + rng.normal(0, 1, 30) for t in TASKS}
+        write_run(tmp_path / cell.name, cell.label, values, method=cell.recipe.method.name, seed=cell.recipe.seed)
+    (found,) = outcome_of(study, cells, StudyFolder(tmp_path)).judgements
+    assert found.verdict == "undecided"
+    assert re.fullmatch(r"\d+ seeds of each", found.needs)
+    assert int(found.needs.split()[0]) >= 5
+
+
+def test_an_untrained_method_is_not_compared_with_itself(write: Write, tmp_path: Path) -> None:
+    """Its run is the same for all learning rates, and would make the family of claims larger."""
+    vary = {
+        "method": {"majority": {"method": {"name": "majority"}}, "LoRA": LORA},
+        "train.learning_rate": [0.01, 0.001],
+        "seed": [0, 1],
+    }
+    claims = [{"ahead": "0.01", "of": "0.001"}, {"equal": "0.01", "to": "0.001", "within": 1}]
+    study = load_study(write(vary=vary, claims=claims))
+    found = claims_of(study, study.cells())
+    assert [claim.row for claim in found] == ["LoRA, learning_rate 0.01"] * 2
+    alone = {"vary": {**vary, "method": {"majority": {"method": {"name": "majority"}}}}, "claims": claims[:1]}
+    study = load_study(write(**alone))
+    with pytest.raises(ConfigError, match=r"'claims\.0' is about no two cells of the study"):
+        claims_of(study, study.cells())
 
 
 def test_where_instances_make_the_interval_more_of_them_are_named(write: Write, tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ seeds each has an S / k and an R / k of its own, which are added; instances are 
 the interval is about these trained adapters alone and says nothing about another training.
 
 With k' seeds, and f times the instances of every task, these mean squares expect the variance B / f + S' / k', where
-B = max(I - R / k, 0) is the part of the instances alone and S' = S - R + R / f: `half_width` plans a study by it.
+B = max(I - R / k, 0) is the part of the instances alone and S' = S - R + R / f, and at least R / (f k'): `half_width`
+plans a study by it.
 
 Simulated at a nominal 95 % (tests/comparing/test_coverage.py), three to ten seeds cover 94 to 97 %; and of ten methods
 that are all alike, one of nine is called ahead of or behind the tenth in 2 to 6 % of comparisons.
@@ -56,6 +57,7 @@ Array: TypeAlias = npt.NDArray[np.float64]
 
 LEVEL = 0.95
 _ZERO = 1e-9  # of scores from 0 to 100: rounding
+_MOST = 100.0  # by which an instance can differ
 _FLIPS = 1 << 12
 
 
@@ -103,6 +105,11 @@ class Sample:
         return result
 
     @property
+    def seeds(self) -> tuple[int, ...]:
+        """The number of seeds, or those of the two methods that are compared where these have different ones."""
+        return tuple(dict.fromkeys(len(group) for group in self._groups))
+
+    @property
     def over_seeds(self) -> bool:
         """Whether the spread over seeds is known, or there is none."""
         return self.seedless or all(len(group) > 1 for group in self._groups)
@@ -139,7 +146,8 @@ class Sample:
         spread = [max(s - r + r / instances, 0.0) for _, s, r in groups]
         of_seeds = sum(spread) / seeds
         squares = sum((s / seeds) ** 2 for s in spread) / max(seeds - 1, 1)
-        errors = [_error(alone + of_seeds, freedom / instances**3 + squares), _error(of_seeds, squares)]
+        least = sum(r for _, _, r in groups) / (instances * seeds)
+        errors = [_error(max(alone + of_seeds, least), freedom / instances**3 + squares), _error(of_seeds, squares)]
         return _width(errors, level)
 
     def _parts(self, weights: Array) -> tuple[float, float, list[tuple[int, float, float]]] | None:
@@ -153,16 +161,13 @@ class Sample:
         spread = np.array([x.var(ddof=1) if len(x) > 1 else 0.0 for x in means])
         # A task of one instance shows no spread: it gets the mean of the others' and no degrees of freedom.
         by_task = weights[used] ** 2 * np.where(known, spread, spread[known].mean()) / sizes
-        groups = zip(self._groups, self._residual, strict=True) if self.over_seeds else ()
-        return (
-            float(by_task.sum()),
-            float((by_task[known] ** 2 / (sizes[known] - 1)).sum()),
-            [
-                (len(scores), float((scores @ weights).var(ddof=1)), float(weights**2 @ residual))
-                for scores, residual in groups
-                if len(scores) > 1
-            ],
-        )
+        residuals = (float(weights**2 @ residual) for residual in self._residual)
+        groups = zip(self._groups, residuals, strict=True) if self.over_seeds else ()
+        of_seeds = [(len(x), float((x @ weights).var(ddof=1)), r) for x, r in groups if len(x) > 1]
+        if by_task.sum() + sum(s + r for _, s, r in of_seeds) < _ZERO**2:
+            further = np.where(known, np.abs(weights[used]) * _MOST / (sizes + 1), np.inf)
+            by_task[further.argmin()] = further.min() ** 2
+        return float(by_task.sum()), float((by_task[known] ** 2 / (sizes[known] - 1)).sum()), of_seeds
 
 
 def _width(errors: Sequence[tuple[float, float]], level: float) -> float:

@@ -302,8 +302,9 @@ def _about_intervals(comparison: Comparison) -> str:
 
 
 def _about_stars(comparison: Comparison) -> str:
-    seeds = [c.seeds for c in comparison.columns if len(c.seeds) >= _SEEDS_FOR_STARS]
-    return _STARS if len(set(seeds)) < len(seeds) else _NO_STARS
+    many = {c.label for c in comparison.columns if len(c.seeds) >= _SEEDS_FOR_STARS}
+    tested = any(pair.p_value is not None and {pair.row, pair.column} & many for pair in comparison.pairs)
+    return _STARS if tested else _NO_STARS
 
 
 def _best(values: Sequence[float]) -> set[int]:

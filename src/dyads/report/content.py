@@ -115,8 +115,11 @@ def answer_to(comparison: Comparison) -> str:
     most = f"{best.shown} has the highest mean over tasks, {best.macro.value:.1f}"
     if len(trained) < 2:
         return f"{most}."
+    if not family:
+        return f"{most}. Trained methods are compared with {comparison.baseline} here, not with each other."
     if not decided:
-        return f"No difference between trained methods is beyond chance: {most} ({range_text(best.macro)})."
+        against = "between trained methods" if comparison.baseline is None else f"from {comparison.baseline}"
+        return f"No difference {against} is beyond chance: {most} ({range_text(best.macro)})."
     listed = [
         f"{p.row} is ahead of {p.column} by {p.macro.value:.1f} ({range_text(p.macro)})" for p in decided[:_SHOWN]
     ]

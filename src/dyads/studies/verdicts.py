@@ -120,9 +120,11 @@ def _claims(study: Study, cells: Mapping[Combination, Cell], number: int) -> Ite
             other = tuple(column if v is row else v for v in group)
             if row not in group or other not in groups or not study.matches(group, spec.where, f"{place}.where"):
                 continue
+            one, two = groups[group], groups[other]
+            if one == two:  # a method that trains nothing has one run for all training settings
+                continue
             found = True
             rest = tuple(v for v in group if v is not row)
-            one, two = groups[group], groups[other]
             yield Claim(spec, one[0].label, two[0].label, study.table_of(group), rest, (*one, *two))
         if not found:
             raise ConfigError(f"{study.path}: '{place}' is about no two cells of the study: see its 'where'")
@@ -185,7 +187,7 @@ def _needs(sample: Sample, weights: Array, level: float, distance: float) -> str
     """What would make the interval narrower than the distance of the estimate from the claim's bound."""
     if not sample.over_seeds:
         return "more seeds, five or more: one seed says nothing about another training"
-    seeds = len(sample.scores)
+    seeds, alike = max(sample.seeds), len(sample.seeds) == 1
 
     def enough(instances: float) -> int | None:
         most = 1 if sample.seedless else _MOST_SEEDS
@@ -197,11 +199,12 @@ def _needs(sample: Sample, weights: Array, level: float, distance: float) -> str
 
     found = enough(1.0)
     if found is not None:
-        found = max(found, seeds + 1)
-        return f"{counted(found - seeds, 'more seed')} ({found} in all)"
+        found = max(found, seeds + alike)
+        return f"{counted(found - seeds, 'more seed')} ({found} in all)" if alike else f"{found} seeds of each"
     both = [(factor * k, factor, k) for factor in _INSTANCES if (k := enough(factor)) is not None]
     if both:
         _, factor, k = min(both)  # the fewest answers to score
         more = f" and {counted(k - seeds, 'more seed')} ({k} in all)" if k > seeds else ""
+        more = more if alike else f" and {k} seeds of each"
         return f"{factor:g} times the instances{more}; seeds alone do not decide it"
     return f"the estimate is {distance:.2g} from the claim's bound, too near for {_MOST_SEEDS} seeds"
