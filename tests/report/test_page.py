@@ -295,6 +295,21 @@ def test_figures_are_written_in_every_format(
     assert "figures need Matplotlib" in result.output
 
 
+def test_no_figure_replaces_another_whose_name_differs_in_signs_alone(run: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs `pip install matplotlib`")
+    from dyads.report.figures import write_figures
+
+    folder = RunFolder(run("a", {"a_b": [1.0, 2.0], "a-b": [3.0, 4.0], "чувства": [5.0, 6.0]}))
+    losses = {"a_b": 2.0, "a-b": 1.0, "чувства": 3.0}
+    for step in (1, 2):
+        folder.append_log({"event": "validated", "step": step, "validation_loss": 2.0, "tasks": losses})
+    written = write_figures(compare([folder]), tmp_path / "figures", ("svg",))
+    assert len(set(written)) == len(written) == len(list((tmp_path / "figures").iterdir()))
+    names = {path.stem for path in written}
+    assert {"curve-validation-loss", "curve-validation-loss-a-b", "curve-validation-loss-a-b-2"} <= names
+    assert "curve-validation-loss-чувства" in names
+
+
 def test_references_alone_have_a_page_and_differ_in_their_marks(run: Callable[..., Path]) -> None:
     values = {"a": [0.0, 100.0], "b": [50.0, 0.0]}
     paths = [run(name, values, method=name) for name in ("majority", "zero-shot")]

@@ -37,6 +37,12 @@ def test_the_walk_ends_beside_a_worse_rate(lowest: float, tried: list[float]) ->
 def test_a_diverged_rate_is_worse_and_without_a_start_all_are_tried() -> None:
     assert next_values(RATES, (1e-3, 3e-3), {1e-3: 1.0, 3e-3: math.inf}) == [3e-4]
     assert next_values(RATES, (1e-3, 3e-3), {1e-3: 1.0, 3e-3: math.inf, 3e-4: 1.0}) == []
+    both = {1e-3: math.inf, 3e-3: math.inf}
+    assert next_values(RATES, (1e-3, 3e-3), both) == [3e-4]
+    assert next_values(RATES, (1e-3, 3e-3), both | {3e-4: math.inf}) == [1e-4], "down until one does not diverge"
+    assert next_values(RATES, (1e-3, 3e-3), both | {3e-4: 1.0}) == [1e-4]
+    assert next_values(RATES, (1e-3, 3e-3), both | {3e-4: 1.0, 1e-4: 2.0}) == []
+    assert next_values(RATES, (1e-3, 3e-3), dict.fromkeys(RATES, math.inf)) == []
     assert next_values(RATES, None, {1e-3: 1.0}) == [rate for rate in RATES if rate != 1e-3]
 
 

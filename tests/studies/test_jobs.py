@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dyads.errors import ConfigError
+from dyads.studies import jobs
 from dyads.studies.jobs import ENGINES, Job, is_running, last_line, run_job
 
 
@@ -77,6 +78,32 @@ def test_a_stopped_job_ends_its_process(tmp_path: Path) -> None:
     assert queued.cancelled()
     assert not is_running(first.log)
     assert last_line(first.log) == ("up", False), "an interrupted job did not fail"
+
+
+def test_a_stopped_job_has_the_time_to_save_its_step(tmp_path: Path) -> None:
+    """A training ends its step at SIGTERM and saves a checkpoint: minutes, where steps are slow."""
+    assert jobs._PATIENCE >= 120
+    code = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1.5), print('saved'), exit(143)))"
+    engine = ENGINES["local"](1)
+    slow = job(tmp_path, f"{code}; print('up', flush=True); time.sleep(100)")
+    started = engine.submit(slow)
+    wait_for(lambda: last_line(slow.log)[0] == "up")
+    engine.close()
+    assert started.result() == -1
+    assert last_line(slow.log) == ("saved", False)
+
+
+def test_a_job_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_PATIENCE", 0.5)
+    engine = ENGINES["local"](1)
+    deaf = job(
+        tmp_path,
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(100)",
+    )
+    engine.submit(deaf)
+    wait_for(lambda: last_line(deaf.log)[0] == "up")
+    engine.close()
+    assert not is_running(deaf.log)
 
 
 def test_a_log_is_locked_until_the_last_process_ends_also_after_the_study_was_killed(tmp_path: Path) -> None:

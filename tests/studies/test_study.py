@@ -150,7 +150,13 @@ def test_a_changed_study_keeps_equal_runs_and_refuses_others(
     assert "MoDE-2x2-seed0: train.learning_rate is 0.01 there, 0.5 here" in result.output
     assert "LoRA-4-seed0" not in result.output
     assert "another recipe in MoDE-2x2-seed1: train.learning_rate" in study(path, "--out", out, "--status").output
-    study(path, "--out", out, "--only", "LoRA*")
+    only = study(path, "--out", out, "--only", "LoRA*").output
+    left_out = "2 runs in the folder with another recipe than the study's left out; claims about them are open"
+    assert left_out in " ".join(only.split())
+    content = json.loads((out / "verdict.json").read_text())
+    assert (content["left"], content["changed"]) == (0, 2)
+    assert [claim["verdict"] for claim in content["claims"]] == ["open"]
+    assert [column["label"] for column in content["tables"][0]["columns"]] == ["LoRA 4", "MoRE 2"]
     shutil.rmtree(out / "MoDE-2x2-seed0")
     shutil.rmtree(out / "MoDE-2x2-seed1")
     study(path, "--out", out)
@@ -214,6 +220,17 @@ def test_a_claim_on_an_unknown_task_and_a_wrong_option_are_refused_before_anythi
     assert not in_process
 
 
+def test_an_adjustment_of_what_is_scored_is_refused_before_anything_runs(
+    write: Write, llama: Path, tmp_path: Path, in_process: list[str]
+) -> None:
+    adjust = [{"where": {"method": "MoDE 2x2"}, "recipe": {"evaluate": {"limit": 2}}}]
+    result = study(write(llama, adjust=adjust), "--out", tmp_path / "out", code=2)
+    said = " ".join(result.output.split())
+    assert "'LoRA-4-seed0' and 'MoDE-2x2-seed0' are in one table, but by 'adjust' they differ in" in said
+    assert "evaluate.limit (None and 2): set it on an axis" in said
+    assert not in_process
+
+
 def test_each_method_gets_its_best_rate_before_its_seeds_run(
     write: Write, llama: Path, tmp_path: Path, in_process: list[str]
 ) -> None:
@@ -256,6 +273,8 @@ def test_a_diverged_rate_is_worse_than_any_and_a_failed_trial_stops_its_method_a
         return future
 
     monkeypatch.setattr(InProcess, "submit", diverging)
+    alone = study(write(llama, choose={"values": [0.01, 0.011]}), "--out", tmp_path / "all", "--only", "LoRA*", code=1)
+    assert "LoRA-4-seed1 failed: every value of 'choose' diverged: give it lower ones" in " ".join(alone.output.split())
     choose = {"values": [1e-3, 1e-2], "trial": {"train": {"steps": 2}}}
     result = study(write(llama, choose=choose), "--out", tmp_path / "out", code=1)
     assert "choose/LoRA-4-seed0-learning_rate0.01: diverged" in result.output

@@ -176,7 +176,7 @@ def _report_outcome(runner: Runner, outcome: Outcome, reporter: Reporter) -> Non
     import json
 
     from dyads.comparing.tables import to_terminal
-    from dyads.studies.outcome import choices_table, claims_table, curves_table, to_json
+    from dyads.studies.outcome import choices_table, claims_table, curves_table, of_other_recipes, to_json
 
     parts: list[Any] = []
     for table, comparison in outcome.comparisons.items():
@@ -189,6 +189,7 @@ def _report_outcome(runner: Runner, outcome: Outcome, reporter: Reporter) -> Non
         parts += ["", choices_table(outcome)]
     if outcome.judgements:
         parts += ["", claims_table(outcome)]
+    parts += [of_other_recipes(outcome)] if outcome.changed else []
     parts += ["", *(f"{name} failed: {reason}" for name, reason in runner.failed.items())]
     parts.append(f"written to {runner.folder.verdict_md} and {runner.folder.verdict_json}")
     reporter.result("studied", _printed(*parts), **json.loads(to_json(outcome)))

@@ -42,11 +42,17 @@ def write_figures(comparison: Comparison, folder: Path, formats: Sequence[str], 
     from matplotlib.figure import Figure
 
     folder.mkdir(exist_ok=True)
-    written = []
+    written: list[Path] = []
+    names: set[str] = set()
     with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
-        for name, draw, height in _figures(comparison, model):
+        for first, draw, height in _figures(comparison, model):
             figure = Figure(figsize=(_WIDTH, height), layout="constrained")
             draw(figure)
+            name, number = first, 1
+            while name in names:  # of tasks whose names differ in signs alone
+                number += 1
+                name = f"{first}-{number}"
+            names.add(name)
             for form in formats:
                 path = folder / f"{name}.{form}"
                 metadata = {"CreationDate": None} if form == "pdf" else {"Date": None} if form == "svg" else None
@@ -70,7 +76,7 @@ def _figures(comparison: Comparison, model: bool) -> Iterator[tuple[str, Any, fl
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "figure"
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-") or "figure"
 
 
 def _scores(figure: Any, comparison: Comparison) -> None:

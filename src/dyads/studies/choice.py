@@ -2,7 +2,8 @@
 """Choice of a value, such as the learning rate, for each method by validation loss in short trainings.
 
 All methods read the same examples. From two neighbours a method steps towards the lower loss until it rises, so the
-best value has a worse one on either side. A training that diverges has an infinite loss.
+best value has a worse one on either side. A training that diverges has an infinite loss; where both neighbours diverge,
+the steps go down until one does not.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def next_values(values: Sequence[Any], start: Sequence[Any] | None, losses: Mapp
         beside = values[at + step]
         if beside not in losses:
             return [beside]
-        if losses[beside] >= losses[values[at]]:
+        if losses[beside] >= losses[values[at]] and not math.isinf(losses[values[at]]):
             break
         at += step
     return []

@@ -22,11 +22,11 @@ from dyads.errors import ConfigError, RunError, did_you_mean, shortened
 from dyads.recipe.file_names import name_mistake
 from dyads.recipe.load import recipe_keys
 from dyads.recipe.recipe_errors import validated
-from dyads.recipe.spec import UNTRAINED, Recipe
+from dyads.recipe.spec import UNTRAINED, Recipe, differences
 from dyads.recipe.yaml_source import KeyPath, YamlSource, read_file, read_overrides, to_yaml
 from dyads.studies.spec import StudySpec, study_keys
 
-__all__ = ["SEED", "Cell", "Combination", "Study", "Value", "load_study"]
+__all__ = ["SEED", "Cell", "Combination", "Study", "Value", "load_study", "scored_differences"]
 
 SEED = "seed"
 """The axis whose values repeat a run."""
@@ -359,6 +359,16 @@ def _table_axes(path: Path, spec: StudySpec, axes: Mapping[str, tuple[Value, ...
         if any(v.has(*key) for v in values for key in _TABLE_KEYS if not _is_untrained(v))
     }
     return tuple(axis for axis in axes if axis in scored or axis in spec.tables)
+
+
+def scored_differences(a: Recipe, b: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys in which two recipes differ, with both values, so that their scores cannot share a table."""
+    found = differences(a.resolved(), b.resolved())
+    return {
+        key: values
+        for key, values in found.items()
+        if any(tuple(key.split("."))[: len(place)] == place for place in _TABLE_KEYS)
+    }
 
 
 def _is_untrained(value: Value) -> bool:

@@ -30,6 +30,8 @@ except ImportError:  # Windows: without locks, so two studies in one folder do n
 __all__ = ["ENGINES", "Engine", "Job", "is_running", "last_line", "run_job"]
 
 _STOPPED = -1
+_PATIENCE = 300.0
+"""Seconds that a stopped job has to end its step and to save a checkpoint before it is killed."""
 _INTERRUPTED = (
     *(130, -signal.SIGINT),
     *(code for n in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)) for code in (-n, 128 + n)),
@@ -94,7 +96,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         process.terminate()
         try:
-            process.wait(timeout=10)
+            process.wait(timeout=_PATIENCE)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
@@ -196,7 +198,7 @@ class RayEngine:
         for reference in self._references:
             self._ray.cancel(reference)  # raises KeyboardInterrupt in run_job, which ends its process
         if self._references:
-            self._ray.wait(self._references, num_returns=len(self._references), timeout=15)
+            self._ray.wait(self._references, num_returns=len(self._references), timeout=_PATIENCE + 5)
         if self._started:
             self._ray.shutdown()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from dyads.comparing.comparison import Column, Comparison, compare
 from dyads.comparing.intervals import Interval
-from dyads.comparing.tables import to_markdown
+from dyads.comparing.tables import counted, to_markdown
 from dyads.errors import visible
 from dyads.markdown import markdown_table
 from dyads.runs.folder import RunFolder
@@ -27,7 +27,17 @@ from dyads.studies.grid import Cell, Combination, Study
 from dyads.studies.progress import StudyFolder
 from dyads.studies.verdicts import Claim, Judgement, claims_of, judge
 
-__all__ = ["Choice", "Curve", "Outcome", "claims_table", "curves_table", "outcome_of", "to_json", "to_page"]
+__all__ = [
+    "Choice",
+    "Curve",
+    "Outcome",
+    "claims_table",
+    "curves_table",
+    "of_other_recipes",
+    "outcome_of",
+    "to_json",
+    "to_page",
+]
 
 SCHEMA = 1
 _CURVE_STEPS = 8
@@ -55,6 +65,8 @@ class Outcome:
     name: str
     left: int
     """Cells without scores."""
+    changed: int
+    """Cells whose runs in the folder have another recipe: they are left out."""
     comparisons: dict[Combination, Comparison]
     """By table; a table without a scored run is missing."""
     curves: dict[Combination, dict[str, dict[int, Curve]]]
@@ -64,9 +76,13 @@ class Outcome:
 
 
 def outcome_of(
-    study: Study, cells: Mapping[Combination, Cell], folder: StudyFolder, choices: Sequence[Choice] = ()
+    study: Study,
+    cells: Mapping[Combination, Cell],
+    folder: StudyFolder,
+    choices: Sequence[Choice] = (),
+    changed: Collection[str] = (),
 ) -> Outcome:
-    """The outcome of the cells that are scored."""
+    """The outcome of the cells that are scored; those with the names `changed` have other recipes, and are left out."""
     tables: dict[Combination, dict[str, Cell]] = {}
     for combination, cell in cells.items():
         tables.setdefault(study.table_of(combination), {})[cell.name] = cell
@@ -76,8 +92,8 @@ def outcome_of(
     curves: dict[Combination, dict[str, dict[int, Curve]]] = {}
     left: set[str] = set()
     for table, by_name in tables.items():
-        scored = [cell for cell in by_name.values() if folder.run(cell).is_scored]
-        left |= by_name.keys() - {cell.name for cell in scored}
+        scored = [cell for name, cell in by_name.items() if name not in changed and folder.run(cell).is_scored]
+        left |= by_name.keys() - {cell.name for cell in scored} - set(changed)
         labels = {cell.label for cell in scored}
         if scored:
             wanted = next((label for label in baseline.get(table, ()) if label in labels), None)
@@ -86,7 +102,7 @@ def outcome_of(
             if curve := _curve(folder.run(cell)):
                 curves.setdefault(table, {}).setdefault(cell.label, {})[cell.recipe.seed] = curve
     judgements = judge(claims, comparisons)
-    return Outcome(study.spec.name, len(left), comparisons, curves, judgements, tuple(choices))
+    return Outcome(study.spec.name, len(left), len(changed), comparisons, curves, judgements, tuple(choices))
 
 
 def _baseline(study: Study, cells: Mapping[Combination, Cell], claims: Sequence[Claim]) -> dict[Combination, list[str]]:
@@ -123,6 +139,7 @@ def to_json(outcome: Outcome) -> str:
         "schema": SCHEMA,
         "study": outcome.name,
         "left": outcome.left,
+        "changed": outcome.changed,
         "claims": [_claim(judgement) for judgement in outcome.judgements],
         "tables": [
             {
@@ -272,6 +289,8 @@ def to_page(outcome: Outcome) -> str:
     out = [f"# Study {outcome.name}", ""]
     if outcome.left:
         out += [f"{outcome.left} runs have no scores yet; claims about them are open.", ""]
+    if outcome.changed:
+        out += [f"{of_other_recipes(outcome)}.", ""]
     if outcome.judgements:
         out += ["## Claims", "", *markdown_table(_CLAIM_HEADER, _claim_rows(outcome.judgements), left=2), ""]
         out += [*(f"- {note}" for note in _about_claims(outcome)), ""]
@@ -286,6 +305,12 @@ def to_page(outcome: Outcome) -> str:
             header, rows = _curve_rows(outcome.curves[table])
             out += ["### Curves", "", "Means over seeds.", "", *markdown_table(header, rows), ""]
     return visible("\n".join(out).rstrip("\n"), keep="\n") + "\n"
+
+
+def of_other_recipes(outcome: Outcome) -> str:
+    """The runs that the outcome leaves out."""
+    runs = counted(outcome.changed, "run")
+    return f"{runs} in the folder with another recipe than the study's left out; claims about them are open"
 
 
 def _about_claims(outcome: Outcome) -> list[str]:

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from dyads.console import Reporter, Tracker
-from dyads.errors import ConfigError, RunError, did_you_mean
+from dyads.errors import ConfigError, RunError, did_you_mean, shortened
 from dyads.recipe.spec import differences
 from dyads.recipe.yaml_source import to_yaml
 from dyads.runs.manifest import write_text
 from dyads.studies.choice import check_choice, next_values, trial, validation_loss
-from dyads.studies.grid import Cell, Combination, Study
+from dyads.studies.grid import Cell, Combination, Study, scored_differences
 from dyads.studies.jobs import ENGINES, Engine, Job, is_running, last_line
 from dyads.studies.outcome import Choice, Outcome, outcome_of, to_json, to_page
 from dyads.studies.progress import CellState, StudyFolder, seconds_left, state_of
@@ -127,16 +127,19 @@ class Runner:
 
     def changed(self) -> list[str]:
         """A line for every selected run in the folder whose recipe is another than the study's."""
-        waiting = self.waiting()
-        found = {
-            cell.name: self._difference(cell, self.folder)
-            for combination, cell in self.cells.items()
-            if cell.name in self._selected and self.study.group_of(combination) not in waiting
-        }
+        found = {name: text for name, text in self._changed_cells().items() if name in self._selected}
         for by_value in self.trials.values():
             for cell in by_value.values():
                 found[f"choose/{cell.name}"] = self._difference(cell, self.folder.trials)
         return [f"{name}: {difference}" for name, difference in found.items() if difference]
+
+    def _changed_cells(self) -> dict[str, str]:
+        waiting = self.waiting()
+        return {
+            cell.name: difference
+            for combination, cell in self.cells.items()
+            if self.study.group_of(combination) not in waiting and (difference := self._difference(cell, self.folder))
+        }
 
     def _difference(self, cell: Cell, folder: StudyFolder) -> str:
         run = folder.run(cell)
@@ -152,6 +155,7 @@ class Runner:
         from dyads.studies.parameters import check_budget, scored_names  # imports torch
 
         self._check_recipes()
+        self._check_tables()
         claims = claims_of(self.study, self.cells)
         for claim in claims:
             names = () if claim.spec.on in ("macro", "micro") else scored_names(claim.runs[0].recipe)
@@ -184,6 +188,19 @@ class Runner:
                 except ConfigError as error:
                     raise ConfigError(f"{self.study.path} (cell {cell.name}): {error}") from error
 
+    def _check_tables(self) -> None:
+        """Refuse an `adjust` by which one cell of a table would be scored on something else than the others."""
+        first: dict[Combination, Cell] = {}
+        for combination, cell in self.cells.items() if self.study.spec.adjust else ():
+            if cell.recipe.method.trains:
+                one = first.setdefault(self.study.table_of(combination), cell)
+                for key, (left, right) in scored_differences(one.recipe, cell.recipe).items():
+                    raise ConfigError(
+                        f"{self.study.path}: '{one.name}' and '{cell.name}' are in one table, but by 'adjust' they"
+                        f" differ in {key} ({shortened(str(left))} and {shortened(str(right))}): set it on an axis,"
+                        " which then has a table for each value"
+                    )
+
     def run(self, *, workers: int, engine: str, reporter: Reporter) -> Outcome:
         """Run what is not done, with a line of progress, and write the outcome."""
         self.folder.path.mkdir(parents=True, exist_ok=True)
@@ -200,11 +217,14 @@ class Runner:
                 self._loop(started, workers, reporter)
             finally:
                 started.close()
+        for combination, cell in self.selected().items():
+            if (group := self.study.group_of(combination)) in self.waiting() and not self._next(self.losses(group)):
+                self.failed.setdefault(cell.name, "every value of 'choose' diverged: give it lower ones")
         return self.conclude()
 
     def conclude(self) -> Outcome:
         """The outcome so far, written into the folder."""
-        outcome = outcome_of(self.study, self.cells, self.folder, self.choices())
+        outcome = outcome_of(self.study, self.cells, self.folder, self.choices(), changed=self._changed_cells())
         for path, text in ((self.folder.verdict_md, to_page(outcome)), (self.folder.verdict_json, to_json(outcome))):
             write_text(path, text)
         return outcome
