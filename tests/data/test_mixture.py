@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from dyads.data.mixture import KINDS, MixtureSpec, draw_probabilities, padding_share, schedule
+from dyads.data.mixture import KINDS, WINDOW, MixtureSpec, draw_probabilities, padding_share, schedule
 from dyads.errors import ConfigError, TaskError
 
 SIZES = (50, 7, 0, 23)
@@ -97,6 +97,22 @@ def test_sorting_by_length_saves_padding():
         return sum(max(w) * len(w) - sum(w) for w in widths)
 
     assert padding(make(window=8)) < 0.4 * padding(make(window=1))
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(16, 16), (4, 4), (40, 8), (32, 8), (100, 16)])
+def test_few_examples_fill_no_batch_with_their_copies(n, batch_size):
+    """These have one length each, so that sorting puts them beside each other."""
+    plan = make(steps=64, batch_size=batch_size, lengths=[list(range(10, 10 + n))], window=WINDOW)
+    drawn = make(steps=64, batch_size=batch_size, lengths=[list(range(10, 10 + n))], window=1)
+    assert sum(len(set(batch)) for batch in plan) >= sum(len(set(batch)) for batch in drawn)
+    assert min(len(set(batch)) for batch in plan) >= batch_size // 2
+    assert max(Counter(chain(*plan)).values()) - min(Counter(chain(*plan)).values()) <= 1
+
+
+def test_a_small_task_of_a_mixture_fills_no_batch():
+    lengths = [[50], list(range(10, 510)), [20, 30, 40, 60, 80]]
+    drawn, bucketed = (make("uniform", batch_size=8, steps=64, lengths=lengths, window=w) for w in (1, 8))
+    assert sum(len(set(batch)) for batch in bucketed) >= sum(len(set(batch)) for batch in drawn)
 
 
 def test_batches_of_a_window_are_not_left_in_the_order_of_length():
@@ -184,6 +200,6 @@ def test_the_table_of_padding_in_the_docs():
     rows = re.findall(r"^\| 1/(\d+) \|((?: \d+ % \|){4})$", page, re.MULTILINE)
     assert len(rows) == 3
     for share, shown in rows:
-        lengths = [[50] * 100] * (int(share) - 1) + [[600] * 100]
+        lengths = [[50] * 5000] * (int(share) - 1) + [[600] * 5000]
         made = [make(steps=512, batch_size=16, window=window, lengths=lengths) for window in (1, 8, 32, 128)]
         assert [f"{100 * padding_share(batches, lengths, 16):.0f}" for batches in made] == re.findall(r"\d+", shown)

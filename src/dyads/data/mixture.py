@@ -89,8 +89,10 @@ def schedule(
     - The examples of a task are drawn in shuffled passes: all of them once before any of them again.
     - The examples of `window` batches are sorted by length and cut into batches again, which are shuffled. This saves
       padding and leaves the set of examples of a window unchanged. With `one_task`, only batches of the same task
-      exchange examples, and the order of tasks is kept. `window=1` disables it.
-    - A longer schedule starts with the shorter one (same window): whole windows are drawn and the last one is cut off.
+      exchange examples, and the order of tasks is kept. `window=1` disables it. Where a batch would read an example
+      twice, as of a task with few (copies have the same length), the halves of the window are sorted by themselves.
+    - A longer schedule starts with the shorter one (same window): whole windows are drawn and the last one is cut off,
+      so a schedule that ends within a window leaves out some of the examples that it drew.
     """
     if steps < 0 or batch_size < 1 or window < 1:
         raise ConfigError(
@@ -122,12 +124,22 @@ def _bucket(
     groups: dict[int, list[int]] = {}  # positions of batches that may exchange examples
     for position, batch in enumerate(drawn):
         groups.setdefault(batch[0][0] if spec.batches == "one_task" else -1, []).append(position)
-    size = len(drawn[0])
     bucketed = list(drawn)
-    for positions in groups.values():
+
+    def sort(positions: list[int]) -> None:
         pool = sorted((e for p in positions for e in drawn[p]), key=lambda e: lengths[e[0]][e[1]])
-        for cut, position in enumerate(random.permutation(positions).tolist()):
-            bucketed[position] = pool[cut * size : (cut + 1) * size]
+        size = len(drawn[0])
+        cuts = [pool[at : at + size] for at in range(0, len(pool), size)]
+        if len(positions) > 1 and any(len(set(cut)) < size for cut in cuts):
+            middle = len(positions) // 2
+            sort(positions[:middle])
+            sort(positions[middle:])
+            return
+        for position, cut in zip(random.permutation(positions).tolist(), cuts, strict=True):
+            bucketed[position] = cut
+
+    for positions in groups.values():
+        sort(positions)
     return bucketed
 
 
