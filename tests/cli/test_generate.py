@@ -71,6 +71,43 @@ def test_rows_are_answered_as_the_evaluation_answered_them(method: str, trained:
     assert (result.stdout, result.stderr) == (row["was"] + "\n", "")
 
 
+def test_a_column_of_the_task_may_be_called_prompt(tiny: Callable[..., Recipe], tmp_path: Path) -> None:
+    rows = [{"task": "first", "prompt": f"fox lake {i}", "response": "fox"} for i in range(10)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    columns = {"input": "prompt", "output": "response"}
+    tasks = {"family": "files", "path": str(file), "columns": columns, "instructions": "Which word comes first?"}
+    run = train(tiny("lora", tasks=tasks), tmp_path / "run")
+    (task,) = load_suite(run.recipe().tasks).tasks
+    asked = tmp_path / "asked.jsonl"
+    texts = [example.prompt.split("\n")[-2] for example in task.test]
+    asked.write_text("".join(json.dumps({"prompt": text, "response": ""}) + "\n" for text in texts), encoding="utf-8")
+    result = generate(run, "--file", asked)
+    assert "Warning" not in result.stderr
+    answers = [json.loads(line)["prediction"] for line in result.stdout.splitlines()]
+    assert answers == [scored["prediction"] for scored in run.predictions(task.name)]
+    assert "Warning" in generate(run, "--prompt", "fox lake").stderr, "a prompt of the command line is one as a whole"
+
+
+def test_conversations_are_answered_in_the_forms_that_training_reads(
+    tiny: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    turns = [[{"from": "human", "value": f"fox lake {i}"}, {"from": "gpt", "value": "fox"}] for i in range(10)]
+    file = tmp_path / "talk.jsonl"
+    file.write_text("".join(json.dumps({"conversations": one}) + "\n" for one in turns), encoding="utf-8")
+    run = train(tiny("lora", tasks={"family": "chat", "path": str(file)}), tmp_path / "run", evaluate=False)
+    asked = [turns[3][:1]]
+    one, cell = tmp_path / "one.jsonl", tmp_path / "cell.csv"
+    one.write_text(json.dumps({"conversations": asked[0]}) + "\n", encoding="utf-8")
+    with cell.open("w", encoding="utf-8", newline="") as sheet:
+        csv.writer(sheet).writerows([["messages"], [json.dumps([{"role": "user", "content": "fox lake 3"}])]])
+    answers = {
+        json.loads(result.stdout)["prediction"]
+        for result in (generate(run, "--file", one), generate(run, "--file", cell))
+    }
+    assert answers == {generate(run, "--task", "talk", "--input", "fox lake 3").stdout.strip()}
+
+
 def test_a_raw_prompt_without_the_tasks_form_is_said_and_read_as_it_is(trained: Trained, tmp_path: Path) -> None:
     run = trained("lora")
     whole = "Words: fox lake\nWhich word comes first?\nAnswer:"

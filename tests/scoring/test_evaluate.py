@@ -64,7 +64,7 @@ def test_batches_have_no_influence_on_answers(method: str, trained: Trained) -> 
     folder = trained(method)
     answerer, suite = Answerer(folder), load_suite(folder.recipe().tasks)
     spec, instances = folder.recipe().evaluate, [task.test for task in suite.tasks]
-    alone = [[answerer.answer_prompts([e], [task.name], spec, 4, None)[0] for e in task.test] for task in suite.tasks]
+    alone = [[answerer.answer_prompts([e], [task.name], spec, 4)[0] for e in task.test] for task in suite.tasks]
     for size in (1, 3, 99):
         assert answerer.answer(suite.tasks, instances, spec.model_copy(update={"batch_size": size})) == alone
     assert any(len(set(answers)) > 1 for answers in alone), "answers in a wrong order would be seen"
@@ -91,12 +91,49 @@ def test_beams_are_left_to_the_models_own_generate(trained: Trained, monkeypatch
 
 def test_every_task_keeps_its_own_limits(trained: Trained) -> None:
     folder = trained("mode")
-    answerer, tasks = Answerer(folder), load_suite(folder.recipe().tasks).tasks
+    tasks = load_suite(folder.recipe().tasks).tasks
     limited = [replace(task, max_new_tokens=1 + i, max_prompt_tokens=8 + i) for i, task in enumerate(tasks)]
     spec = folder.recipe().evaluate.model_copy(update={"max_new_tokens": None})
-    expected = [answerer.answer_prompts(t.test, [t.name] * 4, spec, 1 + i, 8 + i) for i, t in enumerate(tasks)]
-    assert answerer.answer(limited, [task.test for task in tasks], spec) == expected
-    assert expected != [answerer.answer_prompts(task.test, [task.name] * 4, spec, 3, None) for task in tasks]
+
+    def by_prompts() -> list[list[str]]:
+        answerer = Answerer(folder)
+        return [answerer.answer_prompts(t.test, [t.name] * 4, spec, 1 + i) for i, t in enumerate(tasks)]
+
+    free = by_prompts()
+    folder.write_templates(limited)
+    cut = by_prompts()
+    assert Answerer(folder).answer(limited, [task.test for task in tasks], spec) == cut
+    assert cut != free
+
+
+def test_a_prompt_is_cut_and_beams_are_searched_as_in_the_evaluation(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = trained("more")
+    tasks = load_suite(folder.recipe().tasks).tasks
+    folder.write_templates([replace(task, max_prompt_tokens=5) for task in tasks])
+    config = folder.path / "config.yaml"
+    config.write_text(config.read_text().replace("num_beams: 1", "num_beams: 2"))
+    accept(folder.path)
+    read: list[int] = []
+    monkeypatch.setattr("dyads.scoring.answerer.decode", None)
+    monkeypatch.setattr(
+        Answerer, "_write", lambda _, questions, spec, reporter: read.append(spec.num_beams) or questions
+    )
+    found: Any = generate(folder, tasks[0].test, [tasks[0].name] * 4)
+    assert read == [2]
+    assert {len(question.prompt) for question in found} == {5}
+
+
+def test_a_folder_that_holds_something_else_is_refused_before_anything_is_answered(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("buy lamps")
+    monkeypatch.setattr("dyads.scoring.evaluate.Answerer", None)
+    with pytest.raises(RunError, match="notes' is not empty and holds no run; choose another --out"):
+        evaluate(trained("lora"), into=tmp_path / "notes")
+    assert (tmp_path / "notes" / "todo.txt").read_text() == "buy lamps"
 
 
 def test_an_encoder_decoder_is_scored_again_alike(trained: Trained) -> None:

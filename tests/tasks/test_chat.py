@@ -99,6 +99,30 @@ def test_conversations_and_instructions_may_share_a_file(tmp_path):
     assert (task.train[0].messages, task.test[0].messages) == ((("user", "Hi"),), (("user", "Say hi."),))
 
 
+def test_an_empty_cell_is_no_conversation(tmp_path):
+    lines = [
+        "messages,instruction,output,split",
+        '"[{""role"": ""user"", ""content"": ""Hi""}, {""role"": ""assistant"", ""content"": ""Hello""}]",,,train',
+        ",Say hi.,Hi.,test",
+    ]
+    (task,) = read(write(tmp_path / "a.csv", *lines)).tasks
+    assert (task.train[0].messages, task.test[0].messages) == ((("user", "Hi"),), (("user", "Say hi."),))
+    rows = [
+        conversation("Hi", "Hello", split="train"),
+        {"messages": [], "input": "Hm", "output": "Hi.", "split": "test"},
+    ]
+    assert read(write(tmp_path / "a.jsonl", *rows)).tasks[0].test[0].prompt == "Hm\n"
+
+
+def test_instructions_are_refused_where_conversations_do_not_read_them(tmp_path):
+    path = write(tmp_path / "a.jsonl", *(conversation(f"Hi {i}", "Hello") for i in range(10)))
+    message = (
+        r"line 1: task 'a' has `instructions`, which a conversation does not read: write them as its system message"
+    )
+    with pytest.raises(TaskError, match=message):
+        read(path, instructions="Answer like a pirate.")
+
+
 def test_text_parts_are_joined(tmp_path):
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
     row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "c"}]}
@@ -110,7 +134,7 @@ def test_text_parts_are_joined(tmp_path):
     ("row", "message"),
     [
         ({"messages": []}, r"line 1: messages must be a list of {role, content}, got \[\]"),
-        ({"messages": "hi"}, "line 1: 'messages' is not a JSON list of messages"),
+        ({"messages": "hi"}, "line 1: the text is not a JSON list of messages"),
         (conversation("Hi"), "line 1: the messages have no answer of the assistant to the user"),
         (conversation("Hi", " "), "line 1: the last answer of the assistant is empty"),
         ({"messages": [{"role": "assistant", "content": "Hi"}]}, "line 1: the messages have no turn of the user"),

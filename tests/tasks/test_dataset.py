@@ -134,6 +134,18 @@ def test_hub_options_are_passed_on(monkeypatch):
     assert (len(task.train), task.test[0].id[:10]) == (5, "train[:7]-")
 
 
+def test_one_split_for_two_roles_is_refused(tmp_path):
+    datasets.DatasetDict({s: rows(3) for s in ("train", "validation")}).save_to_disk(tmp_path / "set")
+    split = {"train": "train", "validation": "validation", "test": "validation"}
+    message = (
+        r"`split` reads 'validation' as validation and as test, .* leave validation out, or cut 'validation' in two"
+    )
+    with pytest.raises(TaskError, match=message):
+        read(tmp_path / "set", columns=COLUMNS, split=split)
+    del split["validation"]
+    assert len(read(tmp_path / "set", columns=COLUMNS, split=split).tasks[0].test) == 3
+
+
 def test_a_row_with_a_split_of_its_own_in_a_split_is_refused(tmp_path):
     datasets.DatasetDict({s: rows(3, split=["train"] * 3) for s in ("train", "test")}).save_to_disk(tmp_path / "set")
     with pytest.raises(

@@ -194,6 +194,7 @@ def test_labels_come_from_a_column_or_for_the_whole_file(tmp_path):
     assert read(write(tmp_path / "a.csv", *lines)).tasks[0].labels == ("no", "yes")
     (task,) = read(write(tmp_path / "a.jsonl", {**rows[0], "labels": ["no", "yes"]}, *rows[1:])).tasks
     assert task.labels == ("no", "yes")  # one row may speak for its task
+    assert read(write(tmp_path / "a.jsonl", *rows), labels=["no", "yes "]).tasks[0].labels == ("no", "yes")
 
 
 def test_contradicting_labels_and_metrics_are_refused(tmp_path):

@@ -362,6 +362,28 @@ def test_a_run_that_lost_only_its_end_keeps_what_it_learned(tiny: Tiny, tmp_path
     assert [line["step"] for line in folder.log() if "loss" in line] == [1, 2, 3, 4], "the latest checkpoint is used"
 
 
+def test_a_run_does_not_go_on_with_other_examples(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"task": f"t{i % 2}", "input": f"fox {i}", "output": "lake"} for i in range(40)]
+    file = tmp_path / "rows.jsonl"
+
+    def written(rows: list[dict[str, str]]) -> None:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    recipe = tiny("lora", tasks={"family": "files", "path": str(file)}, train={"steps": 5, "save_steps": 2})
+    written(rows)
+    with monkeypatch.context() as patch:
+        _cut_at(patch, 4)
+        with pytest.raises(_PowerCutError):
+            train(recipe, tmp_path / "a", evaluate=False)
+    written([row | {"output": "lamp"} if row["task"] == "t1" else row for row in rows])
+    with pytest.raises(
+        RunError, match=r"cannot resume '.*a': the training examples of t1 have changed since it started"
+    ):
+        train(recipe, tmp_path / "a", resume=True, evaluate=False)
+    written(rows)
+    assert train(recipe, tmp_path / "a", resume=True, evaluate=False).has_adapter
+
+
 def test_resuming_without_a_checkpoint_starts_again(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,11 +132,6 @@ class _Question:
     row: dict[str, Any]
     task: str | int | None
 
-    @property
-    def is_raw(self) -> bool:
-        """Whether the row has the whole prompt."""
-        return "prompt" in self.row
-
 
 class _Forms:
     """Renders rows by the templates of a run, and notes raw prompts that lack the form of their task."""
@@ -156,10 +151,15 @@ class _Forms:
     def example(self, question: _Question) -> Any:
         """What the model is to answer: an Example in the task's form, or the raw prompt."""
         name = self._name(question.task)
-        if question.is_raw:
+        if self._is_raw(question, name):
             self._note(question, name)
             return question.row["prompt"]
         return self._rendered(question, name, self._template(question, name))
+
+    def _is_raw(self, question: _Question, name: str | None) -> bool:
+        """Whether the row has the whole prompt, and "prompt" is no column of its task."""
+        columns = self.templates[name].columns if name in self.templates else ()
+        return "prompt" in question.row and ("prompt" not in columns or question.where.startswith("--prompt"))
 
     def _name(self, task: str | int | None) -> str | None:
         return (
@@ -184,6 +184,7 @@ class _Forms:
 
     def _rendered(self, question: _Question, name: str | None, template: Template) -> Example:
         from dyads.errors import ConfigError, TaskError, did_you_mean
+        from dyads.tasks.messages import CONVERSATIONS, MESSAGES
 
         row = {}
         for column, value in question.row.items():
@@ -191,6 +192,8 @@ class _Forms:
                 row[_input_column(template, question, name)] = value
             elif column in template.columns:
                 row[column] = value
+            elif column == CONVERSATIONS and template.conversation:
+                row[MESSAGES] = value
             elif column not in _PASSED_ON:
                 near = get_close_matches(column, [c for c in template.columns if c not in question.row], n=1)
                 if near or question.where.startswith("--"):

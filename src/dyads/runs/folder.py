@@ -181,13 +181,17 @@ class RunFolder:
             " are, and `dyads train … --resume` clears an interrupted start away"
         )
 
-    def _clear_interrupted_start(self) -> None:
-        """Remove the files of a start that was killed; RunError where the folder holds anything else."""
-        others = self._others()
+    def check_free(self) -> None:
+        """RunError where the folder holds anything but a run or the start of one, so that none can be written there."""
+        others = self._others() if self.path.is_dir() and not self.is_run else []
         if others and self.has_config:
             raise self._without_manifest()
         if others:
             raise RunError(f"'{self.path}' is not empty and holds no run; choose another --out")
+
+    def _clear_interrupted_start(self) -> None:
+        """Remove the files of a start that was killed; RunError where the folder holds anything else."""
+        self.check_free()
         removed = clear(self.path)
         if self.has_config:
             (self.path / _CONFIG).unlink()
@@ -339,11 +343,12 @@ class RunFolder:
         return tuple(names)
 
     def write_templates(self, tasks: Iterable[Task], source: RunFolder | None = None) -> None:
-        """Write the tasks' templates and limits of answers, after those of the run that this one adapts (`source`)."""
+        """Write the tasks' templates and limits, after those of the run that this one adapts (`source`)."""
         templates = source.templates() if source is not None else {}
         for task in tasks:
             if task.template is not None:
-                templates[task.name] = task.template.model_copy(update={"max_new_tokens": task.max_new_tokens})
+                limits = {"max_new_tokens": task.max_new_tokens, "max_prompt_tokens": task.max_prompt_tokens}
+                templates[task.name] = task.template.model_copy(update=limits)
         self._write_listed(_TEMPLATES, json_text({name: template.model_dump() for name, template in templates.items()}))
 
     def templates(self) -> dict[str, Template]:

@@ -217,20 +217,27 @@ class Answerer:
         tasks: Sequence[str | int | None],
         spec: EvaluateSpec,
         max_new_tokens: int | None,
-        max_prompt_tokens: int | None,
         reporter: Reporter = SILENT,
     ) -> list[str]:
-        """Answers to prompts, each with the name or id of its task, in their order."""
+        """Answers to prompts, each with the name or id of its task, in their order.
+
+        The limits of prompts are those of their tasks, as in the run's evaluation, and so are those of answers where
+        `max_new_tokens` is None.
+        """
+        templates = [self.template(task) for task in tasks]
+        limits = [template.max_prompt_tokens if template is not None else None for template in templates]
         if isinstance(self.prompt_tokenizer, PairTokenizer):
             names = [head.task for head in self.heads]
             places = [names.index(task) if isinstance(task, str) else cast(int, task) for task in tasks]
-            return self._answer_by_heads(
-                _head_questions(self.prompt_tokenizer, examples, places, max_prompt_tokens), spec, reporter
-            )
+            by_head = [
+                question
+                for example, place, limit in zip(examples, places, limits, strict=True)
+                for question in _head_questions(self.prompt_tokenizer, [example], [place], limit)
+            ]
+            return self._answer_by_heads(by_head, spec, reporter)
         questions = []
-        for example, task in zip(examples, tasks, strict=True):
-            prompt = self.prompt_tokenizer.prompt(example, max_prompt_tokens)
-            template = self.template(task)
+        for example, task, template, limit in zip(examples, tasks, templates, limits, strict=True):
+            prompt = self.prompt_tokenizer.prompt(example, limit)
             strip = template is None or template.strips_answers
             most = self.prompt_tokenizer.answer_limit(prompt, max_new_tokens or self.answer_limit(template))
             questions.append(Question(prompt, most, task, example, strip))

@@ -87,6 +87,8 @@ def _evaluate(
     facts = _facts(folder) if beside else {}
     if beside and target.is_run and not _was_interrupted(target, facts):
         raise _other_run(target)
+    if beside:
+        target.check_free()  # before answering, which takes long
     recipe = folder.recipe()
     changes = {"split": split, "limit": limit, "unseen": unseen, "nearest_by": nearest_by}
     if isinstance(suite, FamilySpec):
@@ -325,13 +327,15 @@ def generate(
     training. The task may be None where neither gates nor heads depend on it. For an encoder with heads a prompt is a
     text or a pair of texts, or an Example. `unseen` is the policy for task names that the run does not know, as
     `evaluate.unseen`; the nearest task is found from the first prompts with that name, or from `description`.
-    `max_new_tokens` limits the answers; None: as in the run's evaluation.
+    `max_new_tokens` limits the answers; None: as in the run's evaluation, as are the limits of prompts and the beams.
     `on_stand_in` is called for every such name, and `reporter` shows the progress.
     """
     if description is not None and not description.strip():
         raise ConfigError("the description is empty: describe the task in a sentence, or leave it out")
     by = {} if description is None else {"nearest_by": "description"}
-    spec = _override(EvaluateSpec(batch_size=batch_size, max_new_tokens=max_new_tokens), {"unseen": unseen, **by})
+    beams = folder.recipe().evaluate.num_beams
+    given_spec = EvaluateSpec(batch_size=batch_size, max_new_tokens=max_new_tokens, num_beams=beams)
+    spec = _override(given_spec, {"unseen": unseen, **by})
     if len(prompts) != len(tasks):
         raise ConfigError(f"{len(prompts)} prompts, but {len(tasks)} tasks: give one task for every prompt")
     texts = [_texts(prompt) for prompt in prompts]
@@ -372,7 +376,7 @@ def generate(
         unseen_texts = {task: like or prompts[:INPUTS] for task, prompts in new.items()}
         for stand_in in answerer.add_unseen_texts(unseen_texts, spec):
             on_stand_in(stand_in)
-    return answerer.answer_prompts(examples, tasks, spec, max_new_tokens, None, reporter)
+    return answerer.answer_prompts(examples, tasks, spec, max_new_tokens, reporter)
 
 
 def _texts(prompt: str | Sequence[str] | Example) -> tuple[str, ...]:

@@ -37,8 +37,8 @@ from dyads.serving.answer_text import AnswerText, GrowingText
 from dyads.serving.engine import Batch
 from dyads.serving.errors import ServingError
 from dyads.tasks import Example
-from dyads.tasks.messages import SYSTEM, USER, Message
-from dyads.tasks.template import MESSAGES, Template
+from dyads.tasks.messages import MESSAGES, SYSTEM, USER, Message
+from dyads.tasks.template import Template
 from dyads.tuner.row_adapters import RowAdapters
 
 __all__ = ["Asked", "ServedModel", "ServedModels", "Wish"]

@@ -122,6 +122,11 @@ class DatasetSpec(OwnRowsSpec):
                 "`split: {train: train, test: validation}`"
             )
         for ours, theirs in wanted.items():
+            if twice := [other for other in wanted if other != ours and wanted[other] == theirs]:
+                raise TaskError(
+                    f"{self._source()}: `split` reads '{theirs}' as {ours} and as {twice[0]}, and no row may be in two"
+                    f" splits: leave validation out, or cut '{theirs}' in two, as in '{theirs}[:50%]'"
+                )
             yield ours, theirs, given[theirs]
 
     def _load(self, splits: list[str] | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from pydantic import Field, field_validator
 from dyads.errors import TaskError, similar_file
 from dyads.tasks.family import register_family
 from dyads.tasks.own_rows import QUESTION_COLUMNS, OwnRow, OwnRowsSpec
-from dyads.tasks.rows import Row, read_csv, read_json, read_jsonl, shortened
+from dyads.tasks.rows import TOO_LARGE, Row, read_csv, read_json, read_jsonl, shortened
 
 __all__ = ["FilesSpec", "RowFilesSpec"]
 
@@ -119,7 +119,7 @@ def _cell(row: Row, name: str, output: str) -> object:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "it is nested too deeply, or has a number of thousands of digits")
+        reason = getattr(error, "msg", TOO_LARGE)
         raise TaskError(
             f"{row.place}: output starts like a JSON list but is not valid JSON: {reason} in {shortened(text)}"
         ) from None

@@ -7,14 +7,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dyads.errors import TaskError, listed
-from dyads.tasks.rows import shortened
+from dyads.tasks.rows import TOO_LARGE, shortened
 
-__all__ = ["ASSISTANT", "SYSTEM", "USER", "Message", "read_messages", "transcript"]
+__all__ = ["ASSISTANT", "CONVERSATIONS", "MESSAGES", "SYSTEM", "USER", "Message", "read_messages", "transcript"]
 
+MESSAGES, CONVERSATIONS = "messages", "conversations"
+"""The columns of the two forms."""
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 _ROLES = {
     **{role: role for role in (SYSTEM, USER, ASSISTANT)},
@@ -39,8 +42,15 @@ class Message(NamedTuple):
 def read_messages(given: Any, place: str) -> tuple[Message, ...]:
     """The messages of a row's list; TaskError, starting with `place`, for a list that is none of the two forms.
 
-    A system message may only be the first, and the first answer follows a user's message.
+    A text is such a list as JSON, as in a cell of a CSV file. A system message may only be the first, and the first
+    answer follows a user's message.
     """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", TOO_LARGE)
+            raise TaskError(f"{place}: the text is not a JSON list of messages: {reason}") from None
     if not isinstance(given, (list, tuple)) or not given:
         raise TaskError(f"{place}: messages must be a list of {{role, content}}, got {shortened(given)}")
     messages = tuple(_message(one, f"{place}, message {number}") for number, one in enumerate(given, start=1))

@@ -26,22 +26,21 @@ from pydantic import BeforeValidator, Field
 from dyads.errors import TaskError, did_you_mean, listed
 from dyads.tasks.divide import divide, take
 from dyads.tasks.family import FamilySpec, Suite
-from dyads.tasks.messages import ASSISTANT, SYSTEM, Message, read_messages
+from dyads.tasks.messages import ASSISTANT, CONVERSATIONS, MESSAGES, SYSTEM, Message, read_messages
 from dyads.tasks.metrics import metric as metric_named
-from dyads.tasks.rows import Row, shortened
+from dyads.tasks.rows import TOO_LARGE, Row, shortened
 from dyads.tasks.task import SPLITS, Example, Task
-from dyads.tasks.template import MESSAGES, Template, columns_of
+from dyads.tasks.template import Template, columns_of
 
 __all__ = ["ANY", "CHAT_COLUMNS", "OwnRow", "OwnRowsSpec", "for_every_task"]
 
 ANY = "*"
 """Key of an option's value for every task."""
 QUESTION_COLUMNS = ("task", "input", "output", "split", "id", "instruction", "metric", "labels")
-CHAT_COLUMNS = (*QUESTION_COLUMNS, SYSTEM, MESSAGES, "conversations")
+CHAT_COLUMNS = (*QUESTION_COLUMNS, SYSTEM, MESSAGES, CONVERSATIONS)
 DEFAULT_METRICS = ("rouge_l", "exact_match")
 LABELLED_METRICS = ("accuracy", "macro_f1")
 _PLURALS = {"metric": "metrics", "labels": "lists of labels"}
-_TOO_LARGE = "it is nested too deeply, or has a number of thousands of digits"
 HELD_OUT = 0.10  # share of a task's rows for the test split, and the same for validation
 
 
@@ -176,7 +175,7 @@ class OwnRowsSpec(FamilySpec):
         unread = [name for name in given if name not in read | left_out]
         for name in unread:
             if not self.columns:
-                chat = name in (MESSAGES, "conversations")
+                chat = name in (MESSAGES, CONVERSATIONS)
                 raise TaskError(
                     f"{place}: unknown column '{name}'{did_you_mean(str(name), self.known)}; "
                     + (
@@ -196,7 +195,7 @@ class OwnRowsSpec(FamilySpec):
     def check_required(self, place: str, given: Iterable[str], task: str = "") -> None:
         """Refuse a row, or the columns of a table, without a question and an answer."""
         given = tuple(given)
-        if any(self._name(name) in given for name in (MESSAGES, "conversations") if name in self.known):
+        if any(self._name(name) in given for name in (MESSAGES, CONVERSATIONS) if name in self.known):
             return
         needed = [] if task else [("task", self._name("task"))]
         if self._name("instruction") not in given:
@@ -211,7 +210,7 @@ class OwnRowsSpec(FamilySpec):
             quoted.append(f"'{name}'" + (f" (is it '{listed(near)}'?)" if near else ""))
             if ours not in self.columns:
                 renamed.append(f"{ours}: {listed(near) or 'NAME'}")
-        if chat := [name for name in (MESSAGES, "conversations") if name in given]:
+        if chat := [name for name in (MESSAGES, CONVERSATIONS) if name in given]:
             mended = f"; family: chat reads {chat[0]}"
         else:
             mended = f"; `columns: {{{', '.join(renamed)}}}` reads other names" if renamed and given else ""
@@ -249,7 +248,7 @@ class OwnRowsSpec(FamilySpec):
             near = did_you_mean(texts["split"], SPLITS)
             raise TaskError(f"{place}: unknown split '{texts['split']}'{near}")
         labels = self._row_labels(place, fields)
-        if conversation := [n for n in (MESSAGES, "conversations") if n in self.known and self._name(n) in fields]:
+        if conversation := self._conversations(fields):
             messages, output, unanswered = self._conversation(place, fields, conversation, texts[SYSTEM])
             question: dict[str, Any] = {}
         else:
@@ -267,6 +266,12 @@ class OwnRowsSpec(FamilySpec):
             **texts,
         )
 
+    def _conversations(self, fields: Mapping[str, Any]) -> list[str]:
+        """The columns that hold the row's conversation; an empty one counts where the row has no question either."""
+        there = [n for n in (MESSAGES, CONVERSATIONS) if n in self.known and self._name(n) in fields]
+        filled = [n for n in there if fields[str(self._name(n))] not in ("", [])]
+        return filled or ([] if {*self._inputs(), self._name("instruction")} & fields.keys() else there)
+
     def _row_labels(self, place: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
         name = self._name("labels")
         given = fields.get(name, ()) if name is not None else ()
@@ -274,7 +279,7 @@ class OwnRowsSpec(FamilySpec):
             try:
                 given = json.loads(given)
             except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", _TOO_LARGE)
+                reason = getattr(error, "msg", TOO_LARGE)
                 raise TaskError(f"{place}: '{name}' is not a valid JSON list: {reason} in {shortened(given)}") from None
         if given == "":
             return ()
@@ -309,12 +314,6 @@ class OwnRowsSpec(FamilySpec):
         if len(names) > 1:
             raise TaskError(f"{place}: {' and '.join(names)} are both given; leave one out")
         given = fields[self._name(names[0]) or ""]
-        if isinstance(given, str):  # a cell of a CSV file
-            try:
-                given = json.loads(given)
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", _TOO_LARGE)
-                raise TaskError(f"{place}: '{names[0]}' is not a JSON list of messages: {reason}") from None
         messages = read_messages(given, place)
         if system.strip():
             if messages[0].role == SYSTEM:
@@ -338,7 +337,12 @@ class OwnRowsSpec(FamilySpec):
                 raise TaskError(
                     f"{record.place}: task '{name}' has an instruction in this row and in `instructions`; drop one"
                 )
-        labels = self._agreed(name, "labels", records)
+            if instruction.strip() and record.messages:
+                raise TaskError(
+                    f"{record.place}: task '{name}' has `instructions`, which a conversation does not read: write them"
+                    " as its system message, or into the column `system`"
+                )
+        labels = tuple(label.strip() for label in self._agreed(name, "labels", records))
         if labels:
             records = [replace(r, output=tuple(o.strip() for o in r.output)) for r in records]
             if absent := set(labels).difference(*(r.output for r in records)):

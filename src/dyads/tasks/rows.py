@@ -19,7 +19,20 @@ from dyads import reading
 from dyads.errors import DyadsError, TaskError, listed
 from dyads.reading import parse_json
 
-__all__ = ["Row", "first_file", "read_csv", "read_json", "read_jsonl", "read_text", "read_tsv", "shortened"]
+__all__ = [
+    "TOO_LARGE",
+    "Row",
+    "first_file",
+    "read_csv",
+    "read_json",
+    "read_jsonl",
+    "read_text",
+    "read_tsv",
+    "shortened",
+]
+
+TOO_LARGE = "it is nested too deeply, or has a number of thousands of digits"
+"""Why JSON without a mistake of its own cannot be read."""
 
 _LARGEST_CELL = 2**31 - 1  # the largest limit that the csv module takes on every system
 

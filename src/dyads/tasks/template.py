@@ -23,11 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dyads.errors import TaskError, did_you_mean, listed
 from dyads.tasks.example import Example
-from dyads.tasks.messages import SYSTEM, USER, Message, read_messages, transcript
+from dyads.tasks.messages import MESSAGES, SYSTEM, USER, Message, read_messages, transcript
 
-__all__ = ["MESSAGES", "Template", "columns_of", "escape", "sentence"]
+__all__ = ["Template", "columns_of", "escape", "sentence"]
 
-MESSAGES = "messages"
 """The column of a conversation."""
 
 
@@ -54,6 +53,8 @@ class Template(BaseModel):
     """Whether white space around an answer is removed."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Limit of a generated answer, in a run's templates; None elsewhere."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """The task's own limit of a prompt, in a run's templates; None elsewhere, and for a task without one."""
 
     @field_validator("texts", "shorter", "segments")
     @classmethod

@@ -13,7 +13,7 @@ import gc
 import importlib.util
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,7 +28,7 @@ from transformers import ProgressCallback as TrainerProgressCallback
 from dyads.console import SILENT, Reporter
 from dyads.data.batches import Collator, PairCollator, PairTokenizer, PromptTokenizer, TaskDataset, pad_id_of
 from dyads.data.mixture import padding_share, schedule
-from dyads.errors import ConfigError, DyadsError, RunError, TaskError, notice
+from dyads.errors import ConfigError, DyadsError, RunError, TaskError, listed, notice
 from dyads.models.heads import MODULE, attach_heads, collator_of, heads_of, pair_tokenizer_of
 from dyads.models.load import Kind, kind_of, load_model, load_tokenizer, model_config
 from dyads.models.processes import launched, on_cpus
@@ -59,6 +59,7 @@ from dyads.tuner.routing import find_routing
 
 __all__ = ["Training", "train", "training_arguments"]
 
+_DATA = "train_data"
 _MUCH_PADDING = 1 / 3
 """Share of padding from which a note names the option that reduces it."""
 
@@ -120,8 +121,9 @@ def _train(
     facts: dict[str, Any] = {}
     ended = folder.has_adapter
     if recipe.method.trains and not (ended and _is_validated(recipe, folder)):
+        facts = _data_facts(suite, folder)
         if recipe.adapt is not None:
-            facts = source_facts(recipe, folder)
+            facts |= source_facts(recipe, folder)
         training = Training(recipe, suite, chat_template)
     if main:
         folder = RunFolder.create(out, recipe, resume=resume)
@@ -151,6 +153,21 @@ def _train(
         training = None
         gc.collect()  # frees the trained model before evaluation loads its own
         evaluate_run(folder, suite=suite, reporter=reporter)
+
+
+def _data_facts(suite: Suite, folder: RunFolder) -> dict[str, Any]:
+    """Entries of the environment file of the run in `folder`: a hash of every task's training examples.
+
+    RunError where the run started with others: its checkpoint would go on with examples that it did not begin with.
+    """
+    now = {task.name: task.fingerprint("train") for task in suite.tasks}
+    then = folder.environment().get(_DATA, now) if folder.has_environment else now
+    if isinstance(then, Mapping) and (changed := [name for name in now if then.get(name) != now[name]]):
+        raise RunError(
+            f"cannot resume '{folder.path}': the training examples of {listed(changed)} have changed since it started:"
+            " restore them, or start again with another --out"
+        )
+    return {_DATA: now}
 
 
 def _is_validated(recipe: Recipe, folder: RunFolder) -> bool:
