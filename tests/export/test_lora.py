@@ -163,6 +163,23 @@ def test_heads_saved_beside_the_adapter_come_along(tmp_path: Path) -> None:
         assert_close(again(**batch("bert")).logits, model(**batch("bert"), task="sst2").logits)
 
 
+@pytest.mark.parametrize("tokens", [[3, 4], {"embed_tokens": [3, 4]}])
+def test_tokens_trained_beside_the_adapter_come_along(tokens: Any, tmp_path: Path) -> None:
+    model, _ = trained(tmp_path, MORE, "llama", trainable_token_indices=tokens)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(3.0)
+    model.save_pretrained(tmp_path / "adapter")
+    lora = export(SavedAdapter.read(tmp_path / "adapter"), tmp_path / "out", task="sst2")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    ids = torch.tensor([[3, 4, 7, 8]])
+    with torch.no_grad():
+        again = PeftModel.from_pretrained(base, lora.path).eval()(input_ids=ids).logits
+        expected = model(input_ids=ids, task="sst2").logits
+    assert_close(again, expected, atol=1e-6, rtol=1e-6)
+
+
 def test_a_model_that_is_not_from_transformers_exports_too(tmp_path: Path, mlp: Callable[[], Any]) -> None:
     model = get_peft_model(mlp(), MORE.config(target_modules=["lin0", "lin1"], init_weights=False)).eval()
     spread_ranks(model)
@@ -261,9 +278,14 @@ def test_the_cards_serve_one_lora_or_all_from_their_folder(tmp_path: Path) -> No
 
 
 def test_a_card_has_no_serve_command_for_what_the_engines_refuse(tmp_path: Path) -> None:
-    for kind, options in (("bert", {}), ("llama", {"modules_to_save": ["lm_head"]})):
-        _, adapter = trained(tmp_path / kind, MORE, kind, **options)
-        card = (export(adapter, tmp_path / kind / "out", task="rte").path / "README.md").read_text()
+    for kind, options in (
+        ("bert", {}),
+        ("llama", {"modules_to_save": ["lm_head"]}),
+        ("llama", {"trainable_token_indices": [3]}),
+    ):
+        place = tmp_path / "-".join((kind, *options))
+        _, adapter = trained(place, MORE, kind, **options)
+        card = (export(adapter, place / "out", task="rte").path / "README.md").read_text()
         assert "vllm" not in card
     _, adapter = trained(tmp_path / "trim", MORE, "llama")
     assert "vllm" not in (export_all(adapter, tmp_path / "all", trim=True)[0].path.parent / "README.md").read_text()

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from dyads.cli import main
 from dyads.data.tokens import PromptTokenizer
 from dyads.errors import ConfigError
+from dyads.models.load import load_model
 from dyads.runs.folder import RunFolder
 from dyads.scoring.decode import Question
 from dyads.scoring.evaluate import generate
@@ -51,6 +53,26 @@ def test_an_adapter_that_cannot_be_mixed_has_a_batch_of_its_own(made: dict[str, 
             body = {"model": name, "prompt": prompt}
             answer = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60).json()
             assert [answer["choices"][0]["text"]] == answers
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}])
+def test_an_adapter_that_changes_its_base_model_changes_that_of_no_other(
+    options: dict[str, Any], made: dict[str, RunFolder], tmp_path: Path
+) -> None:
+    recipe = made["lora"].recipe()
+    sections = {"train": {"steps": 2, "learning_rate": 0.05}, "options": options}
+    other = train(tiny_recipe("lora", Path(recipe.model.name), **sections), tmp_path / "other", evaluate=False)
+    models = ServedModels({"other": other, "lora": made["lora"]}, slots=2)
+    (base,) = models._bases.values()
+    fresh = load_model(recipe.model).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in base.model.state_dict().items())
+    assert models["other"].batch is not models["lora"].batch
+    prompt = "Words: fox lamp"
+    with served({"other": other, "lora": made["lora"]}) as server:
+        for name, run in {"other": other, "lora": made["lora"]}.items():
+            body = {"model": name, "prompt": prompt}
+            answer = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60).json()
+            assert [answer["choices"][0]["text"]] == generate(run, [prompt], [None])
 
 
 def test_a_form_with_several_columns_takes_them_beside_an_empty_message(made: dict[str, RunFolder]) -> None:

@@ -20,7 +20,8 @@ from tiny import TARGETS, TASKS, VARIANTS, Variant, batch, tiny_model
 def adapted(base: PreTrainedModel, variant: Variant | None, **options: object) -> PeftModel:
     targets = TARGETS["llama"][:2] if variant is None else TARGETS["llama"]
     if variant is None:
-        config = LoraConfig(r=3, lora_alpha=5, init_lora_weights=False, target_modules=targets, **options)  # type: ignore[arg-type]
+        options = {"init_lora_weights": False, **options}
+        config = LoraConfig(r=3, lora_alpha=5, target_modules=targets, **options)  # type: ignore[arg-type]
     else:
         config = variant.config(target_modules=targets, init_weights=False)
     return get_peft_model(copy.deepcopy(base), config).eval()
@@ -61,7 +62,15 @@ def test_adapters_that_do_more_than_add_to_linear_layers_are_not_taken() -> None
     base = tiny_model("llama").eval()
     mixed = RowAdapters(copy.deepcopy(base))
     before = str(mixed.model)
-    for options in ({"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [5]}):
+    for options in (
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [5]},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+    ):
         assert not mixed.take("a", adapted(base, None, **options))
     assert str(mixed.model) == before
 

@@ -306,6 +306,28 @@ def test_layers_that_share_a_weight_may_each_have_an_adapter() -> None:
         model.merge_adapter()
 
 
+@pytest.mark.parametrize("variant", [Variant("more"), Variant("moelora")], ids=lambda v: v.key)
+def test_an_adapter_with_trained_tokens_is_merged_and_unloaded_as_pefts_lora_is(variant: Variant) -> None:
+    inputs, task = batch("llama"), task_of(variant.config(), "cola")
+    tokens = inputs["input_ids"][0, :2].tolist()
+
+    def made() -> PeftModel:
+        torch.manual_seed(0)
+        config = variant.config(target_modules=["q_proj"], init_weights=False, trainable_token_indices=tokens)
+        model = get_peft_model(tiny_model("llama"), config).eval()
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.data.add_(3.0)
+        return model
+
+    with torch.no_grad():
+        expected, bare = made()(**inputs, **task).logits, tiny_model("llama").eval()(**inputs).logits
+        assert_close(made().merge_and_unload(**task)(**inputs).logits, expected, atol=1e-6, rtol=1e-5)
+        assert torch.equal(made().unload()(**inputs).logits, bare)
+    with pytest.raises(ConfigError, match=r"trains tokens \(trainable_token_indices\), which have no sum"):
+        made().base_model.add_weighted_adapter(["default"], [1.0], "sum", **task)
+
+
 def test_a_block_under_two_names_is_merged() -> None:
     base = nn.Module()
     base.block = base.again = nn.Sequential(nn.Linear(6, 6))

@@ -138,13 +138,13 @@ def _prompts(adapter: SavedAdapter, task: str | None) -> list[str]:
 def serve_commands(config: Any, folders: Mapping[str, str], rank: int | None = None) -> list[tuple[str, str]]:
     """(engine, shell command) that serve LoRAs by name, to be run in the folder that the paths start from.
 
-    Empty for what the engines do not take: other models than decoders, and modules saved beside the LoRA. A base model
-    that is a folder is named by a place to fill in.
+    Empty for what the engines do not take: other models than decoders, and modules or tokens trained beside the LoRA. A
+    base model that is a folder is named by a place to fill in.
     """
     rank = config.r if rank is None else rank
     if config.task_type != "CAUSAL_LM" or config.base_model_name_or_path is None:
         return []
-    if [module for module in config.modules_to_save or () if module != HEADS]:
+    if config.trainable_token_indices or [module for module in config.modules_to_save or () if module != HEADS]:
         return []
     name = config.base_model_name_or_path
     base = hub_id(name) or f"path/to/{PurePath(name).name}"

@@ -334,6 +334,8 @@ def _config(adapter: SavedAdapter, modules: tuple[str, ...], rank: int, smaller:
         alpha_pattern=dict(smaller),
         **which,
         modules_to_save=[m for m in source.modules_to_save or () if m != HEADS] or None,
+        trainable_token_indices=source.trainable_token_indices,
+        ensure_weight_tying=source.ensure_weight_tying,
         task_type=source.task_type,
         auto_mapping=source.auto_mapping,
         base_model_name_or_path=_known_elsewhere(source.base_model_name_or_path),

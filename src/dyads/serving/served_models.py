@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 
 from dyads.data.batches import PromptTokenizer, pad_id_of
@@ -39,7 +39,7 @@ from dyads.serving.errors import ServingError
 from dyads.tasks import Example
 from dyads.tasks.messages import MESSAGES, SYSTEM, USER, Message
 from dyads.tasks.template import Template
-from dyads.tuner.row_adapters import RowAdapters
+from dyads.tuner.row_adapters import RowAdapters, changes_base
 
 __all__ = ["Asked", "ServedModel", "ServedModels", "Wish"]
 
@@ -287,7 +287,8 @@ class ServedModels:
     def _add_run(self, name: str, folder: RunFolder) -> None:
         recipe = folder.recipe()
         base = self._base(folder, recipe.model)
-        answerer = Answerer(folder, base=_sharing(base.model))
+        own = folder.has_adapter and changes_base(PeftConfig.from_pretrained(str(folder.adapter)))
+        answerer = Answerer(folder, base=copy.deepcopy(base.model) if own else _sharing(base.model))
         assert isinstance(answerer.prompt_tokenizer, PromptTokenizer)
         tokenizer, batch, adapter = answerer.prompt_tokenizer, base.batch, None
         if isinstance(answerer.model, PeftModel):

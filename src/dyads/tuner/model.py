@@ -49,6 +49,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+    _replace_module = LoraModel._replace_module  # BaseTuner's cannot give an embedding with trained tokens back
 
     # Given by BaseTuner, which carries no types; routing is set before the first injection.
     active_adapters: Any
@@ -229,8 +230,9 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         for name in adapters:
             if name not in self.peft_config:
                 raise ConfigError(f"there is no adapter '{name}'{did_you_mean(name, self.peft_config)}")
-            if self.peft_config[name].modules_to_save:
-                raise ConfigError(f"adapter '{name}' trains whole modules (modules_to_save), which have no sum")
+            for key, what in (("modules_to_save", "whole modules"), ("trainable_token_indices", "tokens")):
+                if getattr(self.peft_config[name], key):
+                    raise ConfigError(f"adapter '{name}' trains {what} ({key}), which have no sum")
         if len(adapters) != len(weights) or not adapters:
             raise ConfigError(f"there are {len(adapters)} adapters and {len(weights)} weights: give one for each")
         layers = {layer.key: layer for layer in self._layers()}

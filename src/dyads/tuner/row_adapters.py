@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -29,7 +29,16 @@ from dyads.tuner.batch_tasks import BatchTasks
 from dyads.tuner.layer import DyadsLinear, LowRankFactor
 from dyads.tuner.routing import Routing, RowGroup, RowGroups
 
-__all__ = ["RowAdapters"]
+__all__ = ["RowAdapters", "changes_base"]
+
+_STARTS = ("gaussian", "eva", "orthogonal")
+"""Starts of PEFT's LoRA that leave the weights of the base as they are."""
+
+
+def changes_base(config: PeftConfig) -> bool:
+    """Whether loading an adapter changes its base model: its biases, or its weights, less what A and B start with."""
+    start = getattr(config, "init_lora_weights", True)
+    return getattr(config, "bias", "none") != "none" or (isinstance(start, str) and start not in _STARTS)
 
 
 class _LoRA(Core):
@@ -61,7 +70,8 @@ class RowAdapters:
     def take(self, name: str, other: PeftModel) -> bool:
         """Move the adapter of a model with the same base; False, and nothing changes, where it cannot be mixed."""
         config = other.peft_config["default"]
-        if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
+        beside = getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None)
+        if beside or changes_base(config):
             return False
         base = other.get_base_model()
         found = {key: m for key, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
