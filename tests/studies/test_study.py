@@ -151,7 +151,7 @@ def test_a_changed_study_keeps_equal_runs_and_refuses_others(
     assert "LoRA-4-seed0" not in result.output
     assert "another recipe in MoDE-2x2-seed1: train.learning_rate" in study(path, "--out", out, "--status").output
     only = study(path, "--out", out, "--only", "LoRA*").output
-    left_out = "2 runs in the folder with another recipe than the study's left out; claims about them are open"
+    left_out = "left out: 2 runs of another recipe than the study's; claims about them are open"
     assert left_out in " ".join(only.split())
     content = json.loads((out / "verdict.json").read_text())
     assert (content["left"], content["changed"]) == (0, 2)

@@ -309,8 +309,7 @@ def to_page(outcome: Outcome) -> str:
 
 def of_other_recipes(outcome: Outcome) -> str:
     """The runs that the outcome leaves out."""
-    runs = counted(outcome.changed, "run")
-    return f"{runs} in the folder with another recipe than the study's left out; claims about them are open"
+    return f"left out: {counted(outcome.changed, 'run')} of another recipe than the study's; claims about them are open"
 
 
 def _about_claims(outcome: Outcome) -> list[str]:

@@ -217,8 +217,9 @@ class Runner:
                 self._loop(started, workers, reporter)
             finally:
                 started.close()
+        diverged = {group for group in self.waiting() if not self._next(self.losses(group))}
         for combination, cell in self.selected().items():
-            if (group := self.study.group_of(combination)) in self.waiting() and not self._next(self.losses(group)):
+            if self.study.group_of(combination) in diverged:
                 self.failed.setdefault(cell.name, "every value of 'choose' diverged: give it lower ones")
         return self.conclude()
 
