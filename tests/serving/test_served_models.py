@@ -55,6 +55,22 @@ def test_an_adapter_that_cannot_be_mixed_has_a_batch_of_its_own(made: dict[str, 
             assert [answer["choices"][0]["text"]] == answers
 
 
+def test_a_prompt_above_the_limit_of_its_task_is_refused(made: dict[str, RunFolder]) -> None:
+    model = ServedModels({"more": made["more"]}, slots=1)["more/first_word"]
+    assert model.template is not None
+    asked = [Message("user", "fox lamp")]
+    whole = model.of_messages(asked, {}, Wish()).question.prompt
+    for most in (len(whole), len(whole) - 1):
+        limited = replace(model, template=model.template.model_copy(update={"max_prompt_tokens": most}))
+        if most == len(whole):
+            assert limited.of_messages(asked, {}, Wish()).question.prompt == whole
+            continue
+        with pytest.raises(
+            ServingError, match=f"the prompt has {len(whole)} tokens, and 'more/first_word' reads {most}"
+        ):
+            limited.of_messages(asked, {}, Wish())
+
+
 @pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}])
 def test_an_adapter_that_changes_its_base_model_changes_that_of_no_other(
     options: dict[str, Any], made: dict[str, RunFolder], tmp_path: Path

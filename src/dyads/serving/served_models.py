@@ -147,14 +147,15 @@ class ServedModel:
 
     @property
     def _most(self) -> int:
-        return self.tokenizer.max_prompt_tokens or 2**31
+        of_task = self.template.max_prompt_tokens if self.template is not None else None
+        return min(self.tokenizer.max_prompt_tokens or 2**31, of_task or 2**31)
 
     def _read(self, example: Example, param: str) -> list[int]:
         """The tokens of a prompt; ServingError where even its shortest version is too long. `param` is the part of the
         body that it comes from."""
         with _TOKENIZING:
             try:
-                ids = self.tokenizer.prompt(example)
+                ids = self.tokenizer.prompt(example, self._most)
                 if len(ids) < self._most:
                     return ids
                 shortest = replace(example, prompt=(example.prompt, *example.shorter)[-1], shorter=())
