@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from dyads.analysis.cost import cost
 from dyads.analysis.gates import Reader, gates_of
@@ -87,14 +88,15 @@ def test_a_run_has_times_and_its_peak_memory(trained: Callable[..., RunFolder]) 
 
 def test_scores_alone_and_together_are_compared_instance_by_instance(run: Callable[..., Path]) -> None:
     mixture = run("all", {"a": [40, 60, 50, 30], "b": [10, 20, 30, 50]})
-    alone = run("a only", {"a": [50, 70, 60, 40]})
+    alone = run("a only", {"a": [49, 71, 61, 39]})
     adapted = run("later", {"a": [40, 60, 50, 30], "b": [0, 20, 20, 45]})
     found = interference([mixture], {"a": [alone]}, [adapted])
     assert found.scores.names == ("setting", "task")
     assert found.scores.axes["setting"] == ("mixture", "alone", "adapted")
     assert found.scores.at(setting="alone").values.tolist() == [55, pytest.approx(np.nan, nan_ok=True)]
     gap = found.differences.at(setting="alone", task="a")
-    assert gap.values.tolist() == pytest.approx([10, 10, 10])  # every instance gains 10
+    half = stats.t.ppf(0.975, 3) * np.std([9, 11, 11, 9], ddof=1) / 2  # the gains of the instances
+    assert gap.values.tolist() == pytest.approx([10, 10 - half, 10 + half])
     value, low, high = found.differences.at(setting="adapted", task="b").values
     assert value == pytest.approx(-6.25)
     assert low < value < high
