@@ -296,7 +296,7 @@ def tiny(llama: Path) -> Callable[..., Recipe]:
 def tiny_recipe(method: str, model: Path, seed: int = 0, **sections: Any) -> Recipe:
     """A recipe that runs in a moment: a method by its key on a tiny model."""
     targets = {"t5": ["q", "v", "wo"], "bert": ["query", "value", "output.dense"]}.get(
-        next((kind for kind in ("t5", "bert") if kind in str(model)), ""), ["q_proj", "v_proj", "down_proj"]
+        next((kind for kind in ("t5", "bert") if kind in Path(model).name), ""), ["q_proj", "v_proj", "down_proj"]
     )
     options = {"target_modules": targets, **METHODS[method]} if method in METHODS else {"name": method}
     train = {"steps": 3, "batch_size": 8, "learning_rate": 0.01, "logging_steps": 1, "save_steps": None}
