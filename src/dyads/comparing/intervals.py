@@ -28,6 +28,11 @@ but never narrower than Student's interval over the scores of the seeds, with âˆ
 out close together by chance, S is too small and Satterthwaite's degrees of freedom too many; far in the tails, where
 corrected p-values are, that would give three seeds twice to four times the false verdicts that are allowed.
 
+Where no instance and no seed differs, as for two methods that are always right, V = 0 would say that none ever could. I
+is then that of one more instance, in one task, that differs by 100 points:
+
+    I = min_t (100 w_t / (n_t + 1))Â²                with n_t - 1 degrees of freedom
+
 Two methods with the same seeds are paired: for one seed they read the same examples in the same order. With different
 seeds each has an S / k and an R / k of its own, which are added; instances are paired in any case. With one seed V = I:
 the interval is about these trained adapters alone and says nothing about another training.

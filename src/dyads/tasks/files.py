@@ -16,7 +16,6 @@ an encoder with a head reads the input only. Files are read in the order of `pat
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -28,7 +27,7 @@ from pydantic import Field, field_validator
 from dyads.errors import TaskError, similar_file
 from dyads.tasks.family import register_family
 from dyads.tasks.own_rows import QUESTION_COLUMNS, OwnRow, OwnRowsSpec
-from dyads.tasks.rows import TOO_LARGE, Row, read_csv, read_json, read_jsonl, shortened
+from dyads.tasks.rows import Row, json_of_cell, read_csv, read_json, read_jsonl
 
 __all__ = ["FilesSpec", "RowFilesSpec"]
 
@@ -116,10 +115,4 @@ def _cell(row: Row, name: str, output: str) -> object:
     text = row.fields[name]
     if name != output or not text.lstrip().startswith('["'):
         return text
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", TOO_LARGE)
-        raise TaskError(
-            f"{row.place}: output starts like a JSON list but is not valid JSON: {reason} in {shortened(text)}"
-        ) from None
+    return json_of_cell(text, f"{row.place}: output starts like a JSON list but is not valid JSON")

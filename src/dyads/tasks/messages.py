@@ -7,12 +7,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dyads.errors import TaskError, listed
-from dyads.tasks.rows import TOO_LARGE, shortened
+from dyads.tasks.rows import json_of_cell, shortened
 
 __all__ = ["ASSISTANT", "CONVERSATIONS", "MESSAGES", "SYSTEM", "USER", "Message", "read_messages", "transcript"]
 
@@ -46,11 +45,7 @@ def read_messages(given: Any, place: str) -> tuple[Message, ...]:
     answer follows a user's message.
     """
     if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", TOO_LARGE)
-            raise TaskError(f"{place}: the text is not a JSON list of messages: {reason}") from None
+        given = json_of_cell(given, f"{place}: the text is not a JSON list of messages")
     if not isinstance(given, (list, tuple)) or not given:
         raise TaskError(f"{place}: messages must be a list of {{role, content}}, got {shortened(given)}")
     messages = tuple(_message(one, f"{place}, message {number}") for number, one in enumerate(given, start=1))

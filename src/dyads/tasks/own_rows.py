@@ -14,7 +14,6 @@ the same prompt are in one split. Tasks are ordered by their first rows.
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from dyads.tasks.divide import divide, take
 from dyads.tasks.family import FamilySpec, Suite
 from dyads.tasks.messages import ASSISTANT, CONVERSATIONS, MESSAGES, SYSTEM, Message, read_messages
 from dyads.tasks.metrics import metric as metric_named
-from dyads.tasks.rows import TOO_LARGE, Row, shortened
+from dyads.tasks.rows import Row, json_of_cell, shortened
 from dyads.tasks.task import SPLITS, Example, Task
 from dyads.tasks.template import Template, columns_of
 
@@ -195,7 +194,7 @@ class OwnRowsSpec(FamilySpec):
     def check_required(self, place: str, given: Iterable[str], task: str = "") -> None:
         """Refuse a row, or the columns of a table, without a question and an answer."""
         given = tuple(given)
-        if any(self._name(name) in given for name in (MESSAGES, CONVERSATIONS) if name in self.known):
+        if self._conversation_columns(given):
             return
         needed = [] if task else [("task", self._name("task"))]
         if self._name("instruction") not in given:
@@ -266,9 +265,14 @@ class OwnRowsSpec(FamilySpec):
             **texts,
         )
 
+    def _conversation_columns(self, given: Iterable[str]) -> list[str]:
+        """Our names of the columns for conversations that are among the given ones."""
+        given = set(given)
+        return [n for n in (MESSAGES, CONVERSATIONS) if n in self.known and self._name(n) in given]
+
     def _conversations(self, fields: Mapping[str, Any]) -> list[str]:
         """The columns that hold the row's conversation; an empty one counts where the row has no question either."""
-        there = [n for n in (MESSAGES, CONVERSATIONS) if n in self.known and self._name(n) in fields]
+        there = self._conversation_columns(fields)
         filled = [n for n in there if fields[str(self._name(n))] not in ("", [])]
         return filled or ([] if {*self._inputs(), self._name("instruction")} & fields.keys() else there)
 
@@ -276,11 +280,7 @@ class OwnRowsSpec(FamilySpec):
         name = self._name("labels")
         given = fields.get(name, ()) if name is not None else ()
         if isinstance(given, str) and given.strip().startswith("["):
-            try:
-                given = json.loads(given)
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", TOO_LARGE)
-                raise TaskError(f"{place}: '{name}' is not a valid JSON list: {reason} in {shortened(given)}") from None
+            given = json_of_cell(given, f"{place}: '{name}' is not a valid JSON list")
         if given == "":
             return ()
         if not isinstance(given, (list, tuple)) or not all(isinstance(label, str) for label in given):

@@ -20,9 +20,9 @@ from dyads.errors import DyadsError, TaskError, listed
 from dyads.reading import parse_json
 
 __all__ = [
-    "TOO_LARGE",
     "Row",
     "first_file",
+    "json_of_cell",
     "read_csv",
     "read_json",
     "read_jsonl",
@@ -30,9 +30,6 @@ __all__ = [
     "read_tsv",
     "shortened",
 ]
-
-TOO_LARGE = "it is nested too deeply, or has a number of thousands of digits"
-"""Why JSON without a mistake of its own cannot be read."""
 
 _LARGEST_CELL = 2**31 - 1  # the largest limit that the csv module takes on every system
 
@@ -156,6 +153,15 @@ def read_json(path: Path) -> list[Row]:
         if not isinstance(row.fields, dict):
             raise TaskError(f"{row.place}: expected a JSON object, got {shortened(row.fields)}; {DOWNLOAD_AGAIN}")
     return rows
+
+
+def json_of_cell(text: str, mistake: str) -> Any:
+    """The value of JSON in a cell of a table; TaskError with `mistake`, the reason and the text where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "it is nested too deeply, or has a number of thousands of digits")
+        raise TaskError(f"{mistake}: {reason} in {shortened(text)}") from None
 
 
 def shortened(value: object) -> str:

@@ -27,8 +27,6 @@ from dyads.tasks.messages import MESSAGES, SYSTEM, USER, Message, read_messages,
 
 __all__ = ["Template", "columns_of", "escape", "sentence"]
 
-"""The column of a conversation."""
-
 
 class Template(BaseModel):
     """The form of a task's prompts."""
