@@ -121,6 +121,8 @@ def test_only_runs_some_cells_and_claims_about_others_are_open(
     assert (content["left"], content["claims"][0]["verdict"]) == (2, "open")
     result = study(path, "--out", out, "--only", "MoRE*", code=2)
     assert "--only MoRE*: no cell has such a name" in result.output
+    status = study(path, "--out", out, "--status", "--only", CELLS[0], "--only", "*seed1").output
+    assert "2 done, 1 left" in status
 
 
 def test_a_failed_run_is_named_with_its_last_line_and_the_others_run(

@@ -58,7 +58,12 @@ Examples:
     show_default=True,
     help="local: processes of this machine. ray: tasks of Ray (pip install 'dyads[study]').",
 )
-@click.option("--only", metavar="PATTERN", help="The cells whose names match alone, such as 'MoDE-*' or '*seed0'.")
+@click.option(
+    "--only",
+    multiple=True,
+    metavar="PATTERN",
+    help="The cells whose names match alone, such as 'MoDE-*' or '*seed0'; repeatable.",
+)
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a key of every recipe; repeatable.")
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), help="The study's folder. Default: runs/studies/NAME."
@@ -74,7 +79,7 @@ def command(
     study: Path,
     workers: int,
     engine: str,
-    only: str | None,
+    only: tuple[str, ...],
     overrides: tuple[str, ...],
     out: Path | None,
     status: bool,

@@ -11,7 +11,7 @@ import fnmatch
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,8 +41,8 @@ class Runner:
 
     study: Study
     folder: StudyFolder
-    only: str | None = None
-    """A pattern of the names of cells, as in a shell, to run no others."""
+    only: Sequence[str] = ()
+    """Patterns of the names of cells, as in a shell: those that match one are run. Empty: all."""
     failed: dict[str, str] = field(default_factory=dict)
     """The last lines of the logs of runs that failed, by name."""
 
@@ -61,12 +61,13 @@ class Runner:
 
     def _select(self) -> set[str]:
         names = sorted({cell.name for cell in self.cells.values()})
-        if self.only is None:
-            return set(names)
-        found = {name for name in names if fnmatch.fnmatchcase(name, self.only)}
-        if not found:
-            raise ConfigError(f"--only {self.only}: no cell has such a name{did_you_mean(self.only, names)}")
-        return found
+        selected: set[str] = set()
+        for pattern in self.only:
+            found = {name for name in names if fnmatch.fnmatchcase(name, pattern)}
+            if not found:
+                raise ConfigError(f"--only {pattern}: no cell has such a name{did_you_mean(pattern, names)}")
+            selected |= found
+        return selected if self.only else set(names)
 
     # choice
 
