@@ -19,11 +19,13 @@ from click.testing import CliRunner
 
 from dyads.cli import main
 from dyads.comparing.comparison import compare
+from dyads.errors import RunError
 from dyads.report.content import answer_to, content_of, curves_of
 from dyads.report.instances import instances_of, kept, pack
-from dyads.report.learned import plane
+from dyads.report.learned import learned_by, plane
 from dyads.report.page import SECTIONS, page_of
 from dyads.runs.folder import RunFolder
+from dyads.runs.saved import SavedAdapter
 
 
 class Reader(HTMLParser):
@@ -243,6 +245,14 @@ def test_many_tasks_are_not_compared_pair_by_pair(learned: list[Path], monkeypat
     assert not [title for title in titles if "Similarity" in title or "Overlap of tasks" in title]
     assert not any(entry["taskmaps"] for entry in entries)
     assert "tasks are too many for a map of their pairs" in page
+
+
+def test_a_note_of_several_methods_stands_once(learned: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(folder: Path) -> SavedAdapter:
+        raise RunError("locked" if folder == learned[1] else "damaged")
+
+    monkeypatch.setattr(SavedAdapter, "read", unreadable)
+    assert learned_by(compare(learned), model=False)[1] == ["mode, lora: damaged", "more †: locked"]
 
 
 def test_an_adapter_that_cannot_be_read_is_a_note(learned: list[Path]) -> None:

@@ -43,7 +43,8 @@ def learned_by(
 
     Without `model` no base model is loaded; without `tokens` no text of an instance is in it.
     """
-    found, notes = [], []
+    found: list[dict[str, Any]] = []
+    notes: dict[str, list[str]] = {}  # the columns of each, as several often share one
     for column in comparison.columns:
         if column.reference:
             continue
@@ -51,12 +52,13 @@ def learned_by(
         try:
             of_column = _of_column(column, model, tokens)
         except (DyadsError, OSError) as error:
-            notes.append(f"{column.shown}: {visible(str(error))}")
+            notes.setdefault(visible(str(error)), []).append(column.shown)
             continue
         if of_column["maps"]:
             found.append(of_column)
-        notes += [f"{column.shown}: {note}" for note in of_column.pop("notes")]
-    return found, notes
+        for note in of_column.pop("notes"):
+            notes.setdefault(note, []).append(column.shown)
+    return found, [f"{', '.join(shown)}: {note}" for note, shown in notes.items()]
 
 
 def _of_column(column: Column, model: bool, tokens: bool) -> dict[str, Any]:
