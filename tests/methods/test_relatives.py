@@ -172,6 +172,7 @@ def smora_run(
     accumulate: int = 1,
     checkpointing: bool | None = None,
     compiles: bool = False,
+    fused: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
     """Two steps of training on the same six samples, in one batch or in several."""
@@ -184,7 +185,7 @@ def smora_run(
     if checkpointing is not None:
         model.base_model.model.enable_input_require_grads()
         model.base_model.model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=fused)
     inputs = batch("llama", rows=6)
     for _ in range(2):
         for part in range(accumulate):
@@ -215,9 +216,12 @@ def test_smora_moves_its_bias_once_per_step_towards_the_ranks_that_are_left_out(
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # of the tracer
 @pytest.mark.parametrize(
-    "changed", [{"accumulate": 3}, {"checkpointing": True}, {"checkpointing": False}, {"compiles": True}]
+    "changed",
+    [{"accumulate": 3}, {"checkpointing": True}, {"checkpointing": False}, {"compiles": True}, {"fused": True}],
 )
-def test_smora_counts_the_same_under_checkpointing_accumulation_and_compilation(changed: dict[str, Any]) -> None:
+def test_smora_counts_the_same_under_checkpointing_accumulation_compilation_and_fused_steps(
+    changed: dict[str, Any],
+) -> None:
     (plain, _), (other, _) = smora_run(), smora_run(**changed)
     assert steps_of(other) == steps_of(plain)
     assert [core.chosen.tolist() for core in cores(other)] == [core.chosen.tolist() for core in cores(plain)]

@@ -18,10 +18,12 @@ that share a gate (rank_partition) are left out, and no product is skipped.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dyads.errors import ConfigError
 from dyads.methods.config import DyadsConfig
@@ -67,6 +69,20 @@ class SMoRAConfig(DyadsConfig):
         return SMoRA(d, self.r, self.top_k, self.bias_rate)
 
 
+_STEPS = [0]
+"""Steps of this process' optimizers since the first core was made."""
+
+
+@cache
+def _count_steps() -> None:
+    """Count the steps of all of PyTorch's optimizers from now on."""
+
+    def stepped(*_: Any) -> None:
+        _STEPS[0] += 1
+
+    register_optimizer_step_post_hook(stepped)
+
+
 class SMoRA(Core):
     """A sigmoid score per rank, of which the largest are kept; gates (… r), zero but for k of them."""
 
@@ -85,7 +101,10 @@ class SMoRA(Core):
             self.router = nn.Parameter(torch.empty(r, d))
             self.register_buffer("bias_steps", torch.zeros(r, dtype=torch.long))
             self.register_buffer("chosen", torch.zeros(r, dtype=torch.long))
-        self._version = 0  # of the router when β last moved: every optimizer that changes it in place counts it up
+        # When β last moved: the router's version and the steps of optimizers. A fused one does not count the version
+        # up, and one that is not PyTorch's has no step.
+        self._moved = (0, 0)
+        _count_steps()
 
     def reset_parameters(self) -> None:
         if self.p > 1:
@@ -135,13 +154,14 @@ class SMoRA(Core):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph cannot read the version of a weight
     @torch.no_grad()
     def _move_bias(self) -> None:
-        """β += bias_rate · sign(mean of chosen − chosen), once after every change of the router.
+        """β += bias_rate · sign(mean of chosen − chosen), once after every step of an optimizer.
 
         The choices of all processes count.
         """
-        if self.router._version == self._version:
+        now = (self.router._version, _STEPS[0])
+        if now == self._moved:
             return
-        self._version = self.router._version
+        self._moved = now
         self.add_up_processes()
         # The mean may be no whole number; its r-fold is one.
         self.bias_steps += torch.sign(self.chosen.sum() - self.p * self.chosen)
