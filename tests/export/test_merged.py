@@ -26,7 +26,8 @@ from dyads.recipe.spec import QuantizationSpec
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import Manifest
 from dyads.runs.saved import SavedAdapter
-from tiny import TARGETS, Variant, batch
+from dyads.tuner import use_task
+from tiny import TARGETS, Variant, adapted_layers, batch
 
 MORE = Variant("more", (("r", 6), ("lora_alpha", 9)))
 
@@ -35,8 +36,11 @@ MORE = Variant("more", (("r", 6), ("lora_alpha", 9)))
 def saved(tmp_path: Path, llama: Path) -> Callable[..., tuple[PeftModel, SavedAdapter]]:
     """Makes an adapter with random weights on a tiny Llama in a folder, and reads it back."""
 
-    def make(config: Any, dtype: torch.dtype = torch.float32) -> tuple[PeftModel, SavedAdapter]:
+    def make(config: Any, dtype: torch.dtype = torch.float32, tied: bool = False) -> tuple[PeftModel, SavedAdapter]:
         base = AutoModelForCausalLM.from_pretrained(llama, dtype=dtype)
+        if tied:
+            base.config.tie_word_embeddings = True
+            base.lm_head.weight = base.model.embed_tokens.weight
         base.generation_config = GenerationConfig(do_sample=True, temperature=0.7, eos_token_id=2, pad_token_id=0)
         base.save_pretrained(tmp_path / "base")
         AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "base")
@@ -53,7 +57,8 @@ def saved(tmp_path: Path, llama: Path) -> Callable[..., tuple[PeftModel, SavedAd
 
 
 def config(variant: Variant = MORE, **options: Any) -> Any:
-    return variant.config(target_modules=TARGETS["llama"], task_type="CAUSAL_LM", init_weights=False, **options)
+    given = {"target_modules": TARGETS["llama"], "task_type": "CAUSAL_LM", "init_weights": False}
+    return variant.config(**(given | options))
 
 
 def test_a_checkpoint_per_task_answers_as_the_adapter_does(saved: Callable[..., Any], tmp_path: Path) -> None:
@@ -109,6 +114,36 @@ def test_pefts_own_lora_merges_too(saved: Callable[..., Any], tmp_path: Path) ->
         assert_close(merged(**batch("llama")).logits, model(**batch("llama")).logits, atol=1e-5, rtol=1e-5)
     with pytest.raises(RoutingError, match=r"cannot merge .* \(lora\) for a task: its gates do not look at it"):
         merge(adapter, None, tmp_path / "task", task="rte")
+
+
+def test_half_precision_is_rounded_once(saved: Callable[..., Any], tmp_path: Path) -> None:
+    model, adapter = saved(config(), torch.bfloat16)
+    written = load_file(merge(adapter, None, tmp_path / "out", task="rte").path / "model.safetensors")
+    layers = adapted_layers(model)
+    assert len(layers) > 1
+    with use_task(model, "rte"):
+        for layer in layers:
+            wanted = layer.get_base_layer().weight.float() + layer.get_delta_weight("default").float()
+            assert torch.equal(written[f"{layer.key}.weight"], wanted.bfloat16())
+
+
+@pytest.mark.parametrize("of", [config(target_modules=["lm_head"]), LoraConfig(target_modules=["lm_head"])])
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers):UserWarning")
+def test_a_head_that_is_tied_to_the_embeddings_is_refused(of: Any, saved: Callable[..., Any], tmp_path: Path) -> None:
+    _, adapter = saved(of, tied=True)
+    with pytest.raises(MergeError, match=r"'lm_head': its weight is shared \(tied\) with another module"):
+        merge(adapter, None, tmp_path / "out", task="rte" if adapter.task_names else None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sum_that_is_not_finite_is_refused(saved: Callable[..., Any], tmp_path: Path) -> None:
+    model, adapter = saved(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    layer = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    with torch.no_grad():
+        layer.lora_A["default"].weight[0, 0] = layer.lora_B["default"].weight[0, 0] = 1e20
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(RunError, match=r"the merged weight of 'model\.layers\.1\.self_attn\.q_proj' is not finite"):
+        merge(SavedAdapter.read(adapter.path), None, tmp_path / "out")
 
 
 @pytest.mark.parametrize("method", ["lora", "more"])

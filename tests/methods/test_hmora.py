@@ -155,6 +155,8 @@ def test_shares_start_by_depth_from_the_first_block_to_the_last() -> None:
     of_t5 = in_a_model("t5", target_modules=["q", "wo"])
     ends = {(".block.0." in n, float(p.detach())) for n, p in of_t5.named_parameters() if n.endswith("share_logit")}
     assert ends == {(True, -2.0), (False, 2.0)}
+    of_first = in_a_model("t5", target_modules=["q", "wo"], layers_to_transform=[0])
+    assert {float(p.detach()) for n, p in of_first.named_parameters() if n.endswith("share_logit")} == {-2.0}
     alone = get_peft_model(nn.Sequential(nn.Linear(6, 5)), HMoRAConfig(num_tasks=2, target_modules=["0"]))
     assert adapted_layers(alone)[0].core("default").share_logit.tolist() == [0.0]  # one block is first and last
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft import PeftModel
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
-from dyads.errors import RunError, shortened, visible
+from dyads.errors import MergeError, RunError, shortened, visible
 from dyads.export.card import merged_card
 from dyads.export.lora import (
     Check,
@@ -33,6 +34,7 @@ from dyads.runs.card import CARD
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import remove, seal, unfinished, writing
 from dyads.runs.saved import SavedAdapter
+from dyads.tuner.model import refuse_tied
 
 __all__ = ["Merged", "merge", "merge_all", "write_merged"]
 
@@ -114,7 +116,9 @@ def write_merged(
         else:
             write_lora(adapter, lora, plain, out, task=task)
         try:
-            model = PeftModel.from_pretrained(load_checkpoint(base), str(plain)).merge_and_unload(safe_merge=True)
+            model = _merged(PeftModel.from_pretrained(load_checkpoint(base), str(plain)))
+        except MergeError:
+            raise
         except ValueError as error:
             raise RunError(f"cannot merge the adapter in '{adapter.path}': {shortened(error)}") from error
         remove(plain)
@@ -131,3 +135,15 @@ def write_merged(
         (folder / CARD).write_text(visible(card, "\n"), encoding="utf-8")
         seal(folder)
     return Merged(out, task, dtype, model.num_parameters())
+
+
+def _merged(model: PeftModel) -> PreTrainedModel:
+    """The base model with its LoRA merged; ValueError for a tied weight, and for a sum that is not finite."""
+    layers = {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    refuse_tied(model, layers)
+    # PEFT's safe_merge would round the update before it is added.
+    merged: PreTrainedModel = model.merge_and_unload()
+    for name in layers:
+        if not torch.isfinite(merged.get_submodule(name).weight).all():
+            raise ValueError(f"the merged weight of '{name}' is not finite")
+    return merged

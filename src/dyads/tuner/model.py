@@ -34,7 +34,7 @@ from dyads.tuner.packed_experts import check_packed
 from dyads.tuner.routing import Routing, find_routing
 from dyads.tuner.weighted_sum import factors_of_sum, sum_config
 
-__all__ = ["DyadsModel", "current_names"]
+__all__ = ["DyadsModel", "current_names", "refuse_tied"]
 
 _OLD_NAMES = re.compile(r"\.dyads_(A|B|core)(\.|$)")
 _GATE = re.compile(r"(\.lora_core\.)gate\.(weight|bias)$")
@@ -86,7 +86,7 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
         self._warn_of_shared(layers)
         cores = {name: layer.core(adapter_name) for name, layer in layers.items()}
         self.peft_config[adapter_name].share(cores)
-        for core, depth in zip(cores.values(), _depths(cores), strict=True):
+        for core, depth in zip(cores.values(), _depths(self.model, cores), strict=True):
             core.set_depth(depth)
 
     def _warn_of_shared(self, layers: dict[str, DyadsLinear]) -> None:
@@ -120,7 +120,9 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
             target.update_layer(adapter_name, peft_config)
             return
         layer = DyadsLinear(target, self.routing, current_key)
-        layer.of_decoder = "decoder" in current_key.split(".")
+        # OPT's layers are in a "decoder" too, and have no other side.
+        two_sided = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        layer.of_decoder = bool(two_sided) and "decoder" in current_key.split(".")
         layer.__dict__["_active_adapter"] = adapter_name
         layer.update_layer(adapter_name, peft_config)
         if adapter_name not in self.active_adapters:
@@ -155,18 +157,13 @@ class DyadsModel(BaseTuner):  # type: ignore[misc]
 
     def _check_merge(self, adapter_names: list[str] | None) -> None:
         # Before the first layer is touched: a refusal must not leave half a model merged.
-        holders = _holders(self.model)
+        merging = {}
         for layer in self._layers():
             for name in adapter_names or layer.active_adapters:
                 if name in layer.lora_A:
                     layer.check_merge(name)
-                    shared = list(holders.get(layer.get_base_layer()._parameters.get("weight"), {}))
-                    if len(shared) > 1:
-                        raise MergeError(
-                            f"cannot merge adapter '{name}' into '{layer.key}': its weight is shared (tied) with"
-                            f" another module ({', '.join(shared[:3])}), which the merge would change, too. Keep the"
-                            " adapter unmerged, or give each module a weight of its own, a clone"
-                        )
+                    merging[layer.key] = layer
+        refuse_tied(self.model, merging)
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False, task: TaskLike | None = None
@@ -321,15 +318,33 @@ def _holders(model: nn.Module) -> dict[nn.Parameter, dict[str, nn.Module]]:
     return found
 
 
-def _depths(modules: Iterable[str]) -> list[float]:
-    """Depth of each module in the model, 0 to 1: the number of its block (the first in its path) over the largest.
+def refuse_tied(model: nn.Module, layers: Mapping[str, Any]) -> None:
+    """MergeError where another module of the model holds the weight of one of PEFT's adapted layers, by path."""
+    holders = _holders(model)
+    for path, layer in layers.items():
+        shared = list(holders.get(layer.get_base_layer()._parameters.get("weight"), {}))
+        if len(shared) > 1:
+            raise MergeError(
+                f"cannot merge into '{path}': its weight is shared (tied) with another module"
+                f" ({', '.join(shared[:3])}), which the merge would change, too. Keep the adapter unmerged, or give"
+                " each module a weight of its own, a clone"
+            )
 
-    With a single block it is 0.5.
+
+def _depths(model: nn.Module, paths: Iterable[str]) -> list[float]:
+    """Depth of each module in the model, 0 to 1: the number of its block, the first in its path, over the last one's.
+
+    Blocks without an adapter count too. It is 0.5 for a single block, and for a module in none, such as a head.
     """
-    numbers = [re.search(r"(?:^|\.)(\d+)(?:\.|$)", name) for name in modules]
-    blocks = [int(number[1]) if number else 0 for number in numbers]
-    last = max(blocks, default=0)
-    return [block / last if last else 0.5 for block in blocks]
+    depths = []
+    for path in paths:
+        number = re.search(r"(?:^|(?<=\.))\d+(?=\.|$)", path)
+        last = 0
+        if number is not None:
+            around = model.get_submodule(path[: number.start()].rstrip("."))
+            last = max(int(name) for name in around._modules if name.isdecimal())
+        depths.append(int(number[0]) / last if number is not None and last else 0.5)
+    return depths
 
 
 def current_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
