@@ -144,6 +144,11 @@ def test_refusals_name_what_is_missing(tmp_path: Path) -> None:
     save_adapter(tmp_path / "one", Variant("mode", (("num_experts", 1),)), orthonormal)
     with pytest.raises(RunError, match="has one expert, so there is no routing"):
         routing(tmp_path / "one")
+    save_adapter(tmp_path / "more", Variant("more"), orthonormal, rank_pattern={"v_proj": 2})
+    with pytest.raises(
+        RunError, match=r"gates of unequal sizes \(rank_pattern\): 1×4 in '.*down_proj' and 1×2 in '.*v_proj'"
+    ):
+        routing(tmp_path / "more")
 
 
 def test_named_arrays_pick_and_average_by_name() -> None:

@@ -146,3 +146,7 @@ def test_refusals(tmp_path: Path) -> None:
     get_peft_model(tiny_model("llama"), LoraConfig(r=3, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     with pytest.raises(RunError, match="neither experts nor tasks to compare"):
         redundancy(tmp_path / "lora")
+    save_adapter(tmp_path / "more", Variant("more"), orthonormal, rank_pattern={"v_proj": 2})
+    for question in (redundancy, ranks):
+        with pytest.raises(RunError, match="gates of unequal sizes"):
+            question(tmp_path / "more")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from dyads.analysis.gates import gates_of
 from dyads.analysis.tasks import task_similarity
 from dyads.errors import RunError
 from dyads.runs.folder import RunFolder
+from dyads.runs.saved import SavedLayer
 from made_adapters import choose_experts, orthonormal, save_adapter
 from tiny import TASKS, Variant
 
@@ -35,12 +37,17 @@ def test_tasks_with_equal_gates_have_similarity_1_and_with_other_experts_0(tmp_p
 
 
 def test_updates_are_compared_as_the_weights_they_add(tmp_path: Path) -> None:
-    gates = gates_of(save_adapter(tmp_path, Variant("mtl_lora"), lambda core, A, B: core.transform.normal_()))
+    change = partial(save_adapter, variant=Variant("mtl_lora"), change=lambda core, A, B: core.transform.normal_())
+    gates = gates_of(change(tmp_path, alpha_pattern={"v_proj": 64}))
+
+    def scale(layer: SavedLayer) -> float:
+        return 64 if "v_proj" in layer.module else gates.adapter.config.lora_alpha
+
     updates = torch.stack(
         [
             torch.cat(
                 [
-                    (layer.B @ G[t] @ layer.A).flatten().double()  # type: ignore[operator]
+                    scale(layer) * (layer.B @ G[t] @ layer.A).flatten().double()  # type: ignore[operator]
                     for layer, G in zip(gates.adapter.layers, gates.matrices, strict=True)
                 ]
             )

@@ -28,7 +28,18 @@ from dyads.scoring.answerer import Answerer
 from dyads.tasks import Example, Task, load_suite
 from dyads.tuner.layer import DyadsLinear, adapted_layers
 
-__all__ = ["ALL_TASKS", "INSTANCES", "Reader", "TaskGates", "entropy", "exact_gates", "gates_of", "shares", "watch"]
+__all__ = [
+    "ALL_TASKS",
+    "INSTANCES",
+    "Reader",
+    "TaskGates",
+    "check_equal_sizes",
+    "entropy",
+    "exact_gates",
+    "gates_of",
+    "shares",
+    "watch",
+]
 
 INSTANCES = 4
 """Instances of each task that are read, the first of the scored split."""
@@ -109,7 +120,7 @@ def exact_gates(adapter: SavedAdapter) -> TaskGates:
         with torch.no_grad():
             weights.append(torch.stack([_rows(core.choices(h, x, task), 2).mean(0) for task in ids]))
         matrices.append(torch.stack([layer.matrix(t) for t in range(len(tasks))]))
-    stacked = shares(torch.stack(weights, dim=1).double())
+    stacked = shares(_of_layers(adapter, weights, 1).double())
     return _result(adapter, tasks, stacked, entropy(stacked), tuple(matrices), 0)
 
 
@@ -125,7 +136,7 @@ def _measured_gates(adapter: SavedAdapter, reader: Reader, instances: int) -> Ta
         if not all(total[0] for total in sums.values()):
             idle = next(name for name, total in sums.items() if not total[0])
             raise RunError(f"no instance of task '{task.name}' passes through '{idle}': there is nothing to analyse")
-        weights.append(torch.stack([sums[name][1] / sums[name][0] for name in modules]))
+        weights.append(_of_layers(adapter, [sums[name][1] / sums[name][0] for name in modules], 0))
         spread.append(torch.stack([sums[name][2] / sums[name][0] for name in modules]))
         matrices.append([sums[name][3] / sums[name][0] for name in modules])
     by_layer = tuple(torch.stack(of_layer) for of_layer in zip(*matrices, strict=True))
@@ -139,6 +150,24 @@ def _add(sums: dict[str, list[Any]], name: str, weights: Tensor, matrices: Calla
     total[1] = total[1] + w.sum(0)
     total[2] = total[2] + entropy(w).sum(0)
     total[3] = total[3] + matrices().double().sum(0)
+
+
+def _of_layers(adapter: SavedAdapter, by_layer: Sequence[Tensor], axis: int) -> Tensor:
+    """The weights of all layers along a new axis; RunError where layers differ in their choices or experts."""
+    check_equal_sizes(adapter, [tuple(weights.shape[-2:]) for weights in by_layer])
+    return torch.stack(list(by_layer), dim=axis)
+
+
+def check_equal_sizes(adapter: SavedAdapter, sizes: Sequence[tuple[int, ...]]) -> None:
+    """RunError unless all layers have as many choices and experts."""
+    other = next((i for i, size in enumerate(sizes) if size != sizes[0]), None)
+    if other is not None:
+        of_first, of_other = ("×".join(map(str, sizes[i])) for i in (0, other))
+        raise RunError(
+            f"the layers of the adapter in '{adapter.path}' have gates of unequal sizes (rank_pattern): {of_first} in"
+            f" '{adapter.layers[0].module}' and {of_other} in '{adapter.layers[other].module}', so no table of layers"
+            " and experts holds them; `dyads inspect RUN` shows every layer's size"
+        )
 
 
 def _result(

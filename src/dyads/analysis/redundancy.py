@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dyads.analysis.gates import exact_gates
+from dyads.analysis.gates import check_equal_sizes, exact_gates
 from dyads.analysis.inspection import kinds_of
 from dyads.analysis.named_array import NamedArray, Table
 from dyads.analysis.ranks import reduced
@@ -114,6 +114,7 @@ def _of_experts(adapter: SavedAdapter, names: Sequence[str]) -> NamedArray | Non
                 return None
             matrices = [core.matrix(core.gates_of_expert(e, like)).reshape(core.q, core.p) for e in range(n)]
         found.append(overlap(layer, torch.stack(matrices)))
+    check_equal_sizes(adapter, [(array.shape[-1],) for array in found])
     experts = range(found[0].shape[-1])
     return NamedArray.of(np.stack(found, axis=1), side=SIDES, layer=names, expert=experts, other=experts)
 

@@ -117,11 +117,12 @@ def _normalised(inner: Tensor) -> Tensor:
 
 
 def _updates(gates: TaskGates) -> Tensor:
-    """Cosines of the updates, from ⟨B G A, B G' A⟩ = Σ (BᵀB G AAᵀ) ∘ G'."""
+    """Cosines of the updates s B G A of all layers with their scales s; ⟨B G A, B G' A⟩ = Σ (BᵀB G AAᵀ) ∘ G'."""
     total = torch.zeros(len(gates.tasks), len(gates.tasks), dtype=torch.float64)
     for layer, G in zip(gates.adapter.layers, gates.matrices, strict=True):
         assert layer.A is not None
         assert layer.B is not None
         A, B, G = layer.A.double(), layer.B.double(), G.double()
-        total += torch.einsum("tqp,sqp->ts", (B.T @ B) @ G @ (A @ A.T), G)
+        scale = gates.adapter.config.for_layer(layer.module).scaling
+        total += scale**2 * torch.einsum("tqp,sqp->ts", (B.T @ B) @ G @ (A @ A.T), G)
     return _normalised(total)
