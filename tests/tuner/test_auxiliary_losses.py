@@ -201,6 +201,23 @@ def test_a_model_that_calls_itself_gives_one_loss_for_all() -> None:
     assert_close(found[2], (found[0] + found[1]) / 2)
 
 
+def test_a_pass_that_was_interrupted_takes_no_later_losses() -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    model, inputs = adapted(MORE), without_labels(padded("llama"))
+    model(**inputs, task=list(TASKS))
+    expected = dyads.auxiliary_loss(model)
+    hook = layers(model)[-1].register_forward_pre_hook(stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs, task=list(TASKS))
+    hook.remove()
+    for _ in range(2):
+        model(**inputs, task=list(TASKS))
+        assert_close(dyads.auxiliary_loss(model), expected)
+
+
 @placed
 def test_every_trainable_parameter_gets_a_gradient(lossy: Variant, kind: str) -> None:
     model = adapted(lossy, kind)

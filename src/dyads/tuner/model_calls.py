@@ -101,6 +101,7 @@ class _EnterForward:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         routing, here = self.routing, self.routing.here
+        here.current = _without_interrupted(here.current, model)
         entered = here.current = ForwardPass(model, here.current)  # first: an error below must find it, to end it
         here.untaken = None
         task = None if self.own_task else kwargs.pop("task", None)
@@ -116,6 +117,30 @@ class _EnterForward:
             if entered.training is not None:
                 entered.training.tasks = entered.tasks
         return args, kwargs
+
+
+def _without_interrupted(current: ForwardPass | None, model: nn.Module) -> ForwardPass | None:
+    """The pass around a call of `model` that starts, without passes that were interrupted, as by Ctrl-C in a notebook.
+
+    PyTorch calls the hook that ends a pass after an Exception, and not after a KeyboardInterrupt. A model may also call
+    itself; then its first call is on the stack.
+    """
+    passes, outer = [], current
+    while outer is not None:
+        passes.append(outer)
+        outer = outer.outer
+    own = [entered for entered in passes if entered.model is model]
+    if not own or torch.compiler.is_compiling() or _calls_on_stack(model) > 1:
+        return current
+    return own[-1].outer
+
+
+def _calls_on_stack(model: nn.Module) -> int:
+    code, frame, calls = nn.Module._call_impl.__code__, inspect.currentframe(), 0
+    while frame is not None:
+        calls += frame.f_code is code and frame.f_locals["self"] is model
+        frame = frame.f_back
+    return calls
 
 
 class _LeaveForward:
