@@ -15,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig, OPTConfig, OPTForCausalLM
 
 from dyads import MoDEConfig, MoREConfig, add_task, use_task
 from dyads.errors import MergeError, RoutingError
@@ -412,6 +413,35 @@ def test_several_samples_per_prompt_keep_their_tasks() -> None:
         **inputs, max_new_tokens=2, do_sample=True, num_return_sequences=3, task=["rte", "cola", "sst2"]
     )
     assert out.shape == (9, 9)
+
+
+def test_beams_may_be_named_by_a_config_and_other_rows_in_generate_are_refused() -> None:
+    def guided(model: Any, input_ids: Tensor, **rest: Any) -> Tensor:
+        logits: Tensor = model(torch.cat([input_ids, input_ids])).logits  # as Dia: conditioned, then unconditioned
+        return logits
+
+    model, inputs = more(), batch("llama")
+    beams = GenerationConfig(max_new_tokens=3, num_beams=2, do_sample=False, pad_token_id=0)
+    together = model.generate(inputs["input_ids"], beams, task=list(TASKS))
+    assert torch.equal(together, model.generate(inputs["input_ids"], generation_config=beams, task=list(TASKS)))
+    model.base_model.model.generation_config.num_beams = 2
+    assert torch.equal(together, model.generate(inputs["input_ids"], max_new_tokens=3, task=list(TASKS)))
+    with pytest.raises(RoutingError, match="task has 3 entries for a batch of 6"):
+        model.generate(**inputs, custom_generate=guided, num_beams=1, max_new_tokens=3, task=list(TASKS))
+
+
+def test_a_decoder_without_an_encoder_is_none() -> None:
+    sizes = {
+        "hidden_size": 32,
+        "ffn_dim": 44,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "word_embed_proj_dim": 32,
+    }
+    opt = get_peft_model(OPTForCausalLM(OPTConfig(vocab_size=61, **sizes)), MoDEConfig(target_modules=["q_proj"]))
+    t5 = get_peft_model(tiny_model("t5"), MoDEConfig(target_modules=["q"]))
+    assert [layer.of_decoder for layer in adapted_layers(opt)] == [False]
+    assert {layer.of_decoder for layer in adapted_layers(t5)} == {False, True}
 
 
 def test_generate_refuses_missing_unknown_and_miscounted_tasks() -> None:

@@ -58,8 +58,8 @@ class BatchTasks:
                     raise RoutingError(f"a task is a name or an id, got {item!r}")
         if len(self.task) == 0:
             raise RoutingError("task is empty: give one task for every sample")
-        self.repeated = False
-        """Whether a call may have several rows for every sample, as inside `generate`."""
+        self.copies = 1
+        """Rows that a call may have for every sample in place of one: inside `generate` its beams or answers."""
         self.repeats = 1
         self.widths: tuple[int, ...] = ()
         self._ids: dict[tuple[str, torch.device], tuple[tuple[str, ...], Tensor]] = {}
@@ -70,8 +70,8 @@ class BatchTasks:
     def for_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchTasks:
         """These tasks for one call of the model, from the arguments that it is called with.
 
-        RoutingError unless one task applies to all rows, or every row, packed sequence or token has its own (or,
-        `repeated`, every sample).
+        RoutingError unless one task applies to all rows, or every row, packed sequence or token has its own, or every
+        sample of `copies` rows.
         """
         first = _first_batched(args, kwargs)
         if first is None or self.for_all:
@@ -85,7 +85,7 @@ class BatchTasks:
                 )
             return self
         tasks = copy.copy(self)  # shares the ids that are resolved already
-        if rows != given and not (self.repeated and rows % given == 0):
+        if rows not in (given, given * self.copies):
             if first.ndim > 1:
                 tasks.packing = Packing.of_call(kwargs, rows, first.shape[1], given)
             if tasks.packing is None:
@@ -100,12 +100,16 @@ class BatchTasks:
         tasks.widths = tuple({v.shape[1] for v in tensors if v.ndim > 1 and v.shape[0] == rows})
         return tasks
 
-    def for_generate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchTasks:
-        """These tasks for the calls of a model inside `generate`, which is called with these arguments."""
+    def for_generate(self, args: tuple[Any, ...], kwargs: dict[str, Any], copies: int) -> BatchTasks:
+        """These tasks for the calls of a model inside `generate`, which is called with these arguments.
+
+        There every sample has one row, as in the encoder, or `copies` in a row. Models that compute other rows too, as
+        Dia does for its guidance, behind those of the batch, are refused.
+        """
         tasks = copy.copy(self.for_call(args, kwargs))
         if tasks.tokens is not None:
             raise RoutingError("generate needs one task for every row, and not for every token or packed sequence")
-        tasks.repeated = True
+        tasks.copies = copies
         return tasks
 
     def flattened(self, x: Tensor) -> Tensor:

@@ -209,7 +209,7 @@ class _Generate:
     """The model's own `generate`, with `task=`; where it has a `task` itself, ours comes from `use_task`."""
 
     def __init__(self, inner: Callable[..., Any], model: nn.Module, routing: Routing) -> None:
-        self.inner, self.routing, self.own_task = inner, routing, _takes_task(inner)
+        self.inner, self.model, self.routing, self.own_task = inner, model, routing, _takes_task(inner)
 
     def __call__(self, *args: Any, task: TaskLike | None = None, **kwargs: Any) -> Any:
         routing = self.routing
@@ -219,8 +219,22 @@ class _Generate:
         if tasks is None or not routing.names:
             with routing.unchanged_weights():
                 return self.inner(*args, **kwargs)
-        with routing.using(tasks.for_generate(args, kwargs)), routing.unchanged_weights():
+        tasks = tasks.for_generate(args, kwargs, _copies(self.model, args, kwargs))
+        with routing.using(tasks), routing.unchanged_weights():
             return self.inner(*args, **kwargs)
+
+
+def _copies(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """How many rows transformers' `generate` makes of every sample (`_expand_inputs_for_generation`, 5.23)."""
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+
+    own = getattr(model, "generation_config", None)
+
+    def option(name: str) -> int:
+        given = (kwargs.get(name), getattr(config, name, None), getattr(own, name, None))
+        return next((number for number in given if number is not None), 1)
+
+    return max(option("num_beams"), option("num_return_sequences"))
 
 
 class _GenerateBatch:
