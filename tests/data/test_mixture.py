@@ -92,27 +92,28 @@ def test_sorting_by_length_changes_the_batches_of_a_window_and_not_its_examples(
 
 
 def test_sorting_by_length_saves_padding():
-    def padding(plan):
-        widths = [[LENGTHS[t][i] for t, i in batch] for batch in plan]
-        return sum(max(w) * len(w) - sum(w) for w in widths)
-
-    assert padding(make(window=8)) < 0.4 * padding(make(window=1))
-
-
-@pytest.mark.parametrize(("n", "batch_size"), [(16, 16), (4, 4), (40, 8), (32, 8), (100, 16)])
-def test_few_examples_fill_no_batch_with_their_copies(n, batch_size):
-    """These have one length each, so that sorting puts them beside each other."""
-    plan = make(steps=64, batch_size=batch_size, lengths=[list(range(10, 10 + n))], window=WINDOW)
-    drawn = make(steps=64, batch_size=batch_size, lengths=[list(range(10, 10 + n))], window=1)
-    assert sum(len(set(batch)) for batch in plan) >= sum(len(set(batch)) for batch in drawn)
-    assert min(len(set(batch)) for batch in plan) >= batch_size // 2
-    assert max(Counter(chain(*plan)).values()) - min(Counter(chain(*plan)).values()) <= 1
+    many = [task * 20 for task in LENGTHS]
+    assert padding_share(make(lengths=many, window=8), many, 6) < 0.5 * padding_share(
+        make(lengths=many, window=1), many, 6
+    )
 
 
-def test_a_small_task_of_a_mixture_fills_no_batch():
-    lengths = [[50], list(range(10, 510)), [20, 30, 40, 60, 80]]
+@pytest.mark.parametrize("batches", ["mixed", "one_task"])
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 2), (4, 4), (16, 16), (32, 8), (40, 8), (100, 16), (128, 16)])
+def test_few_examples_stay_in_the_batches_that_drew_them(n, batch_size, batches):
+    """Sorted, every pass would have the same batches, and copies of an example would share one."""
+    lengths = [list(range(10, 10 + n))]
+    plan = make("uniform", batches, steps=64, batch_size=batch_size, lengths=lengths, window=WINDOW)
+    assert plan == make("uniform", batches, steps=64, batch_size=batch_size, lengths=lengths, window=1)
+
+
+def test_small_tasks_of_a_mixture_stay_and_the_others_are_sorted_around_them():
+    lengths = [[50], list(range(10, 2010)), [20, 30, 40, 60, 80]]
     drawn, bucketed = (make("uniform", batch_size=8, steps=64, lengths=lengths, window=w) for w in (1, 8))
-    assert sum(len(set(batch)) for batch in bucketed) >= sum(len(set(batch)) for batch in drawn)
+    assert [[e for e in batch if e[0] != 1] for batch in bucketed] == [[e for e in b if e[0] != 1] for b in drawn]
+    for start in range(0, 64, 8):
+        ranges = sorted(sorted(i for task, i in batch if task == 1) for batch in bucketed[start : start + 8])
+        assert sorted(chain(*ranges)) == list(chain(*ranges))
 
 
 def test_batches_of_a_window_are_not_left_in_the_order_of_length():

@@ -14,6 +14,7 @@ all methods trained with one seed see the same examples in the same order.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import cycle, islice
 from typing import Literal
@@ -89,8 +90,9 @@ def schedule(
     - The examples of a task are drawn in shuffled passes: all of them once before any of them again.
     - The examples of `window` batches are sorted by length and cut into batches again, which are shuffled. This saves
       padding and leaves the set of examples of a window unchanged. With `one_task`, only batches of the same task
-      exchange examples, and the order of tasks is kept. `window=1` disables it. Where a batch would read an example
-      twice, as of a task with few (copies have the same length), the halves of the window are sorted by themselves.
+      exchange examples, and the order of tasks is kept. `window=1` disables it. Examples stay in the batch that drew
+      them where the window reads their task whole, or one of its examples twice: sorted, the batches of a task with
+      few examples would be the same in every pass, and copies, which have the same length, would share one.
     - A longer schedule starts with the shorter one (same window): whole windows are drawn and the last one is cut off,
       so a schedule that ends within a window leaves out some of the examples that it drew.
     """
@@ -125,21 +127,19 @@ def _bucket(
     for position, batch in enumerate(drawn):
         groups.setdefault(batch[0][0] if spec.batches == "one_task" else -1, []).append(position)
     bucketed = list(drawn)
-
-    def sort(positions: list[int]) -> None:
-        pool = sorted((e for p in positions for e in drawn[p]), key=lambda e: lengths[e[0]][e[1]])
-        size = len(drawn[0])
-        cuts = [pool[at : at + size] for at in range(0, len(pool), size)]
-        if len(positions) > 1 and any(len(set(cut)) < size for cut in cuts):
-            middle = len(positions) // 2
-            sort(positions[:middle])
-            sort(positions[middle:])
-            return
-        for position, cut in zip(random.permutation(positions).tolist(), cuts, strict=True):
-            bucketed[position] = cut
-
     for positions in groups.values():
-        sort(positions)
+        times = Counter(example for p in positions for example in drawn[p])
+        of_task = Counter(task for task, _ in times.elements())
+        few = {task for (task, _), n in times.items() if n > 1}
+        few |= {task for task, n in of_task.items() if n >= len(lengths[task])}
+        pool = sorted(
+            (example for p in positions for example in drawn[p] if example[0] not in few),
+            key=lambda example: lengths[example[0]][example[1]],
+        )
+        rest = iter(pool)
+        for position in random.permutation(positions).tolist():
+            kept = [example for example in drawn[position] if example[0] in few]
+            bucketed[position] = kept + list(islice(rest, len(drawn[position]) - len(kept)))
     return bucketed
 
 
