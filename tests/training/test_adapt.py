@@ -248,6 +248,19 @@ def test_an_encoders_old_heads_stay_whatever_trains(trained: Trained, new_pairs:
         assert len(after[name]) == len(before[name]) + 2
 
 
+def test_new_heads_start_the_same_for_every_method_of_a_seed(trained: Trained, new_pairs: Path) -> None:
+    runs = {method: trained(method, "bert") for method in ("lora", "more")}
+
+    def rows(method: str, seed: int) -> Tensor:
+        given = ("train.learning_rate=1e-30", f"seed={seed}")
+        after = weights(adapt(runs[method], new_pairs, f"{method}{seed}", *given, parts="all", shots=4))
+        return next(value[-2:] for name, value in after.items() if name.endswith("task_heads.weight"))
+
+    of_more = rows("more", 3)
+    assert torch.equal(rows("lora", 3), of_more)
+    assert not torch.equal(rows("more", 4), of_more)
+
+
 # --- where it starts --------------------------------------------------------------------------------------------------
 
 
@@ -298,7 +311,7 @@ def test_it_learns_the_new_task(trained: Trained, new_pairs: Path) -> None:
         new_pairs,
         "new",
         "train.steps=60",
-        "train.learning_rate=0.03",
+        "train.learning_rate=0.01",
         parts="all",
         evaluate=True,
     )

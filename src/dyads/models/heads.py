@@ -144,10 +144,12 @@ class TaskHeads(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     @torch.no_grad()
-    def add(self, heads: Sequence[Head]) -> None:
-        """Append heads with random weights; the existing ones keep theirs."""
+    def add(self, heads: Sequence[Head], seed: int) -> None:
+        """Append heads with random weights, the same for every method of a seed; the existing ones keep theirs."""
         count = sum(head.rows for head in heads)
-        weight = nn.init.normal_(self.weight.new_empty(count, self.weight.shape[1]), std=_INIT_STD)
+        random = torch.Generator().manual_seed(seed)
+        weight = nn.init.normal_(torch.empty(count, self.weight.shape[1]), std=_INIT_STD, generator=random)
+        weight = weight.to(self.weight)
         for name, more in (("weight", weight), ("bias", self.bias.new_zeros(count))):
             before = getattr(self, name)
             setattr(self, name, nn.Parameter(torch.cat([before, more]), requires_grad=before.requires_grad))

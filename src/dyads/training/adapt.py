@@ -256,7 +256,7 @@ def load_extended(recipe: Recipe, folder: RunFolder, base: PreTrainedModel, task
     if heads:
         more = heads_of(tasks)
         for module in [m for m in model.modules() if isinstance(m, TaskHeads)]:
-            module.add(more)
+            module.add(more, recipe.seed)
         heads += more
     return ExtendedAdapter(model, (*known, *new), heads, tables, len(new))
 
