@@ -50,6 +50,7 @@ def test_generation_settings_of_a_checkpoint_do_not_leak_into_scoring(
 ) -> None:
     path = other_llama()
     settings = {"do_sample": True, "temperature": 0.3, "repetition_penalty": 1.5, "num_beams": 4, "min_length": 9}
+    settings |= {"forced_bos_token_id": 5, "forced_eos_token_id": 2}  # BART's
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     (path / "generation_config.json").write_text(json.dumps({**settings, **ids}))
     generation = load_model(ModelSpec(name=str(path))).generation_config

@@ -46,6 +46,7 @@ __all__ = [
 Kind = Literal["causal", "seq2seq", "encoder"]
 
 _MOST_LAYERS = 10_000
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 """Python files of a model are not run. Without the argument transformers prompts for it on the terminal."""
 
@@ -125,9 +126,10 @@ def load_model(spec: ModelSpec) -> PreTrainedModel:
     model.requires_grad_(False)
     if kind == "encoder":
         return cast(PreTrainedModel, without_pooler(model).eval())
-    # The checkpoint's generation settings (sampling, penalties, beams) must not change how runs are scored.
+    # The checkpoint's generation settings (sampling, penalties, beams) must not change how runs are scored, and no
+    # training shows the first or last tokens that some checkpoints force (BART's).
     settings = model.generation_config.to_dict()
-    ids = {key: value for key, value in settings.items() if key.endswith("_token_id")}
+    ids = {key: settings.get(key) for key in _TOKEN_IDS}
     model.generation_config = _load(name, lambda: GenerationConfig(**ids))
     return model.eval()
 
