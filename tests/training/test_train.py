@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from dyads.data.batches import Collator, pad_id_of
+from dyads.data.batches import Collator, TaskDataset, pad_id_of
 from dyads.errors import ConfigError, DyadsError, RunError, TaskError
-from dyads.recipe.spec import Recipe
+from dyads.recipe.spec import EvaluateSpec, Recipe
 from dyads.runs.accept import accept
 from dyads.runs.folder import RunFolder
 from dyads.tasks import load_suite
@@ -568,6 +568,19 @@ def test_validation_during_training_changes_no_weight_and_resumes(
     assert [line["step"] for line in resumed.log() if line.get("event") == "validated"] == [2, 4, 4, 5]
     assert _curve(resumed) == _curve(through)
     assert_close(adapter_of(resumed), adapter_of(through), rtol=0, atol=0)
+
+
+def test_validation_reads_a_sample_and_not_the_first_instances(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    get = TaskDataset.__getitem__
+    monkeypatch.setattr(TaskDataset, "__getitem__", lambda self, place: (read.append(place), get(self, place))[1])
+    training = Training(recipe := tiny("lora", train={"validation_limit": 2}), load_suite(recipe.tasks))
+    training.validation_losses(training.trainer(RunFolder(tmp_path / "run")), 2)
+    counts = [len(task.validation) for task in training.tasks]
+    assert read == [(number, i) for number, n in enumerate(counts) for i in EvaluateSpec(limit=2).pick(n)]
+    assert read != [(number, i) for number in range(len(counts)) for i in range(2)]
 
 
 def test_a_validation_at_the_last_step_is_not_repeated_and_its_time_is_not_training(

@@ -54,6 +54,7 @@ __all__ = [
     "differences",
     "further_mistakes",
     "refuse",
+    "sample",
 ]
 
 UNTRAINED = ("zero-shot", "majority")
@@ -305,7 +306,8 @@ class TrainSpec(Section):
     bucket_window: PositiveInt = 8
     """Batches among which examples are sorted by length, to save padding; 1: no sorting"""
     validation_limit: PositiveInt | None = None
-    """Validation instances per task whose loss is logged after training, to choose a learning rate by; null: none"""
+    """Validation instances per task, a fixed sample, whose loss is logged after training, to choose a learning rate by;
+    null: none"""
     validation_steps: PositiveInt | None = None
     """Optimizer steps between two validation losses during training, on the same instances; null: only after it"""
     threads: PositiveInt | None = None
@@ -341,6 +343,7 @@ class TrainSpec(Section):
 
 RESERVED = {  # fields of TrainingArguments that the recipe or the training itself sets
     "output_dir": "checkpoints are kept in the run folder",
+    "save_only_model": "a run that is resumed needs the optimizer's state",
     "seed": "set the recipe's 'seed'",
     "data_seed": "set the recipe's 'seed'",
     "max_steps": "set 'train.steps'",
@@ -417,16 +420,20 @@ class EvaluateSpec(Section):
         return tuple(task for task in tasks if self.tasks == "all" or not task.train)
 
     def pick(self, n: int) -> list[int]:
-        """The indices of the instances that are scored, of a task with n of them, in ascending order.
+        """The indices of the instances that are scored, of a task with n of them (`sample`)."""
+        return sample(n, self.limit)
 
-        The sample depends on n and the limit only, not on the run's seed, and a larger limit contains the instances of
-        a smaller one.
-        """
-        order = list(range(n))
-        if self.limit is None or self.limit >= n:
-            return order
-        random.Random(0).shuffle(order)
-        return sorted(order[: self.limit])
+
+def sample(n: int, limit: int | None) -> list[int]:
+    """At most `limit` of n indices, in ascending order.
+
+    They depend on n and the limit alone, not on a run's seed, and a larger limit contains those of a smaller one.
+    """
+    order = list(range(n))
+    if limit is None or limit >= n:
+        return order
+    random.Random(0).shuffle(order)
+    return sorted(order[:limit])
 
 
 class AdaptSpec(Section):

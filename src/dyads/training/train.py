@@ -34,7 +34,7 @@ from dyads.models.load import Kind, kind_of, load_model, load_tokenizer, model_c
 from dyads.models.processes import launched, on_cpus
 from dyads.models.prompts import chat_template_of, prompt_tokenizer_of
 from dyads.models.quantization import quantization_config
-from dyads.recipe.spec import Recipe
+from dyads.recipe.spec import Recipe, sample
 from dyads.runs.adapter import check_adapter, save_adapter
 from dyads.runs.checkpoints import checkpoint_to_resume, loading, rotate, step_of
 from dyads.runs.folder import RunFolder
@@ -523,7 +523,7 @@ class Training:
 
     @torch.no_grad()
     def validation_losses(self, trainer: TaskTrainer, limit: int) -> dict[str, float]:
-        """By task, the loss per label on its first `limit` validation instances.
+        """By task, the loss per label on a fixed sample of `limit` validation instances.
 
         A label is a token, or with heads an instance.
         """
@@ -531,11 +531,10 @@ class Training:
         self.model.eval()
         dataset = TaskDataset(self.tasks, self.prompt_tokenizer, split="validation", places=self.dataset.places)
         size, processes = self.recipe.train.batch_size // self.recipe.train.gradient_accumulation, launched()
-        counts = [min(limit, len(task.validation)) for task in self.tasks]
         batches = [
-            [(number, i) for i in range(start, min(start + size, count))]
-            for number, count in enumerate(counts)
-            for start in range(0, count, size)
+            [(number, i) for i in chosen[start : start + size]]
+            for number, chosen in enumerate(sample(len(task.validation), limit) for task in self.tasks)
+            for start in range(0, len(chosen), size)
         ]
         found: list[tuple[int, float, int]] = []
         for first in range(0, len(batches), processes.num_processes):
