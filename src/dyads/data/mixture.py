@@ -90,9 +90,9 @@ def schedule(
     - The examples of a task are drawn in shuffled passes: all of them once before any of them again.
     - The examples of `window` batches are sorted by length and cut into batches again, which are shuffled. This saves
       padding and leaves the set of examples of a window unchanged. With `one_task`, only batches of the same task
-      exchange examples, and the order of tasks is kept. `window=1` disables it. Examples stay in the batch that drew
-      them where the window reads their task whole, or one of its examples twice: sorted, the batches of a task with
-      few examples would be the same in every pass, and copies, which have the same length, would share one.
+      exchange examples, and the order of tasks is kept. `window=1` disables it. An example stays in the batch that drew
+      it where the window reads it twice, or all examples of its task: copies have the same length and would share a
+      batch, and the batches of a task with few examples would be the same in every pass.
     - A longer schedule starts with the shorter one (same window): whole windows are drawn and the last one is cut off,
       so a schedule that ends within a window leaves out some of the examples that it drew.
     """
@@ -130,16 +130,12 @@ def _bucket(
     for positions in groups.values():
         times = Counter(example for p in positions for example in drawn[p])
         of_task = Counter(task for task, _ in times.elements())
-        few = {task for (task, _), n in times.items() if n > 1}
-        few |= {task for task, n in of_task.items() if n >= len(lengths[task])}
-        pool = sorted(
-            (example for p in positions for example in drawn[p] if example[0] not in few),
-            key=lambda example: lengths[example[0]][example[1]],
-        )
-        rest = iter(pool)
+        stay = {(t, i) for (t, i), n in times.items() if n > 1 or of_task[t] >= len(lengths[t])}
+        moving = (example for p in positions for example in drawn[p] if example not in stay)
+        pool = iter(sorted(moving, key=lambda example: lengths[example[0]][example[1]]))
         for position in random.permutation(positions).tolist():
-            kept = [example for example in drawn[position] if example[0] in few]
-            bucketed[position] = kept + list(islice(rest, len(drawn[position]) - len(kept)))
+            kept = [example for example in drawn[position] if example in stay]
+            bucketed[position] = kept + list(islice(pool, len(drawn[position]) - len(kept)))
     return bucketed
 
 

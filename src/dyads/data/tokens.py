@@ -7,9 +7,10 @@
 
 Prompt and target are tokenised separately and concatenated, so that a prompt has the same tokens in training and in
 generation. Spaces at the end of a decoder's prompt move to the start of its target ("Output:" + " Paris"), because most
-tokenizers join a space to the next word; the text is unchanged. Special tokens in a text are ordinary text
-(text_tokens.py). Examples with messages are rendered by the model's chat template (chat.py), and earlier answers of the
-assistant have labels too.
+tokenizers join a space to the next word. The text is unchanged, except by tokenizers that put a space before every text
+(some of SentencePiece's): before the target there are two then, in training and in generation. Special tokens in a text
+are ordinary text (text_tokens.py). Examples with messages are rendered by the model's chat template (chat.py), and
+earlier answers of the assistant have labels too.
 
 Limits: if a prompt has shorter versions (fewer demonstrations), the first that fits is used. A prompt that is still too
 long loses its middle for a decoder, which needs the definition at the start and the cue at the end, and its end for an
