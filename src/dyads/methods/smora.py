@@ -70,7 +70,7 @@ class SMoRAConfig(DyadsConfig):
 
 
 _STEPS = [0]
-"""Steps of this process' optimizers since the first core was made."""
+"""Steps of this process' optimizers since its first core was made."""
 
 
 @cache
@@ -103,7 +103,7 @@ class SMoRA(Core):
             self.register_buffer("chosen", torch.zeros(r, dtype=torch.long))
         # When β last moved: the router's version and the steps of optimizers. A fused one does not count the version
         # up, and one that is not PyTorch's has no step.
-        self._moved = (0, 0)
+        self._moved = (0, _STEPS[0])
         _count_steps()
 
     def reset_parameters(self) -> None:
