@@ -17,9 +17,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
 )
 
 from dyads.errors import MergeError, RoutingError, RunError
+from dyads.export import merged as merged_module
 from dyads.export.merged import merge, merge_all
 from dyads.export.verify import base_of, float_model, model_logits, prompts_of, verify
 from dyads.recipe.spec import QuantizationSpec
@@ -144,6 +147,17 @@ def test_a_sum_that_is_not_finite_is_refused(saved: Callable[..., Any], tmp_path
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(RunError, match=r"the merged weight of 'model\.layers\.1\.self_attn\.q_proj' is not finite"):
         merge(SavedAdapter.read(adapter.path), None, tmp_path / "out")
+
+
+def test_a_lora_on_parameters_of_experts_merges_too() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = MixtralForCausalLM(MixtralConfig(vocab_size=61, **sizes, num_key_value_heads=2, num_local_experts=2))
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    options = {"target_modules": ["q_proj"], "target_parameters": experts, "init_lora_weights": False}
+    model = get_peft_model(base, LoraConfig(r=2, **options)).eval()
+    with torch.no_grad():
+        expected = model(**batch("llama")).logits
+        assert_close(merged_module._merged(model)(**batch("llama")).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "more"])

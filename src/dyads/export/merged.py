@@ -139,11 +139,10 @@ def write_merged(
 
 def _merged(model: PeftModel) -> PreTrainedModel:
     """The base model with its LoRA merged; ValueError for a tied weight, and for a sum that is not finite."""
-    layers = {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")}
-    refuse_tied(model, layers)
+    refuse_tied(model, {name: m for name, m in model.get_base_model().named_modules() if hasattr(m, "lora_A")})
     # PEFT's safe_merge would round the update before it is added.
     merged: PreTrainedModel = model.merge_and_unload()
-    for name in layers:
-        if not torch.isfinite(merged.get_submodule(name).weight).all():
-            raise ValueError(f"the merged weight of '{name}' is not finite")
+    for name, value in merged.named_parameters():
+        if not torch.isfinite(value).all():
+            raise ValueError(f"the merged weight of '{name.rpartition('.')[0]}' is not finite")
     return merged
