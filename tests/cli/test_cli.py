@@ -274,6 +274,7 @@ def test_evaluate_refuses_tasks_that_it_cannot_find_or_has_no_place_for(
         (["--tasks", str(tmp_path / "no.yaml"), "--out", "x"], f"there is no recipe at '{tmp_path / 'no.yaml'}'"),
         (["--tasks", str(tmp_path / "bare.yaml"), "--out", "x"], "'tasks' is missing"),
         (["--tasks", str(tmp_path), "--out", "x"], f"'{tmp_path}' is no run: it has no config.yaml"),
+        (["--unseen", "mean"], "another policy for unseen tasks than the run's own (error, by inputs) needs --out"),
         (["--unseen", "nearst"], "'nearst' is not one of 'error', 'nearest', 'mean'"),
     ]:
         result = invoke("evaluate", run, *options)
@@ -308,10 +309,11 @@ def test_compare_takes_a_folder_of_runs_and_says_what_it_left_out(tmp_path: Path
     scored(runs / "b", "b", 60.0)
     RunFolder.create(runs / "c", parse_recipe(RECIPE, "x"))
     (runs / "notes").mkdir()
+    scored(runs / "more" / "d", "d", 70.0)
     scored(tmp_path / "elsewhere", "d", 70.0)
     result = invoke("compare", runs, tmp_path / "elsewhere", "--format", "markdown")
     assert result.output.startswith("3 runs of tiny")
-    assert f"- left out of {runs}, as they have no scores: c, notes\n" in result.output
+    assert f"- left out of {runs}, as they have no scores: c, more\n" in result.output
 
 
 # --- generate ---------------------------------------------------------------------------------------------------------

@@ -369,6 +369,7 @@ def test_adaptations_to_other_tasks_are_left_out_of_a_folder(run: Run, tmp_path:
 def test_a_folder_of_runs_stands_for_the_scored_ones_in_it(run: Run, tmp_path: Path) -> None:
     run("a", {"t": [1]})
     (run("b", {"t": [1]}) / "scores.json").unlink()
+    (tmp_path / "logs").mkdir()  # as a study has beside its runs
     found = compare([tmp_path])
     assert [column.runs for column in found.columns] == [(str(tmp_path / "a-seed0"),)]
     assert found.notes[0] == f"left out of {tmp_path}, as they have no scores: b-seed0"

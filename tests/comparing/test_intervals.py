@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from dyads.comparing.intervals import Array, Interval, Sample, holm, sign_flip_p
+from dyads.comparing.tables import range_text, signed_text
 
 ONE = np.array([1.0])
 
@@ -205,6 +206,13 @@ def test_one_seed_gives_no_expected_half_width() -> None:
     assert sample([[1.0, 2.0, 6.0]], seedless=True).half_width(ONE, level=0.95, seeds=1) == pytest.approx(
         stats.t.ppf(0.975, 2) * math.sqrt(7 / 3)
     )
+
+
+def test_no_table_has_a_negative_zero() -> None:
+    equal = -Interval(0.0, 0.0, 0.04, 1.0, True)
+    assert [math.copysign(1.0, x) for x in (equal.value, equal.high)] == [1.0, 1.0]
+    assert (signed_text(equal), range_text(equal)) == ("+0.0", "0.0 to 0.0")
+    assert signed_text(-Interval(0.06, 0.0, 0.1, 1.0, True)) == "-0.1"
 
 
 def test_the_other_way_round_is_the_mirror() -> None:

@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 
-from dyads.comparing.metric_moments import METRICS, contributions
-from dyads.runs.contents import Prediction
+from dyads.comparing.metric_moments import METRICS, contributions, instance_score
+from dyads.runs.contents import Prediction, ScoreRow
 from dyads.tasks.metrics import metric as metric_named
 
 LABELS = ["no", "yes", "maybe"]
@@ -59,3 +59,10 @@ def test_their_spread_is_the_standard_error_of_the_score(metric: str) -> None:
         scores.append(score)
         errors.append(values.std(ddof=1) / 10)
     assert np.mean(errors) == pytest.approx(np.std(scores), rel=0.12)
+
+
+@pytest.mark.parametrize(("answer", "score"), [("2.0", 100.0), ("3", 50.0), ("nan", 0.0), ("1e999", 0.0), ("two", 0.0)])
+def test_an_answer_that_is_no_finite_number_is_wrong(answer: str, score: float) -> None:
+    row = ScoreRow(metric="pearson")  # type: ignore[typeddict-item]
+    prediction = Prediction(id="a", prediction=answer, references=["2.0"], scores={})
+    assert instance_score(prediction, row) == score

@@ -328,3 +328,21 @@ def test_references_alone_have_a_page_and_differ_in_their_marks(run: Callable[..
     both = Reader(page_of(compare(paths), model=False))
     classes = {circle["class"] for circle in both.all("circle")}
     assert classes == {"dot c0", "dot c0 hollow"}
+
+
+def test_the_commands_are_those_that_made_the_runs(run: Callable[..., Path]) -> None:
+    lora = run("lora", {"t": [1, 0]}, seed=1)
+    adapted = [
+        run("few", {"t": [1, 1]}, seed=seed, method="lora", adapt={"run": f"runs/lora-seed{seed}"}) for seed in (0, 1)
+    ]
+    how = {"unseen": "mean", "limit": 2, "split": "test"}
+    beside = run("more mean", {"t": [0, 1]}, method="more", evaluate=how)
+    RunFolder(beside).write_environment(adapter="runs/more", seed=0)
+    comparison = compare([lora, *adapted, beside])
+    lines = content_of(comparison)["commands"].splitlines()
+    assert lines[1:5] == [
+        f"dyads train lora.yaml --out {lora} --set seed=1",
+        f"dyads train few.yaml --out {adapted[0]} --set seed=0 --set adapt.run=runs/lora-seed0",
+        f"dyads train few.yaml --out {adapted[1]} --set seed=1 --set adapt.run=runs/lora-seed1",
+        f"dyads evaluate runs/more --tasks 'more mean.yaml' --split test --limit 2 --unseen mean --out '{beside}'",
+    ]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -288,6 +289,9 @@ def test_scores_without_an_adapter_say_where_it_is_and_are_not_overwritten(train
     folder, new = trained("mode"), tmp_path / "new"
     evaluate(folder, suite=OTHERS, limit=1, into=new)
     before = files(RunFolder(new))
+    elsewhere = RunFolder(Path(os.path.relpath(folder.path)))
+    assert evaluate(elsewhere, suite=OTHERS, limit=1, into=new)["scores"], "the same adapter by another path"
+    assert files(RunFolder(new)) == before
     with pytest.raises(RunError, match=rf"^'{new}' has scores of the adapter in '{folder.path}' but no adapter: gi"):
         evaluate(RunFolder(new))
     for there in (new, folder.path):  # with another limit than the scores there

@@ -72,6 +72,13 @@ def test_a_choice_that_an_axis_makes_or_without_validation_is_refused(write: Wri
         ConfigError, match=r"'choose' chooses train\.learning_rate, but 'fast' sets it: drop one of them"
     ):
         check_choice(study, study.cells())
+    study = load_study(write(choose=choose), ["train.learning_rate=0.5"])
+    with pytest.raises(ConfigError, match=r"'choose' chooses train\.learning_rate, but '--set' sets it"):
+        check_choice(study, study.cells())
+    adjust = [{"where": {"seed": 1}, "recipe": {"train": {"learning_rate": 0.5}}}]
+    study = load_study(write(choose=choose, adjust=adjust))
+    with pytest.raises(ConfigError, match=r"'choose' chooses train\.learning_rate, but 'adjust\.0' sets it"):
+        check_choice(study, study.cells())
     study = load_study(write(choose=choose), ["train.validation_limit=null", "train.validation_steps=null"])
     with pytest.raises(ConfigError, match="'choose' needs validation losses, but 'LoRA-4-seed0' has none: set train"):
         check_choice(study, study.cells())

@@ -81,6 +81,15 @@ def test_methods_that_train_nothing_run_once(write: Write) -> None:
     assert "MoDE, large, steps 4" in {cell.label for cell in study.cells().values()}
 
 
+def test_what_trains_nothing_runs_again_where_its_prompts_are_cut_elsewhere(write: Write) -> None:
+    vary = {"method": {"zero": {"method": {"name": "zero-shot"}}}, "train.max_prompt_tokens": [16, 64], "seed": [0, 1]}
+    study = load_study(write(vary=vary, claims=None))
+    assert {cell.name: cell.recipe.train.max_prompt_tokens for cell in study.cells().values()} == {
+        "zero-max_prompt_tokens16": 16,
+        "zero-max_prompt_tokens64": 64,
+    }
+
+
 def test_only_and_without_choose_combinations(write: Write) -> None:
     vary = {"method": {"a": LORA, "b": MODE}, "train.steps": [2, 4], "seed": [0, 1]}
     study = load_study(write(vary=vary, claims=None, without=[{"method": "b", "train.steps": [2], "seed": 1}]))
@@ -163,6 +172,10 @@ def claims_in(path: Path) -> None:
             "'claims.0' compares 'LoRA 4' with 'LoRA 4', which are not",
         ),
         ({"claims": [None]}, r"study.yaml:\d+: 'claims.0' must be a section.*, got None"),
+        (
+            {"claims": [{"ahead": "MoDE 2x2", "of": "LoRA 4", "where": {"seed": 0}}]},
+            "'claims.0.where' names 'seed', but a claim is about all seeds: drop it",
+        ),
         ({"claims": [{"ahead": "LoRA 4"}]}, r"study.yaml:\d+: 'claims.0': 'of' is missing"),
         ({"claims": [{"equal": "a", "to": "b"}]}, "'claims.0': 'within' is missing beside 'equal'"),
         ({"claims": [{"ahead": "a", "of": "b", "within": 1}]}, "'claims.0': 'within' does not go with 'ahead'"),
@@ -295,6 +308,10 @@ def test_the_adapters_of_unseen_tasks_have_no_rows_for_them_in_the_budget(tmp_pa
         ({"without": [{"seed": 0}] * 101}, "'without' has 101 entries; at most 100 are read"),
         ({"vary": {"a": {"con!": LORA, "b": MODE}}, "claims": None}, "the folder 'con', and the name is res"),
         ({"vary": {"a": {"名" * 70: LORA, "b": MODE}}, "claims": None}, "it has 210 bytes, and 180 are allowed"),
+        (
+            {"vary": {"a": {"Logs": LORA, "b": MODE}}, "claims": None},
+            "'Logs', and a study has a file or folder of that",
+        ),
         ({"vary": {"a": {"É": LORA, "é": MODE}}, "claims": None}, "two cells would have the folder 'é'"),
     ],
 )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 
 from dyads.cli import main
 from dyads.errors import ConfigError
+from dyads.recipe.load import load_recipe
 from dyads.recipe.yaml_source import to_yaml
 from dyads.runs.folder import RunFolder
 from dyads.studies import jobs
@@ -209,6 +211,16 @@ def test_the_budget_of_a_cell_is_that_of_the_same_size(write: Write, llama: Path
     )
 
 
+def test_a_cell_without_a_partner_for_its_budget_is_refused(write: Write, llama: Path, tmp_path: Path) -> None:
+    vary = {"method": {"LoRA": LORA, "MoDE": MODE}, "size": {"small": None, "large": {"method.r": 64}}, "seed": [0]}
+    without = [{"method": "LoRA", "size": "large"}]
+    path = write(llama, vary=vary, without=without, budget={"like": "LoRA", "within": 100}, claims=None)
+    with pytest.raises(
+        ConfigError, match=r"'budget\.like' names 'LoRA', which has no cell to hold 'MoDE-large-seed0' to"
+    ):
+        Runner(load_study(path), StudyFolder(tmp_path / "out")).check()
+
+
 def test_a_claim_on_an_unknown_task_and_a_wrong_option_are_refused_before_anything_runs(
     write: Write, llama: Path, tmp_path: Path, in_process: list[str]
 ) -> None:
@@ -254,6 +266,25 @@ def test_each_method_gets_its_best_rate_before_its_seeds_run(
     assert len(in_process) == started
 
 
+def test_scores_from_before_a_choice_do_not_count_until_it_is_made(
+    write: Write, llama: Path, tmp_path: Path, in_process: list[str]
+) -> None:
+    out, own = tmp_path / "out", {"vary": {"method": {"LoRA 4": LORA}, "seed": [0]}, "claims": None}
+    study(write(llama, **own), "--out", out)
+    trained = RunFolder(out / CELLS[0]).recipe().train.learning_rate
+    choose = {"values": [trained, 0.001], "trial": {"train": {"steps": 2, "save_steps": None}}}
+    path = write(llama, **own, choose=choose)
+    status = json.loads(study(path, "--out", out, "--status", "--json").output)
+    assert (status["done"], status["left"]) == (0, 1)
+    refused = study(path, "--out", out, "--set", "train.warmup=0.5", code=2)
+    assert "LoRA-4-seed0: train.warmup is 0.0 there, 0.5 here" in " ".join(refused.output.split())
+    assert in_process == CELLS[:1]
+    study(path, "--out", out)
+    assert in_process[1:] == [f"LoRA-4-seed0-learning_rate{rate}" for rate in (trained, 0.001)], "not the cell again"
+    content = json.loads((out / "verdict.json").read_text())
+    assert (content["left"], content["changed"], content["chosen"][0]["value"]) == (0, 0, trained)
+
+
 def test_a_diverged_rate_is_worse_than_any_and_a_failed_trial_stops_its_method_alone(
     write: Write, llama: Path, tmp_path: Path, in_process: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +294,7 @@ def test_a_diverged_rate_is_worse_than_any_and_a_failed_trial_stops_its_method_a
         recipe = RunFolder(Path(job.command[6])).path
         if "learning_rate0.01" in recipe.name and "LoRA" in recipe.name:
             job.log.parent.mkdir(parents=True, exist_ok=True)
+            RunFolder.create(recipe, load_recipe(job.command[4], check=False))
             job.log.write_text("Error: the loss is not finite at step 1\nexit code 2\n")
         elif "learning_rate" in recipe.name and "MoDE" in recipe.name:
             job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -283,6 +315,11 @@ def test_a_diverged_rate_is_worse_than_any_and_a_failed_trial_stops_its_method_a
     assert "choose/MoDE-2x2-seed0-learning_rate0.001 failed: Error: out of memory" in result.output
     assert RunFolder(tmp_path / "out" / "LoRA-4-seed1").recipe().train.learning_rate == 1e-3
     assert not (tmp_path / "out" / "MoDE-2x2-seed0").exists()
+    runner = Runner(load_study(write(llama, choose=choose)), StudyFolder(tmp_path / "out"))
+    (group,) = (group for group in runner.trials if group[0].name == "LoRA 4")
+    assert runner.losses(group)[1e-2] == math.inf
+    shutil.rmtree(tmp_path / "out" / "choose" / "LoRA-4-seed0-learning_rate0.01")
+    assert list(runner.losses(group)) == [1e-3], "a deleted trial runs again, whatever its log says"
 
 
 # --- progress ---------------------------------------------------------------------------------------------------------

@@ -21,8 +21,8 @@ or a recipe (YAML) with a section `tasks`; its section `train` and others
 override those of the run.
 \b
 Examples:
-  dyads adapt runs/demo/more --task new.jsonl --shots 16
-  dyads adapt runs/demo/more --task new.jsonl --start mean --parts all
+  dyads adapt runs/demo/mtl-lora --task new.jsonl --shots 16
+  dyads adapt runs/demo/mtl-lora --task new.jsonl --start mean --parts all
   dyads adapt runs/glue/mode --task recipes/glue-transfer/cb.yaml --shots 4 \\
     --parts all --set train.learning_rate=1e-3""",
 )
@@ -41,7 +41,7 @@ Examples:
     "--start",
     type=click.Choice(["nearest", "mean", "fresh"]),
     help="How the new task's parameters start: as those of the most similar task, as the mean of all tasks, or random."
-    " Default: nearest where the method has a contrastive loss, else mean.",
+    " Default: nearest where the run has a contrastive loss, else mean.",
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Chooses the examples. Default: the run's.")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a key of the recipe; repeatable.")

@@ -61,6 +61,12 @@ def command(
         if out is None:
             raise click.UsageError("--tasks needs --out, a new folder: the run keeps the scores of its own tasks")
         how["suite"] = _tasks(tasks)
+    own = folder.recipe().evaluate
+    if out is None and (unseen not in (None, own.unseen) or nearest_by not in (None, own.nearest_by)):
+        raise click.UsageError(
+            f"another policy for unseen tasks than the run's own ({own.unseen}, by {own.nearest_by}) needs --out, a new"
+            " folder: comparisons read it from the recipe"
+        )
     reporter.waiting(f"reading {run}, its tasks and its model")
     from dyads.scoring.evaluate import evaluate
 

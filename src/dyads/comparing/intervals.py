@@ -79,7 +79,7 @@ class Interval:
     """Whether another training is covered, or these trained adapters alone."""
 
     def __neg__(self) -> Interval:
-        return Interval(-self.value, -self.high, -self.low, self.p, self.over_seeds)
+        return Interval(0.0 - self.value, 0.0 - self.high, 0.0 - self.low, self.p, self.over_seeds)  # 0 stays 0, not -0
 
 
 class Sample:

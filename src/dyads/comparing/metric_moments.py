@@ -18,6 +18,7 @@ comparisons.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -138,5 +139,7 @@ def instance_score(prediction: Prediction, headline: ScoreRow) -> float:
     try:
         distance = abs(float(prediction["prediction"]) - float(prediction["references"][-1]))
     except ValueError:
+        return 0.0
+    if not math.isfinite(distance):
         return 0.0
     return 100.0 - 100.0 * distance / (1 + distance) if distance else 100.0

@@ -96,7 +96,7 @@ def find(places: Sequence[str | Path | RunFolder]) -> tuple[list[RunFolder], lis
         if not any(run.is_scored for run in inside):
             raise _no_scored_run(folder, inside)
         scored = [run for run in inside if run.is_scored]
-        unscored = [run.path.name for run in inside if not run.is_scored]
+        unscored = [run.path.name for run in inside if not run.is_scored and (run.is_run or _holds_runs(run.path))]
         if unscored:
             notes.append(f"left out of {folder.path}, as they have no scores: {', '.join(unscored)}")
         if adapted := _adapted_to_others(scored):
@@ -105,6 +105,10 @@ def find(places: Sequence[str | Path | RunFolder]) -> tuple[list[RunFolder], lis
             notes.append(f"left out of {folder.path}, as `dyads adapt` taught them other tasks: {names}")
         runs += scored
     return runs, notes
+
+
+def _holds_runs(folder: Path) -> bool:
+    return any(RunFolder(path).is_run for path in folder.iterdir())
 
 
 def _adapted_to_others(runs: Sequence[RunFolder]) -> list[RunFolder]:
@@ -126,7 +130,7 @@ def _no_scored_run(folder: RunFolder, inside: Sequence[RunFolder]) -> RunError:
         return RunError(
             f"no run in '{folder.path}' has scores ({names}); `dyads evaluate {unscored[0].path}` scores the first"
         )
-    deeper = [run.path for run in inside if any(RunFolder(p).is_run for p in run.path.iterdir())]
+    deeper = [run.path for run in inside if _holds_runs(run.path)]
     if deeper:
         return RunError(f"'{folder.path}' holds no run itself; name the folders that do: {', '.join(map(str, deeper))}")
     return RunError(f"'{folder.path}' is no run and holds none; `dyads train` makes such folders")

@@ -32,6 +32,7 @@ from dyads.markdown import markdown_table
 __all__ = [
     "FORMATS",
     "all_notes",
+    "fixed",
     "headline",
     "loss_text",
     "p_text",
@@ -272,12 +273,17 @@ def time_text(seconds: float) -> str:
 
 def range_text(interval: Interval) -> str:
     """The bounds of an interval."""
-    return f"{interval.low:.1f} to {interval.high:.1f}" if math.isfinite(interval.low) else "–"
+    return f"{fixed(interval.low)} to {fixed(interval.high)}" if math.isfinite(interval.low) else "–"
 
 
 def signed_text(interval: Interval) -> str:
     """The value of an interval with its sign."""
-    return f"{interval.value:+.1f}"
+    return fixed(interval.value, "+")
+
+
+def fixed(value: float, sign: str = "") -> str:
+    """A number with one decimal, and 0.0 for what is rounded to it from below."""
+    return f"{round(value, 1) + 0.0:{sign}.1f}"
 
 
 def _exact(score: Interval) -> list[str]:

@@ -448,7 +448,7 @@ class AdaptSpec(Section):
     bit-identical; gate, also routers and gates; all, everything the run trained. An encoder's new heads always train"""
     start: Literal["nearest", "mean", "fresh"] | None = None
     """Initial per-task weights of a new task: those of the most similar known task (by the contrastive score), the mean
-    over known tasks, or random; null: nearest where the method has a contrastive loss, else mean"""
+    over known tasks, or random; null: nearest where the run has a contrastive loss, else mean"""
 
 
 class Recipe(Section):

@@ -329,7 +329,7 @@ def _training_notes(columns: Sequence[Column]) -> list[str]:
 def _commands(comparison: Comparison) -> str:
     paths = [path for column in comparison.columns for path in column.runs]
     lines = [
-        f"dyads train {shlex.quote(column.label + '.yaml')} --out {shlex.quote(path)} --set seed={seed}"
+        _command(column.label, seed, RunFolder(path))
         for column in comparison.columns
         for seed, path in zip(column.seeds, column.runs, strict=True)
     ]
@@ -343,6 +343,24 @@ def _commands(comparison: Comparison) -> str:
             f"dyads report {every}{baseline}",
         ]
     )
+
+
+def _command(label: str, seed: int, run: RunFolder) -> str:
+    """The command that made a run from the recipe of its label."""
+    recipe, facts = run.recipe(), run.environment() if run.has_environment else {}
+    file, out = f"{label}.yaml", ["--out", str(run.path)]
+    if "adapter" in facts:  # scores beside another run
+        how = recipe.evaluate
+        words = ["evaluate", str(facts["adapter"]), *(["--tasks", file] if how.tasks == "all" else [])]
+        words += ["--split", how.split, *(["--limit", str(how.limit)] if how.limit else [])]
+        words += ["--unseen", how.unseen] if how.unseen != "error" else []
+        words += ["--nearest-by", how.nearest_by] if how.nearest_by != "inputs" else []
+    else:
+        words = ["train", file]
+        out += ["--set", f"seed={seed}"]
+        if recipe.adapt is not None:  # each seed adapts a run of its own
+            out += ["--set", f"adapt.run={recipe.adapt.run}"]
+    return shlex.join(["dyads", *words, *out])
 
 
 def _run(folder: RunFolder, seed: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from dyads.errors import ConfigError
 from dyads.recipe.yaml_source import YamlSource, read_text, to_yaml
 from dyads.runs.folder import RunFolder
-from dyads.studies.grid import Cell, Combination, Study, Value, chosen_source
+from dyads.studies.grid import Cell, Combination, Study, Value, chosen_source, has_key
 
 __all__ = ["check_choice", "next_values", "trial", "validation_loss"]
 
@@ -60,17 +60,16 @@ def validation_loss(folder: RunFolder) -> float | None:
 
 
 def check_choice(study: Study, cells: Mapping[Combination, Cell]) -> None:
-    """Refuse a choice that an axis makes too, or that has no validation instances."""
+    """Refuse a choice that an axis, `adjust` or --set makes too, or that has no validation instances."""
     choose = study.spec.choose
     if choose is None:
         return
     place = choose.key.split(".")
-    for values in study.axes.values():
-        for value in values:
-            if value.has(*place):
-                raise ConfigError(
-                    f"{study.path}: 'choose' chooses {choose.key}, but '{value.name}' sets it: drop one of them"
-                )
+    sources = {value.name: value.source for values in study.axes.values() for value in values}
+    sources |= {f"adjust.{i}": source for i, source in enumerate(study.adjustments)}
+    for name, source in {**sources, "--set": study.overrides}.items():
+        if has_key(source, place):
+            raise ConfigError(f"{study.path}: 'choose' chooses {choose.key}, but '{name}' sets it: drop one of them")
     for combination, cell in cells.items():
         if cell.recipe.method.trains:
             found = trial(study, combination, choose.values[0])

@@ -26,7 +26,7 @@ from dyads.recipe.spec import UNTRAINED, Recipe, differences
 from dyads.recipe.yaml_source import KeyPath, YamlSource, read_file, read_overrides, to_yaml
 from dyads.studies.spec import StudySpec, study_keys
 
-__all__ = ["SEED", "Cell", "Combination", "Study", "Value", "load_study", "scored_differences"]
+__all__ = ["SEED", "Cell", "Combination", "Study", "Value", "has_key", "load_study", "scored_differences"]
 
 SEED = "seed"
 """The axis whose values repeat a run."""
@@ -43,7 +43,11 @@ _TABLE_KEYS: tuple[tuple[str, ...], ...] = (
 )
 """Keys that say what is scored: runs that differ in them cannot share a table."""
 _OF_TRAINING = ("name", "seed", "train", "mixture", "adapt")
-"""Sections without effect on a method that trains nothing."""
+"""Sections without effect on a method that trains nothing, but for those in _OF_SCORING."""
+_OF_SCORING = (("train", "max_prompt_tokens"), ("train", "max_target_tokens"))
+"""Keys of training that prompts are cut by in scoring too."""
+_OWN_FILES = ("recipes", "logs", "choose", "verdict.md", "verdict.json")
+"""What lies beside the runs in the folder of a study."""
 
 
 @dataclass(frozen=True)
@@ -73,17 +77,12 @@ class Value:
 
     def has(self, *place: str) -> bool:
         """Whether it overrides a key of the recipe, or one below it."""
-        data: Any = self.source.data
-        for key in place:
-            if not isinstance(data, Mapping) or key not in data:
-                return False
-            data = data[key]
-        return True
+        return has_key(self.source, place)
 
     @property
     def of_training(self) -> bool:
         """Whether it makes no difference to a method that trains nothing."""
-        return all(
+        return not any(self.has(*place) for place in _OF_SCORING) and all(
             key in _OF_TRAINING or (key == "method" and not self.has("method", "name")) for key in self.source.data
         )
 
@@ -179,10 +178,15 @@ class Study:
                 layers.append(chosen_source(self.spec.choose.key, chosen[group]))
             cell = self.cell(combination, layers)
             if not cell.recipe.method.trains:
-                used = {k: v for k, v in cell.recipe.resolved().items() if k not in _OF_TRAINING}
+                resolved = cell.recipe.resolved()
+                used = {k: v for k, v in resolved.items() if k not in _OF_TRAINING}
+                used |= {".".join(place): resolved[place[0]][place[1]] for place in _OF_SCORING}
                 cell = untrained.setdefault(to_yaml(used), cell)
             cells[combination] = cell
-            if mistake := name_mistake(cell.name):
+            mistake = name_mistake(cell.name)
+            if cell.name.casefold() in _OWN_FILES:
+                mistake = "a study has a file or folder of that name beside its runs"
+            if mistake:
                 raise ConfigError(
                     f"{self.path}: a cell would have the folder '{shortened(cell.name)}', and {mistake}: give its"
                     " values other names"
@@ -243,6 +247,16 @@ class Study:
             raise RunError(f"{where}: adapt.run: {error}") from error
         own = {k: v for k, v in source.data.items() if k not in ("adapt", "model", "method")}
         return validated(Recipe, YamlSource(own, source.origins).over(base), where, recipe_keys)
+
+
+def has_key(source: YamlSource, place: Sequence[str]) -> bool:
+    """Whether a source sets the key at `place`, or one below it."""
+    data: Any = source.data
+    for key in place:
+        if not isinstance(data, Mapping) or key not in data:
+            return False
+        data = data[key]
+    return True
 
 
 def chosen_source(key: str, value: Any) -> YamlSource:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from dyads.comparing.comparison import Column, Comparison, compare
 from dyads.comparing.intervals import Interval
-from dyads.comparing.tables import counted, to_markdown
+from dyads.comparing.tables import counted, fixed, to_markdown
 from dyads.errors import visible
 from dyads.markdown import markdown_table
 from dyads.runs.folder import RunFolder
@@ -81,8 +81,12 @@ def outcome_of(
     folder: StudyFolder,
     choices: Sequence[Choice] = (),
     changed: Collection[str] = (),
+    but: Collection[str] = (),
 ) -> Outcome:
-    """The outcome of the cells that are scored; those with the names `changed` have other recipes, and are left out."""
+    """The outcome of the cells that are scored, but for those with the names `but`, which will be.
+
+    Those with the names `changed` have other recipes, and are left out.
+    """
     tables: dict[Combination, dict[str, Cell]] = {}
     for combination, cell in cells.items():
         tables.setdefault(study.table_of(combination), {})[cell.name] = cell
@@ -92,7 +96,7 @@ def outcome_of(
     curves: dict[Combination, dict[str, dict[int, Curve]]] = {}
     left: set[str] = set()
     for table, by_name in tables.items():
-        scored = [cell for name, cell in by_name.items() if name not in changed and folder.run(cell).is_scored]
+        scored = [cell for name, cell in by_name.items() if name not in {*changed, *but} and folder.run(cell).is_scored]
         left |= by_name.keys() - {cell.name for cell in scored} - set(changed)
         labels = {cell.label for cell in scored}
         if scored:
@@ -208,9 +212,10 @@ def _finite(value: Any) -> Any:
 def _claim_rows(judgements: Iterable[Judgement]) -> list[list[str]]:
     rows = []
     for found in judgements:
-        value = "–" if found.value is None else f"{found.value:+.1f}"
-        known = found.low is not None and found.high is not None
-        interval = f"{found.low:.1f} to {found.high:.1f} ({100 * (found.level or 0):.3g} %)" if known else "–"
+        value = "–" if found.value is None else fixed(found.value, "+")
+        interval = "–"
+        if found.low is not None and found.high is not None:
+            interval = f"{fixed(found.low)} to {fixed(found.high)} ({100 * (found.level or 0):.3g} %)"
         p = "–" if found.corrected_p is None else f"{found.corrected_p:.3f}"
         rows.append([found.claim.text, found.verdict, value, interval, p, found.needs])
     return rows

@@ -41,9 +41,9 @@ def check_budget(study: Study, cells: Mapping[Combination, Cell]) -> dict[str, i
             counts[cell.name] = known[key]
     mistakes: dict[str, str] = {}
     for combination, cell in cells.items():
-        target = spec.parameters or _like(study, cells, combination, counts)
-        if cell.name not in counts or target is None:
+        if cell.name not in counts:
             continue
+        target = spec.parameters or _like(study, cells, combination, counts)
         found = counts[cell.name]
         if abs(found - target) > spec.within / 100 * target:
             place = ", ".join([cell.label, *(v.name for v in study.table_of(combination))])
@@ -60,9 +60,7 @@ def check_budget(study: Study, cells: Mapping[Combination, Cell]) -> dict[str, i
     return counts
 
 
-def _like(
-    study: Study, cells: Mapping[Combination, Cell], combination: Combination, counts: Mapping[str, int]
-) -> int | None:
+def _like(study: Study, cells: Mapping[Combination, Cell], combination: Combination, counts: Mapping[str, int]) -> int:
     """The count of the cell with the budget's value on its axis and this combination's on the others."""
     assert study.spec.budget is not None
     assert study.spec.budget.like is not None
@@ -71,9 +69,13 @@ def _like(
     for other, cell in cells.items():
         if value in other and {(v.axis, v.name) for v in other if v.axis not in (value.axis, SEED)} == wanted:
             if cell.name not in counts:
-                raise ConfigError(f"{study.path}: 'budget.like' names '{value.name}', which trains nothing")
+                what = "is an adaptation" if cell.recipe.method.trains else "trains nothing"
+                raise ConfigError(f"{study.path}: 'budget.like' names '{value.name}', which {what}")
             return counts[cell.name]
-    return None
+    raise ConfigError(
+        f"{study.path}: 'budget.like' names '{value.name}', which has no cell to hold '{cells[combination].name}' to:"
+        " keep it in the grid, or give `budget: {parameters: NUMBER}`"
+    )
 
 
 def _nearest(recipe: Recipe, target: int, within: float) -> str:

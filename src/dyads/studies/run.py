@@ -75,8 +75,9 @@ class Runner:
         """The validation losses of a group's trials that are complete, or diverged."""
         found: dict[Any, float] = {}
         for value, cell in self.trials[group].items():
-            loss = validation_loss(self.folder.trials.run(cell))
-            if loss is None and not is_running(log := self.folder.trials.log(cell)):
+            run = self.folder.trials.run(cell)
+            loss = validation_loss(run)
+            if loss is None and run.is_run and not is_running(log := self.folder.trials.log(cell)):
                 reason, failed = last_line(log)
                 loss = math.inf if failed and _DIVERGED in reason else None
             if loss is not None:
@@ -124,7 +125,17 @@ class Runner:
 
     def states(self) -> dict[str, CellState]:
         """The state of every cell by name."""
-        return {name: state_of(cell, self.folder) for name, cell in self.distinct().items()}
+        waiting = self._waiting_cells()
+        return {
+            name: CellState("left") if name in waiting and state.state == "done" else state
+            for name, cell in self.distinct().items()
+            for state in [state_of(cell, self.folder)]
+        }
+
+    def _waiting_cells(self) -> set[str]:
+        """The names of the cells of waiting groups: whether their scores count depends on the choice."""
+        waiting = self.waiting()
+        return {cell.name for combination, cell in self.cells.items() if self.study.group_of(combination) in waiting}
 
     def changed(self) -> list[str]:
         """A line for every selected run in the folder whose recipe is another than the study's."""
@@ -135,18 +146,20 @@ class Runner:
         return [f"{name}: {difference}" for name, difference in found.items() if difference]
 
     def _changed_cells(self) -> dict[str, str]:
-        waiting = self.waiting()
-        return {
-            cell.name: difference
-            for combination, cell in self.cells.items()
-            if self.study.group_of(combination) not in waiting and (difference := self._difference(cell, self.folder))
+        choose, waiting = self.study.spec.choose, self._waiting_cells()
+        found = {
+            name: self._difference(cell, self.folder, but=choose.key if choose and name in waiting else None)
+            for name, cell in self.distinct().items()
         }
+        return {name: difference for name, difference in found.items() if difference}
 
-    def _difference(self, cell: Cell, folder: StudyFolder) -> str:
+    def _difference(self, cell: Cell, folder: StudyFolder, but: str | None = None) -> str:
+        """The keys, but for one, in which the run in the folder has another recipe than the cell."""
         run = folder.run(cell)
         if not run.is_run:
             return ""
         changed = differences(run.recipe().resolved(), cell.recipe.resolved())
+        changed.pop(but or "", None)
         return ", ".join(f"{key} is {then!r} there, {now!r} here" for key, (then, now) in changed.items())
 
     # running
@@ -205,10 +218,10 @@ class Runner:
     def run(self, *, workers: int, engine: str, reporter: Reporter) -> Outcome:
         """Run what is not done, with a line of progress, and write the outcome."""
         self.folder.path.mkdir(parents=True, exist_ok=True)
-        pending = []
+        pending, waiting = [], self._waiting_cells()
         for cell in self._selected_cells():
             run = self.folder.run(cell)
-            if run.is_scored:
+            if run.is_scored and cell.name not in waiting:
                 run.clear_ended()
             else:
                 pending.append(cell)
@@ -226,7 +239,8 @@ class Runner:
 
     def conclude(self) -> Outcome:
         """The outcome so far, written into the folder."""
-        outcome = outcome_of(self.study, self.cells, self.folder, self.choices(), changed=self._changed_cells())
+        changed, waiting = self._changed_cells(), self._waiting_cells()
+        outcome = outcome_of(self.study, self.cells, self.folder, self.choices(), changed=changed, but=waiting)
         for path, text in ((self.folder.verdict_md, to_page(outcome)), (self.folder.verdict_json, to_json(outcome))):
             write_text(path, text)
         return outcome
@@ -255,12 +269,13 @@ class Runner:
 
     def _ready(self) -> Iterator[tuple[Cell, StudyFolder]]:
         """Trials and cells that can run now."""
-        left = [
-            (self.study.group_of(combination), cell)
-            for combination, cell in self.cells.items()
-            if cell.name in self._selected and not self.folder.run(cell).is_scored
-        ]
         waiting = self.waiting()
+        left = [
+            (group, cell)
+            for combination, cell in self.cells.items()
+            for group in [self.study.group_of(combination)]
+            if cell.name in self._selected and (group in waiting or not self.folder.run(cell).is_scored)
+        ]
         for group in dict.fromkeys(group for group, _ in left if group in waiting):
             for value in self._next(self.losses(group)):
                 yield self.trials[group][value], self.folder.trials

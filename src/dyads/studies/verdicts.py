@@ -103,6 +103,8 @@ def claims_of(study: Study, cells: Mapping[Combination, Cell]) -> tuple[Claim, .
 def _claims(study: Study, cells: Mapping[Combination, Cell], number: int) -> Iterator[Claim]:
     spec, place = study.spec.claims[number], f"claims.{number}"
     column = study.find(spec.column, f"{place}.{'of' if spec.ahead else 'to'}")
+    if SEED in spec.where:
+        raise ConfigError(f"{study.path}: '{place}.where' names '{SEED}', but a claim is about all seeds: drop it")
     groups: dict[Combination, list[Cell]] = {}
     for combination, cell in cells.items():
         runs = groups.setdefault(study.group_of(combination), [])
