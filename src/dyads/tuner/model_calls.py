@@ -125,14 +125,14 @@ def _without_interrupted(current: ForwardPass | None, model: nn.Module) -> Forwa
     PyTorch calls the hook that ends a pass after an Exception, and not after a KeyboardInterrupt. A model may also call
     itself; then its first call is on the stack.
     """
-    passes, outer = [], current
-    while outer is not None:
-        passes.append(outer)
-        outer = outer.outer
-    own = [entered for entered in passes if entered.model is model]
-    if not own or torch.compiler.is_compiling() or _calls_on_stack(model) > 1:
+    around, entered = current, current
+    while entered is not None:
+        if entered.model is model:
+            around = entered.outer
+        entered = entered.outer
+    if around is current or torch.compiler.is_compiling() or _calls_on_stack(model) > 1:
         return current
-    return own[-1].outer
+    return around
 
 
 def _calls_on_stack(model: nn.Module) -> int:
