@@ -11,7 +11,7 @@ import fnmatch
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,19 +148,20 @@ class Runner:
     def _changed_cells(self) -> dict[str, str]:
         choose, waiting = self.study.spec.choose, self._waiting_cells()
         found = {
-            name: self._difference(cell, self.folder, but=choose.key if choose and name in waiting else None)
+            name: self._difference(cell, self.folder, but=(choose.key,) if choose and name in waiting else ())
             for name, cell in self.distinct().items()
         }
         return {name: difference for name, difference in found.items() if difference}
 
-    def _difference(self, cell: Cell, folder: StudyFolder, but: str | None = None) -> str:
-        """The keys, but for one, in which the run in the folder has another recipe than the cell."""
+    def _difference(self, cell: Cell, folder: StudyFolder, but: Collection[str] = ()) -> str:
+        """The keys, but for those in `but`, in which the run in the folder has another recipe than the cell."""
         run = folder.run(cell)
         if not run.is_run:
             return ""
         changed = differences(run.recipe().resolved(), cell.recipe.resolved())
-        changed.pop(but or "", None)
-        return ", ".join(f"{key} is {then!r} there, {now!r} here" for key, (then, now) in changed.items())
+        return ", ".join(
+            f"{key} is {then!r} there, {now!r} here" for key, (then, now) in changed.items() if key not in but
+        )
 
     # running
 
