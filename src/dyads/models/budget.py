@@ -4,7 +4,7 @@
 No weights are loaded: the model is built from its config on PyTorch's meta device, the adapter is added as for
 training, and the parameters that require gradients are counted, with routers, gates and embeddings.
 
-`paper:mode-gemma-2b` is the model behind the "Add. Params" columns of the MoDE paper. Its 27 distinct percentages
+`paper:mode-gemma-2b` is the model behind the "Add. Params" columns of the MoDE paper. Those of its 27 distinct rows
 follow, to the last digit, from q adapted per head (8 × 2048→256), k and v (2048→256) and o (2048→2048) in 18 layers,
 over 1,981,884,416 non-embedding parameters, times 4, a factor that the paper does not explain.
 """
