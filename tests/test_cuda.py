@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import dyads
+from dyads.export.regression import mean_gates
 from dyads.ops import dyadic, fused, plain
 from tiny import TARGETS, TASKS, VARIANTS, Variant, adapted_layers, batch, task_of, tiny_layer, tiny_model
 
@@ -361,3 +362,12 @@ def test_memory_kept_for_backward_is_a_few_numbers_per_token() -> None:
 
     mixture = kept(dyads.MoDEConfig(r=4, num_experts=8, target_modules=["0"]))
     assert mixture < 8 * 256 * 1024 * 4  # less than one more tensor as large as the layer's input
+
+
+def test_factors_and_fits_of_an_approximate_export_stay_on_the_device() -> None:
+    torch.manual_seed(0)
+    B, A = torch.randn(6, 3, device=DEVICE), torch.randn(4, 5, device=DEVICE)
+    for G in (torch.eye(4, device=DEVICE)[:3], torch.randn(3, 4, device=DEVICE), torch.zeros(3, 4, device=DEVICE)):
+        up, down = mean_gates(B, G, A, 4)
+        assert up.device.type == down.device.type == DEVICE.type
+        assert_close((up @ down).float(), B @ G @ A, atol=1e-5, rtol=1e-5)

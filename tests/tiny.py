@@ -16,6 +16,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
@@ -112,6 +114,9 @@ def tiny_model(kind: str, dtype: torch.dtype = torch.float32, blocks: int = 2) -
     elif kind == "gpt2":
         drops = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         model = GPT2LMHeadModel(GPT2Config(**common, **drops, n_embd=32, n_layer=blocks, n_head=4, n_positions=64))
+    elif kind == "opt":
+        sizes = {"hidden_size": 32, "ffn_dim": 44, "num_hidden_layers": blocks, "num_attention_heads": 4}
+        model = OPTForCausalLM(OPTConfig(**common, **sizes, word_embed_proj_dim=32, max_position_embeddings=64))
     elif kind == "t5":
         sizes = {"d_model": 32, "d_kv": 8, "d_ff": 44, "num_layers": blocks, "num_heads": 4, "dropout_rate": 0.0}
         model = T5ForConditionalGeneration(T5Config(**{**common, "decoder_start_token_id": 0}, **sizes))

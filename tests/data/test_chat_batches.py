@@ -195,6 +195,40 @@ def test_a_long_conversation_loses_its_oldest_exchanges_then_its_middle(tokenize
     assert tokenizer.decode(short).endswith("<|im_start|>assistant\n")
 
 
+def test_the_fewest_oldest_exchanges_are_left_out_in_few_renderings(tokenizer, monkeypatch):
+    template = ChatTemplate(tokenizer, CHATML)
+    system, *turns = (Message("system", "S"), *(m for k in range(32) for m in (user("?" * (k % 7)), assistant("!"))))
+    talk = [system, *turns, user("last")]
+    kept = [talk, *([system, *turns[k:], talk[-1]] for k in range(2, len(turns) + 2, 2))]
+    lengths = [len(template.prompt(one)[0]) for one in kept]
+    for limit in range(lengths[-1], lengths[0] + 1, 7):
+        expected = next(one for one, n in zip(kept, lengths, strict=True) if n <= limit)
+        assert template.prompt(talk, limit) == template.prompt(expected)
+    calls = []
+    encode = template._encode
+    monkeypatch.setattr(template, "_encode", lambda messages: calls.append(1) or encode(messages))
+    template.prompt(talk, lengths[-1])
+    assert len(calls) <= 8
+
+
+@pytest.mark.parametrize(
+    "template", [CHATML, LLAMA2, THINKING, WITHOUT_END], ids=["chatml", "llama2", "thinking", "none"]
+)
+def test_a_conversation_begins_with_the_tokens_of_its_beginning(tokenizer, smollm2, template):
+    for one in (tokenizer, smollm2):
+        chats = ChatTemplate(one, template)
+        talk = [m for k in range(4) for m in (user(f"what is {k} ?"), assistant(f"it is \n {k}"))]
+        whole, _ = chats.prompt([*talk, user("last")])
+        begin, _ = chats.prompt(talk[:5])
+        answer = chats.answer(talk[:5], talk[5].content)
+        if template != THINKING:  # which renders past answers otherwise
+            assert whole[: len(begin) + len(answer)] == begin + answer or template == WITHOUT_END
+        assert one.decode(whole) == one.apply_chat_template(
+            [{"role": m.role, "content": m.content} for m in (*talk, user("last"))],
+            tokenize=False, add_generation_prompt=True, chat_template=template, enable_thinking=False,
+        )  # fmt: skip
+
+
 def test_a_choice_ends_as_an_answer_does(tokenizer):
     prompt_tokenizer, example = PromptTokenizer(tokenizer, chat_template=LLAMA2), chat(user("a?"), answer="yes")
     assert prompt_tokenizer.choice(example, "yes") == prompt_tokenizer.target(example)

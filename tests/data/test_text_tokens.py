@@ -139,6 +139,13 @@ def test_added_tokens_of_a_template_are_special_and_others_stay_added_tokens():
     assert len(plain(["    "])[0]) == len(with_template(["    "])[0]) == 1
 
 
+def test_white_space_that_a_template_writes_is_no_special_token():
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken("\n", special=False, normalized=False)])
+    text = "one\n    two"
+    assert TextTokenizer(tokenizer, "{{ 'user:\n    ' + message }}")([text]) == [tokenizer(text)["input_ids"]]
+
+
 def test_two_copies_never_share_their_names():
     tokenizer = words()
     assert not set(TextTokenizer(tokenizer).names.values()) & set(TextTokenizer(tokenizer).names.values())

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ from dyads.export.approximate import Candidate, Price, approximate, candidates_o
 from dyads.export.lora import Lora
 from dyads.models.heads import read_heads
 from dyads.runs.folder import RunFolder
+from dyads.tasks.files import FilesSpec
 from dyads.tuner.layer import adapted_layers
 from tiny import TARGETS, Variant, batch, tiny_model
 
@@ -320,5 +322,35 @@ def test_refusals_name_what_mends_them(trained: Callable[..., RunFolder], data: 
     alone = export(run.adapter, "--approximate", data, "--out", out)
     assert "give the folder of the run" in alone.output
     assert not out.exists()
+    lora = trained("lora")
     with pytest.raises(RunError, match=r"\(lora\): it is an ordinary LoRA already"):
-        approximate(trained("lora"), data, out)
+        approximate(lora, data, out)
+    for full in (lora.path, run.path.parent):
+        with pytest.raises(RunError, match="is not empty; choose another --out"):
+            approximate(run, data, full)
+
+
+def test_an_export_is_refused_before_anything_is_fitted(
+    trained: Callable[..., RunFolder], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = trained("mode"), tmp_path / "out"
+    approximate(run, data, out, rank=2, verifies=False)
+    monkeypatch.setattr("dyads.export.approximate.Answerer", None)  # which the fit begins with
+    for rank in (2, 3):
+        with pytest.raises(RunError, match="is not empty; choose another --out"):
+            approximate(run, data, out, rank=rank, verifies=False)
+
+
+def test_labels_and_metrics_of_the_runs_recipe_hold_for_its_tasks(tmp_path: Path) -> None:
+    rows = [
+        {"task": t, "input": f"word {i}", "output": ("no", "yes")[i % 2]} for t in ("mood", "new") for i in range(8)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"mood": ["no", "yes"], "gone": ["a", "b"]}
+    spec = FilesSpec(path=(data,), labels=given, metric={"mood": "exact_match"})
+    recipe = SimpleNamespace(tasks=spec)
+    run = SimpleNamespace(recipe=lambda: recipe, templates=dict)
+    mood, new = tasks_of(run, data)  # type: ignore[arg-type]
+    assert (mood.labels, mood.metric) == (("no", "yes"), "exact_match")
+    assert (new.labels, new.metric) == ((), "rouge_l")

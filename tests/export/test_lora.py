@@ -351,7 +351,7 @@ def test_a_missing_unknown_or_needless_task_is_refused(tmp_path: Path) -> None:
         lambda: export_all(gateless, tmp_path / "out"),
     ):
         with pytest.raises(
-            RoutingError, match="its gates do not look at it, and one LoRA is for all tasks; leave --task out"
+            RoutingError, match="its gates do not look at it, and one LoRA is for all tasks; leave --task and --all"
         ):
             refused()
 

@@ -24,7 +24,7 @@ from transformers import (
 from dyads.errors import MergeError, RoutingError, RunError
 from dyads.export import merged as merged_module
 from dyads.export.merged import merge, merge_all
-from dyads.export.verify import base_of, float_model, model_logits, prompts_of, verify
+from dyads.export.verify import base_of, float_model, model_logits, prompts_for, prompts_of, verify
 from dyads.recipe.spec import QuantizationSpec
 from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import Manifest
@@ -117,6 +117,16 @@ def test_pefts_own_lora_merges_too(saved: Callable[..., Any], tmp_path: Path) ->
         assert_close(merged(**batch("llama")).logits, model(**batch("llama")).logits, atol=1e-5, rtol=1e-5)
     with pytest.raises(RoutingError, match=r"cannot merge .* \(lora\) for a task: its gates do not look at it"):
         merge(adapter, None, tmp_path / "task", task="rte")
+    with pytest.raises(RoutingError, match="leave --task and --all-tasks out"):
+        merge_all(adapter, None, tmp_path / "tasks")
+
+
+def test_a_base_model_that_cannot_be_loaded_is_no_error_of_writing(saved: Callable[..., Any], tmp_path: Path) -> None:
+    _, adapter = saved(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(RunError, match=r"cannot merge the adapter in .*: .*header"):
+        merge(adapter, None, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_half_precision_is_rounded_once(saved: Callable[..., Any], tmp_path: Path) -> None:
@@ -216,6 +226,8 @@ def test_prompts_are_those_that_the_run_has_predictions_for(trained: Callable[..
     assert len(set(every)) == 4
     assert not set(every) <= own
     assert len(prompts_of(None, None)) == 4
+    for tasks, each in ((16, 4), (17, 3), (40, 1), (700, 1)):
+        assert {len(texts) for texts in prompts_for(None, [str(i) for i in range(tasks)]).values()} == {each}
 
 
 def test_a_run_on_a_quantised_base_is_compared_in_float32(

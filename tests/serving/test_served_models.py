@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dyads.cli import main
 from dyads.data.tokens import PromptTokenizer
@@ -28,7 +28,7 @@ from dyads.tasks import Example
 from dyads.tasks.messages import Message
 from dyads.tasks.template import Template
 from dyads.training.train import train
-from made_runs import save_llama, tiny_recipe
+from made_runs import save_llama, tiny_recipe, word_tokenizer
 from made_servers import served
 
 
@@ -69,6 +69,35 @@ def test_a_prompt_above_the_limit_of_its_task_is_refused(made: dict[str, RunFold
             ServingError, match=f"the prompt has {len(whole)} tokens, and 'more/first_word' reads {most}"
         ):
             limited.of_messages(asked, {}, Wish())
+
+
+def test_a_conversation_above_the_limit_is_refused_whole(made: dict[str, RunFolder]) -> None:
+    model = ServedModels({"more": made["more"]}, slots=1)["more/first_word"]
+    chat = replace(model, template=Template(texts=("{input}",), chat=True, conversation=True))
+    talk = [Message(role, "fox lamp") for _ in range(3) for role in ("user", "assistant")] + [Message("user", "lamp")]
+    whole = chat.of_messages(talk, {}, Wish()).question.prompt
+    for most in (len(whole), len(whole) - 1, len(whole) // 2):
+        assert chat.template is not None
+        limited = replace(chat, template=chat.template.model_copy(update={"max_prompt_tokens": most}))
+        if most == len(whole):
+            assert limited.of_messages(talk, {}, Wish()).question.prompt == whole
+            continue
+        with pytest.raises(ServingError, match=f"the prompt has {len(whole)} tokens, and .* reads {most}"):
+            limited.of_messages(talk, {}, Wish())
+
+
+def test_a_chat_template_that_no_run_reads_keeps_none_from_being_served(
+    made: dict[str, RunFolder], tmp_path: Path
+) -> None:
+    base = save_llama(tmp_path / "odd", word_tokenizer())
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{{ raise_exception('no messages') }}"
+    tokenizer.save_pretrained(base)
+    sections = {"train": {"learning_rate": 0.05}, "evaluate": {"max_new_tokens": 4, "limit": 1}}
+    run = train(tiny_recipe("mode", base, **sections), tmp_path / "run", evaluate=False)
+    models = ServedModels({"run": run}, slots=1)
+    assert models["run/first_word"].of_prompt("fox", Wish()).question.prompt
+    assert models["odd"].of_messages([Message("user", "fox")], {}, Wish()).question.prompt
 
 
 @pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}])

@@ -75,6 +75,20 @@ def test_adapters_that_do_more_than_add_to_linear_layers_are_not_taken() -> None
     assert str(mixed.model) == before
 
 
+def test_adapters_of_layers_that_see_all_tokens_on_one_axis_are_not_taken() -> None:
+    base = tiny_model("opt")
+    mixed = RowAdapters(copy.deepcopy(base))
+    before = str(mixed.model)
+    for targets, taken in ((["q_proj", "fc1"], False), (["fc2"], False), (["q_proj", "v_proj"], True)):
+        for config in (LoraConfig(target_modules=targets), Variant("more").config(target_modules=targets)):
+            other = get_peft_model(copy.deepcopy(base), config).eval()
+            hooks = [len(module._forward_pre_hooks) for module in other.modules()]
+            assert mixed.take("a", other) is taken
+            assert (str(mixed.model) == before) is not taken
+            assert [len(module._forward_pre_hooks) for module in other.modules()] == hooks
+            mixed = RowAdapters(copy.deepcopy(base))
+
+
 def test_a_layer_that_does_not_see_the_rows_is_refused() -> None:
     base = tiny_model("llama").eval()
     mixed = RowAdapters(copy.deepcopy(base))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -91,9 +92,9 @@ class ChatTemplate:
         middle.
         """
         ids, labels = self._encode(messages)
-        while limit is not None and len(ids) > limit and (shorter := _without_oldest(messages)):
-            messages = shorter
-            ids, labels = self._encode(messages)
+        if limit is not None and len(ids) > limit and (shorter := _without_oldest(messages)):
+            first = bisect_left(shorter, True, key=lambda kept: len(self._encode(kept)[0]) <= limit)
+            ids, labels = self._encode(shorter[min(first, len(shorter) - 1)])
         if limit is not None and len(ids) > limit:
             tail = limit // 2
             cut = slice(limit - tail, len(ids) - tail)
@@ -136,16 +137,19 @@ class ChatTemplate:
 
     def _pieces(self, pieces: Sequence[str]) -> list[list[int]]:
         """The tokens of every piece, which follow those of the pieces before it."""
-        found, before, text = [], list[int](), ""
+        found, before, text = [], list[int](), ""  # of the pieces before, since their last special token
         for piece in pieces:
-            text += piece
-            (ids,) = self.text([text])
+            (ids,) = self.text([text + piece])
             if ids[: len(before)] == before:
                 new = ids[len(before) :]
             else:  # a token would join the end of the piece before with the start of this one
                 (new,) = self.text([piece])
             found.append(new)
-            before = before + new
+            if (special := max((piece.rfind(name) for name in self.text.names.values()), default=-1)) >= 0:
+                text = piece[special:]
+                (before,) = self.text([text])
+            else:
+                text, before = text + piece, before + new
         return found
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
@@ -193,8 +197,8 @@ def _limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def _without_oldest(messages: Sequence[Message]) -> list[Message]:
-    """The messages without the first exchange; empty where only the last one is left."""
+def _without_oldest(messages: Sequence[Message]) -> list[list[Message]]:
+    """The messages without the first exchange, without the first two, …; the last one has the last alone."""
     start = 1 if messages[0].role == SYSTEM else 0
     users = [i for i, m in enumerate(messages) if m.role == USER and i > start]
-    return [*messages[:start], *messages[users[0] :]] if users else []
+    return [[*messages[:start], *messages[i:]] for i in users]

@@ -25,14 +25,17 @@ __all__ = ["TextTokenizer"]
 class TextTokenizer:
     """Token ids of texts, in which special tokens are ordinary text.
 
-    `template` is a chat template: the added tokens that it writes are special too, as some models do not declare them.
+    `template` is a chat template: the added tokens that it writes are special too, as some models do not declare them,
+    but for white space, which texts have too.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "") -> None:
         self.tokenizer = tokenizer
         added = {str(token): id_ for id_, token in tokenizer.added_tokens_decoder.items()}
         declared = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        declared |= set(tokenizer.all_special_tokens) | {token for token in added if token in template}
+        declared |= set(tokenizer.all_special_tokens) | {
+            token for token in added if token in template and token.strip()
+        }
         nonce = secrets.token_hex(8)
         self.names = {token: f"<{nonce}-{number}>" for number, token in enumerate(sorted(declared)) if token}
         self._find = re.compile(

@@ -36,7 +36,7 @@ from dyads.export.gguf_adapter import GgufLayout, gguf_layout
 from dyads.export.lora import Check, Exported, Lora, refuse_full, write_lora, write_loras
 from dyads.export.merged import Merged, write_merged
 from dyads.export.regression import mean_gates, mean_update, reduced_rank
-from dyads.export.verify import Verification, base_of, compare, float_model, model_logits, plain_prompts, prompts_of
+from dyads.export.verify import Verification, base_of, compare, float_model, model_logits, plain_prompts, prompts_for
 from dyads.markdown import markdown_table
 from dyads.recipe.file_names import file_name
 from dyads.runs.folder import RunFolder
@@ -45,6 +45,7 @@ from dyads.runs.saved import SavedAdapter
 from dyads.scoring.answerer import Answerer
 from dyads.tasks import SPLITS, Example, Task, load_suite
 from dyads.tasks.files import FilesSpec
+from dyads.tasks.own_rows import ANY, OwnRowsSpec
 from dyads.tasks.template import Template
 from dyads.tuner.layer import DyadsLinear, adapted_layers
 
@@ -170,7 +171,7 @@ def approximate(
         raise RunError(f"cannot approximate the adapter in '{adapter.path}' (lora): it is an ordinary LoRA already")
     if rank < 1:
         raise ConfigError(f"--rank must be at least 1, got {rank}")
-    refuse_full(out)
+    refuse_full(out, again=False)
     layout = gguf_layout(adapter, run) if gguf else None
     tasks = tasks_of(run, data)
     known = [one.name for one in tasks]
@@ -193,7 +194,7 @@ def approximate(
     needs_task = answerer.needs_task
     del answerer
     if verifies:
-        prompts = {name: plain_prompts(base, prompts_of(run, name)) for name in sets}
+        prompts = {name: plain_prompts(base, texts) for name, texts in prompts_for(run, sets).items()}
         expected = _expected(float_model(adapter, run, base), prices, prompts, needs_task)
     verified: list[Verification] = []
 
@@ -206,9 +207,19 @@ def approximate(
 
 
 def tasks_of(run: RunFolder, data: Path) -> list[Task]:
-    """The tasks of a data file, those that the run knows in the form that their prompts had in training."""
+    """The tasks of a data file, those that the run knows in the form that their prompts had in training.
+
+    Labels and metrics that the run's recipe gives to tasks of own rows hold here too.
+    """
     templates = run.templates()
-    return [_in_form(task, templates.get(task.name)) for task in load_suite(FilesSpec(path=(data,))).tasks]
+    tasks = load_suite(FilesSpec(path=(data,))).tasks
+    spec = run.recipe().tasks
+    if isinstance(spec, OwnRowsSpec):
+        names = {ANY, *(task.name for task in tasks)}
+        labels = {name: value for name, value in spec.labels.items() if name in names}
+        metric = {name: value for name, value in spec.metric.items() if name in names}
+        tasks = load_suite(FilesSpec(path=(data,), labels=labels, metric=metric)).tasks
+    return [_in_form(task, templates.get(task.name)) for task in tasks]
 
 
 def _in_form(task: Task, template: Template | None) -> Task:

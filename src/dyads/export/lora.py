@@ -37,6 +37,7 @@ from dyads.models.packaged import hub_id
 from dyads.recipe.file_names import file_name
 from dyads.runs.adapter import sort_sets
 from dyads.runs.card import CARD
+from dyads.runs.folder import RunFolder
 from dyads.runs.manifest import MANIFEST, seal, unfinished, writing
 from dyads.runs.saved import SavedAdapter
 from dyads.runs.weights import WEIGHTS, read_weights
@@ -200,8 +201,8 @@ def factors(G: Tensor) -> tuple[Tensor, Tensor]:
         U, S, V = torch.linalg.svd(G.double(), full_matrices=False)
         return (U[:, :rank] * S[:rank]).to(G.dtype), V[:rank].to(G.dtype)
     if len(columns) == k:
-        return G[:, columns], torch.eye(G.shape[1], dtype=G.dtype)[columns]
-    return torch.eye(G.shape[0], dtype=G.dtype)[:, rows], G[rows]
+        return G[:, columns], torch.eye(G.shape[1], dtype=G.dtype, device=G.device)[columns]
+    return torch.eye(G.shape[0], dtype=G.dtype, device=G.device)[:, rows], G[rows]
 
 
 def check_exact(adapter: SavedAdapter, task: str | None) -> None:
@@ -223,7 +224,8 @@ def check_task(adapter: SavedAdapter, task: str | None, what: str) -> None:
     names = adapter.task_names
     if not names and task is not None:
         raise RoutingError(
-            f"{what} for a task: its gates do not look at it, and one LoRA is for all tasks; leave --task out"
+            f"{what} for a task: its gates do not look at it, and one LoRA is for all tasks; leave --task and"
+            " --all-tasks out"
         )
     if names and task is None:
         raise RoutingError(
@@ -369,8 +371,9 @@ def _stored_in_by_out(model: str | None, revision: str | None, modules: tuple[st
     return any(module == name or module.endswith(f".{name}") for module in modules for name in transposed)
 
 
-def refuse_full(out: Path) -> None:
-    """Refuse a file, or a folder that holds something else than an export, which may be this one (`unfinished`)."""
-    exported = out.is_dir() and any(path.is_file() for path in (*out.glob(MANIFEST), *out.glob(f"*/{MANIFEST}")))
-    if out.exists() and not exported and (not out.is_dir() or any(out.iterdir())):
+def refuse_full(out: Path, *, again: bool = True) -> None:
+    """Refuse a file, and a folder that is not empty, but with `again` for one with exports, which may be these."""
+    manifests = [path for pattern in (MANIFEST, f"*/{MANIFEST}") for path in out.glob(pattern) if path.is_file()]
+    exported = bool(manifests) and not any(RunFolder(path.parent).is_run for path in manifests)
+    if out.exists() and not (again and exported) and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"'{out}' is {'not empty' if out.is_dir() else 'a file'}; choose another --out")

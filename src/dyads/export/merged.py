@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dyads.errors import MergeError, RunError, shortened, visible
+from dyads.errors import DyadsError, RunError, reason_of, visible
 from dyads.export.card import merged_card
 from dyads.export.lora import (
     Check,
@@ -115,12 +115,13 @@ def write_merged(
             copy_lora(adapter, plain)
         else:
             write_lora(adapter, lora, plain, out, task=task)
-        try:
-            model = _merged(PeftModel.from_pretrained(load_checkpoint(base), str(plain)))
-        except MergeError:
-            raise
-        except ValueError as error:
-            raise RunError(f"cannot merge the adapter in '{adapter.path}': {shortened(error)}") from error
+    try:
+        model = _merged(PeftModel.from_pretrained(load_checkpoint(base), str(plain)))
+    except DyadsError:
+        raise
+    except Exception as error:  # whatever transformers and PEFT make of a folder with any content
+        raise RunError(f"cannot merge the adapter in '{adapter.path}': {reason_of(error)}") from error
+    with writing(out):
         remove(plain)
         dtype = str(model.dtype).removeprefix("torch.")
         with without_progress_bars():

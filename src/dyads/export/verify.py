@@ -12,7 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ __all__ = [
     "load_checkpoint",
     "model_logits",
     "plain_prompts",
+    "prompts_for",
     "prompts_of",
     "unverifiable",
     "verify",
@@ -57,6 +58,8 @@ _AUTO = {
 _KINDS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM", "encoder": "FEATURE_EXTRACTION"}
 _PROMPTS, _LONGEST, _LAST = 4, 256, 16
 """The number of prompts, the tokens read of each, and the last positions whose logits are compared."""
+_ALL_PROMPTS = 64
+"""Prompts for all folders together, but at least one for each: logits of a thousand tasks must fit into memory."""
 _TOLERANCE = {"float32": 1e-3, "float64": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
 """The largest difference of logits, by the dtype of the exported weights, as a share of the largest logit."""
 _SENTENCES = (
@@ -116,6 +119,12 @@ def load_checkpoint(base: Base, dtype: Any = "auto") -> Any:
         return auto.from_pretrained(base.name, revision=base.revision, dtype=dtype, trust_remote_code=False).eval()
 
 
+def prompts_for(run: RunFolder | None, tasks: Collection[str | None]) -> dict[str | None, list[str]]:
+    """Prompts by task, fewer of each where there are many tasks."""
+    most = max(1, _ALL_PROMPTS // max(1, len(tasks)))
+    return {task: prompts_of(run, task)[:most] for task in tasks}
+
+
 def prompts_of(run: RunFolder | None, task: str | None) -> list[str]:
     """Prompts of a task, or of all tasks, that the run has predictions for; ordinary sentences without a scored run."""
     found: list[str] = []
@@ -156,7 +165,9 @@ def model_logits(model: Any, prompts: Sequence[Tensor], task: str | None) -> lis
     return found
 
 
-def _reloaded_logits(base: Base, cases: Sequence[tuple[Path, Sequence[Tensor]]], *, merged: bool) -> list[list[Tensor]]:
+def _reloaded_logits(
+    base: Base, cases: Sequence[tuple[Path, Sequence[Tensor]]], *, merged: bool
+) -> Iterator[list[Tensor]]:
     """For every exported folder and its prompts the logits in a process that cannot import dyads; RunError if it fails.
 
     A folder holds a LoRA, or with `merged` a checkpoint.
@@ -177,8 +188,9 @@ def _reloaded_logits(base: Base, cases: Sequence[tuple[Path, Sequence[Tensor]]],
         if done.returncode != 0:
             reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
             raise RunError(f"the export was written, but PEFT cannot load it without dyads: {shortened(reason)}")
-        found = [load_file(place / f"{number}.logits") for number in range(len(cases))]
-    return [[logits[str(i)] for i in range(len(logits))] for logits in found]
+        for number in range(len(cases)):  # one after the other, as they may be many
+            found = load_file(place / f"{number}.logits")
+            yield [found[str(i)] for i in range(len(found))]
 
 
 def verify(
@@ -193,7 +205,7 @@ def verify(
     DyadsError where there is no base model to load.
     """
     base = base_of(adapter, run)
-    prompts = {task: plain_prompts(base, prompts_of(run, task)) for task in folders}
+    prompts = {task: plain_prompts(base, texts) for task, texts in prompts_for(run, folders).items()}
     model = float_model(adapter, run, base)
     expected = {task: model_logits(model, prompts[task], task) for task in folders}
     del model  # before the other process loads the base model

@@ -50,6 +50,8 @@ class Sampler:
     def draw(self, logits: Tensor) -> int:
         """The next token, from the logits (vocabulary)."""
         u = torch.rand((), generator=self._generator, dtype=torch.float64).item()
+        if logits.device.type == "mps":  # Apple's GPUs have no double precision
+            logits = logits.cpu()
         below = logits.double() - logits.max().double()  # before the division, which may overflow
         p = (below / self.sampling.temperature).exp()
         if self.sampling.top_p < 1:

@@ -155,11 +155,15 @@ class ServedModel:
         body that it comes from."""
         with _TOKENIZING:
             try:
-                ids = self.tokenizer.prompt(example, self._most)
-                if len(ids) < self._most:
-                    return ids
-                shortest = replace(example, prompt=(example.prompt, *example.shorter)[-1], shorter=())
-                whole = len(_unlimited(self.tokenizer).prompt(shortest))
+                if not example.shorter:  # of a conversation the limit would leave the oldest messages out
+                    ids = _unlimited(self.tokenizer).prompt(example)
+                    whole = len(ids)
+                else:
+                    ids = self.tokenizer.prompt(example, self._most)
+                    if len(ids) < self._most:
+                        return ids
+                    shortest = replace(example, prompt=(example.prompt, *example.shorter)[-1], shorter=())
+                    whole = len(_unlimited(self.tokenizer).prompt(shortest))
             except DyadsError as error:
                 raise ServingError(str(error), param=param) from None
         if whole > self._most:
@@ -324,9 +328,10 @@ class ServedModels:
             model = load_model(spec).to(launched().device).eval()
             tokenizer = load_tokenizer(spec.name, spec.revision)
             chat = tokenizer.get_chat_template() if isinstance(tokenizer.chat_template, str) else None
-            prompts = PromptTokenizer(
-                tokenizer, chat_template=chat, positions=positions_of(model.config), answer_tokens=1
-            )
+            try:
+                prompts = self._prompts(model, tokenizer, chat)
+            except ConfigError:  # a template that no run asked for: the base model reads a transcript
+                prompts = self._prompts(model, tokenizer, None)
             adapters = RowAdapters(_sharing(model))
             batch = self._batch(folder, adapters.model, prompts, adapters=adapters)
             name = Path(spec.name).name if os.path.isdir(spec.name) else spec.name
@@ -336,6 +341,9 @@ class ServedModels:
             self._add(ServedModel(name, batch, prompts, _BASE_LIMIT))
             self._bases[key] = _Base(model, adapters, batch)
         return self._bases[key]
+
+    def _prompts(self, model: nn.Module, tokenizer: Any, chat: str | None) -> PromptTokenizer:
+        return PromptTokenizer(tokenizer, chat_template=chat, positions=positions_of(model.config), answer_tokens=1)
 
     def _batch(self, folder: RunFolder, model: nn.Module, tokenizer: PromptTokenizer, **how: Any) -> Batch:
         if reason := refusal(model):

@@ -77,6 +77,8 @@ class RowAdapters:
         found = {key: m for key, m in base.named_modules() if isinstance(m, BaseTunerLayer)}
         if not all(isinstance(m, DyadsLinear) or _is_lora(m) for m in found.values()):
             return False
+        if not _see_rows(other, list(found.values())):
+            return False
         for key, layer in found.items():
             parent, _, child = key.rpartition(".")
             mine: Any = self.model.get_submodule(key)
@@ -109,6 +111,26 @@ class RowAdapters:
             yield
         finally:
             here.rows = None
+
+
+@torch.inference_mode()
+def _see_rows(model: PeftModel, layers: Sequence[nn.Module]) -> bool:
+    """Whether all these layers see the rows of a batch; some models put all tokens on one axis before a layer."""
+    ids = torch.zeros(2, 3, dtype=torch.long, device=next(model.parameters()).device)
+    seen: set[nn.Module] = set()
+
+    def see(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if args[0].shape[:2] == ids.shape:
+            seen.add(layer)
+
+    hooks = [layer.register_forward_pre_hook(see) for layer in layers]
+    try:
+        with model.disable_adapter():  # gates may want a task
+            model.get_base_model()(input_ids=ids, attention_mask=torch.ones_like(ids))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return seen == set(layers)
 
 
 def _is_lora(layer: BaseTunerLayer) -> bool:
