@@ -120,7 +120,7 @@ def _see_rows(model: PeftModel, layers: Sequence[nn.Module]) -> bool:
     seen: set[nn.Module] = set()
 
     def see(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if args[0].shape[:2] == ids.shape:
+        if args and args[0].shape[:2] == ids.shape:
             seen.add(layer)
 
     hooks = [layer.register_forward_pre_hook(see) for layer in layers]
