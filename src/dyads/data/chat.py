@@ -19,6 +19,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from dyads.data.text_tokens import TextTokenizer
@@ -137,19 +138,20 @@ class ChatTemplate:
 
     def _pieces(self, pieces: Sequence[str]) -> list[list[int]]:
         """The tokens of every piece, which follow those of the pieces before it."""
-        found, before, text = [], list[int](), ""  # of the pieces before, since their last special token
-        for piece in pieces:
+        found: list[list[int]] = []
+        text, before = "", list[int]()  # of the pieces before, since their last special token
+        for last, piece in pairwise(("", *pieces)):
+            if (special := max((last.rfind(name) for name in self.text.names.values()), default=-1)) >= 0:
+                text = last[special:]
+                (before,) = self.text([text])
+            elif found:
+                text, before = text + last, before + found[-1]
             (ids,) = self.text([text + piece])
             if ids[: len(before)] == before:
                 new = ids[len(before) :]
             else:  # a token would join the end of the piece before with the start of this one
                 (new,) = self.text([piece])
             found.append(new)
-            if (special := max((piece.rfind(name) for name in self.text.names.values()), default=-1)) >= 0:
-                text = piece[special:]
-                (before,) = self.text([text])
-            else:
-                text, before = text + piece, before + new
         return found
 
     def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str:

@@ -218,7 +218,8 @@ def tasks_of(run: RunFolder, data: Path) -> list[Task]:
         names = {ANY, *(task.name for task in tasks)}
         labels = {name: value for name, value in spec.labels.items() if name in names}
         metric = {name: value for name, value in spec.metric.items() if name in names}
-        tasks = load_suite(FilesSpec(path=(data,), labels=labels, metric=metric)).tasks
+        if labels or metric:
+            tasks = load_suite(FilesSpec(path=(data,), labels=labels, metric=metric)).tasks
     return [_in_form(task, templates.get(task.name)) for task in tasks]
 
 

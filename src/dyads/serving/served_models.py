@@ -153,22 +153,16 @@ class ServedModel:
     def _read(self, example: Example, param: str) -> list[int]:
         """The tokens of a prompt; ServingError where even its shortest version is too long. `param` is the part of the
         body that it comes from."""
+        whole = _unlimited(self.tokenizer)  # a limit would cut the prompt, or leave the oldest messages out
         with _TOKENIZING:
             try:
-                if not example.shorter:  # of a conversation the limit would leave the oldest messages out
-                    ids = _unlimited(self.tokenizer).prompt(example)
-                    whole = len(ids)
-                else:
-                    ids = self.tokenizer.prompt(example, self._most)
-                    if len(ids) < self._most:
+                for text in (example.prompt, *example.shorter):
+                    ids = whole.prompt(replace(example, prompt=text, shorter=()))
+                    if len(ids) <= self._most:
                         return ids
-                    shortest = replace(example, prompt=(example.prompt, *example.shorter)[-1], shorter=())
-                    whole = len(_unlimited(self.tokenizer).prompt(shortest))
             except DyadsError as error:
                 raise ServingError(str(error), param=param) from None
-        if whole > self._most:
-            raise self._too_long(whole, param)
-        return ids
+        raise self._too_long(len(ids), param)
 
     def _too_long(self, tokens: int, param: str) -> ServingError:
         return ServingError(
